@@ -1,0 +1,9 @@
+//! One polling core: units, memory for I/O, block devices over io_uring, messages between cores.
+//!
+//! Knows nothing of volumes or guests. `mapping` and `vhost` stand on it; nothing of ours is below
+//! it.
+
+pub mod buffer;
+pub mod clock;
+pub mod device;
+pub mod units;
