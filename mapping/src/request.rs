@@ -1,0 +1,314 @@
+//! What goes into a shard and what comes out: guest I/O on the hot path, commands on the other.
+
+use bessel_reactor::buffer::Segment;
+use bessel_reactor::clock::WallTime;
+use bessel_reactor::units::{BlockAddr, ByteCount, Sector};
+
+/// A volume that is open on a shard. Small and dense, so the hot path can index with it.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub struct VolumeHandle(pub u32);
+
+/// Identifies a volume for ever; never reused within a store.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub struct VolumeId(pub u64);
+
+/// Identifies a snapshot for ever: the volume it was taken of, and its place in that volume's log.
+///
+/// Printed and parsed as `3.17`: snapshot 17 of volume 3.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub struct SnapshotId {
+    /// The volume it was taken of.
+    pub volume: VolumeId,
+    /// Position in the volume's snapshot log, from 0.
+    pub sequence: u64,
+}
+
+impl std::fmt::Display for VolumeId {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}", self.0)
+    }
+}
+
+impl std::fmt::Display for SnapshotId {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}.{}", self.volume.0, self.sequence)
+    }
+}
+
+impl std::str::FromStr for SnapshotId {
+    type Err = ();
+
+    /// Parses `3.17`.
+    fn from_str(text: &str) -> Result<Self, ()> {
+        let (volume, sequence) = text.split_once('.').ok_or(())?;
+        let number = |digits: &str| {
+            if digits.bytes().all(|byte| byte.is_ascii_digit()) { digits.parse().ok() } else { None }
+        };
+        Ok(Self {
+            volume: VolumeId(number(volume).ok_or(())?),
+            sequence: number(sequence).ok_or(())?,
+        })
+    }
+}
+
+/// When a write counts as done. DESIGN "Durability".
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum CacheMode {
+    /// A write completes when it is durable, its mapping included.
+    Writethrough,
+    /// A write completes when its data has been written; FLUSH makes it durable.
+    Writeback,
+}
+
+/// What a guest asks for.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum IoKind {
+    /// Fill the segments from the volume.
+    Read,
+    /// Write the segments to the volume.
+    Write,
+    /// Make everything completed so far durable.
+    Flush,
+    /// The sectors are no longer needed; whole blocks of them read as zero afterwards.
+    Discard,
+    /// The sectors shall read as zero.
+    WriteZeroes,
+}
+
+/// One guest request. The segments are copied in; their memory stays valid until completion.
+#[derive(Clone, Copy, Debug)]
+pub struct IoRequest<'a> {
+    /// The submitter's name for the request, handed back on completion.
+    pub tag: u64,
+    /// Which volume.
+    pub volume: VolumeHandle,
+    /// What to do.
+    pub kind: IoKind,
+    /// First sector; ignored for a flush.
+    pub sector: Sector,
+    /// Sectors to discard or zero. For a read or write it must equal the segments' total.
+    pub sectors: u64,
+    /// Guest memory, for reads and writes only.
+    pub segments: &'a [Segment],
+}
+
+/// How a guest request ended.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum IoStatus {
+    /// Done.
+    Done,
+    /// Past the end of the volume, or segments that do not add up: refused, nothing touched.
+    Refused,
+    /// The store has no free block for it. Reads and overwrites still work.
+    NoSpace,
+    /// The device failed, or the volume is latched after a failed flush.
+    Failed,
+}
+
+/// A finished guest request.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct IoCompletion {
+    /// The submitter's name for it.
+    pub tag: u64,
+    /// How it ended.
+    pub status: IoStatus,
+}
+
+/// The slab of request contexts is full; submit again after completions.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Busy;
+
+/// What `volume create` asks of a shard, checked and numbered by the [`crate::directory`].
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct CreatePlan {
+    /// Where its record lives in the registry.
+    pub registry_slot: u32,
+    /// Its identity.
+    pub id: VolumeId,
+    /// Its name, unique among volumes that are not deleted.
+    pub name: String,
+    /// Its size, a multiple of a sector.
+    pub size: ByteCount,
+    /// The snapshot it starts from.
+    pub origin: Option<CloneOrigin>,
+    /// For the record.
+    pub created: WallTime,
+}
+
+/// A settled snapshot, as a clone starts from it.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct CloneOrigin {
+    /// Which snapshot.
+    pub snapshot: SnapshotId,
+    /// Its radix root.
+    pub root: BlockAddr,
+    /// Levels of its tree: 3 or 4.
+    pub height: u8,
+    /// Size of the volume when it was taken.
+    pub size: ByteCount,
+}
+
+/// A control-path request to the home shard of a volume.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Command {
+    /// Makes a volume, durably, and opens it.
+    Create(CreatePlan),
+    /// Opens a volume that is in the registry. Its record was read by [`crate::store::open`].
+    Open(Box<crate::directory::VolumeEntry>),
+    /// Takes a snapshot; answered when it is durable.
+    Snapshot {
+        /// Which volume.
+        volume: VolumeHandle,
+        /// Its label, unique in the volume.
+        label: Option<String>,
+        /// For the log.
+        time: WallTime,
+    },
+    /// Sets or clears a snapshot's label.
+    Label {
+        /// Which volume.
+        volume: VolumeHandle,
+        /// Position in its log.
+        sequence: u64,
+        /// The new label.
+        label: Option<String>,
+    },
+    /// Marks a snapshot deleted; the collector reclaims it.
+    DeleteSnapshot {
+        /// Which volume.
+        volume: VolumeHandle,
+        /// Position in its log.
+        sequence: u64,
+    },
+    /// Makes the volume read as the snapshot does. The caller has made sure no guest is connected.
+    Rollback {
+        /// Which volume.
+        volume: VolumeHandle,
+        /// Position in its log.
+        sequence: u64,
+    },
+    /// Gives the volume another name, checked for uniqueness by the directory.
+    Rename {
+        /// Which volume.
+        volume: VolumeHandle,
+        /// The new name.
+        name: String,
+    },
+    /// Makes the volume larger.
+    Grow {
+        /// Which volume.
+        volume: VolumeHandle,
+        /// The new size, at least the old one.
+        size: ByteCount,
+    },
+    /// Marks the volume deleted and closes it.
+    Delete {
+        /// Which volume.
+        volume: VolumeHandle,
+    },
+    /// Switches between writeback and writethrough (virtio CONFIG_WCE).
+    SetCache {
+        /// Which volume.
+        volume: VolumeHandle,
+        /// The new mode.
+        cache: CacheMode,
+    },
+    /// What is there: the volume, its snapshots.
+    Show {
+        /// Which volume.
+        volume: VolumeHandle,
+    },
+    /// Commits everything and gives unused claims back, before the process ends.
+    Shutdown,
+}
+
+/// What a [`Command`] came to.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Reply {
+    /// Done, nothing to tell.
+    Done,
+    /// The volume is open.
+    Opened(VolumeHandle),
+    /// The snapshot is durable.
+    Snapshot(SnapshotInfo),
+    /// The answer to [`Command::Show`].
+    Volume(Box<VolumeInfo>),
+    /// Refused or failed; nothing changed unless the message says so.
+    Failed(CommandError),
+}
+
+/// Why a command was refused or failed.
+#[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
+pub enum CommandError {
+    /// No free metadata block.
+    #[error("the store is full: no free metadata block; delete volumes or grow the store")]
+    NoSpace,
+    /// The device failed.
+    #[error("the device failed: {0}")]
+    Device(bessel_reactor::device::DeviceError),
+    /// The volume is latched after a failed flush or commit.
+    #[error("volume is latched after an error ({0}); stop the daemon, check the device, start again")]
+    Latched(String),
+    /// A block on the device contradicts itself.
+    #[error("{0}")]
+    Corrupt(String),
+    /// There is no such snapshot.
+    #[error("no such snapshot")]
+    NoSuchSnapshot,
+    /// The snapshot still waits for writes that were in flight when it was taken.
+    #[error("the snapshot is still settling; try again")]
+    Settling,
+    /// The snapshot's label is taken.
+    #[error("label {0:?} is already taken in this volume; choose another or relabel that snapshot")]
+    LabelTaken(String),
+    /// The volume has requests in flight.
+    #[error("the volume is in use; stop the guest first")]
+    InUse,
+    /// Too many of something; the text says what.
+    #[error("{0}")]
+    Limit(String),
+}
+
+/// A snapshot, as people see it.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct SnapshotInfo {
+    /// Its identity.
+    pub id: SnapshotId,
+    /// When it was taken.
+    pub time: WallTime,
+    /// Its label.
+    pub label: Option<String>,
+    /// Size of the volume then.
+    pub size: ByteCount,
+    /// Its radix root.
+    pub root: BlockAddr,
+    /// Levels of its tree.
+    pub height: u8,
+    /// Marked deleted, awaiting the collector.
+    pub deleted: bool,
+    /// Writes that were in flight when it was taken have not drained.
+    pub settling: bool,
+    /// Metadata and data blocks allocated for the volume between the snapshot before it and it.
+    pub blocks_allocated: u64,
+}
+
+/// A volume, as people see it.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct VolumeInfo {
+    /// Its identity.
+    pub id: VolumeId,
+    /// Its name.
+    pub name: String,
+    /// Its size.
+    pub size: ByteCount,
+    /// Its cache mode.
+    pub cache: CacheMode,
+    /// The snapshot it was cloned from.
+    pub origin: Option<SnapshotId>,
+    /// When it was made.
+    pub created: WallTime,
+    /// Why writes are refused, if they are.
+    pub latched: Option<String>,
+    /// Its snapshots, oldest first, deleted ones included.
+    pub snapshots: Vec<SnapshotInfo>,
+}
