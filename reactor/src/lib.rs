@@ -6,4 +6,5 @@
 pub mod buffer;
 pub mod clock;
 pub mod device;
+mod sys;
 pub mod units;

@@ -4,6 +4,16 @@
 //! A caller that needs an order waits for completions: io_uring does not order an fsync after
 //! earlier writes, so neither does this trait.
 
+mod file;
+mod lock;
+pub mod uring;
+mod watch;
+
+pub use lock::{DeviceLock, LockError};
+pub use uring::{Engine, FileDevice, OpenError, OpenOptions, WatchId};
+
+pub mod sim;
+
 use crate::buffer::Segment;
 use crate::units::{ByteCount, ByteOffset};
 

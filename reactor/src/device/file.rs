@@ -1,0 +1,264 @@
+//! Opening the store's file or block device, and finding out what it can do.
+//!
+//! All questions are asked here, once, before the first I/O: size, alignments, whether a completed
+//! write survives a power cut, and which engine suits. `uring.rs` does the I/O. A wrong answer here
+//! loses data (a cache taken for durable) or speed, so whatever cannot be learned is taken to be
+//! the careful way.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::AsFd;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::path::{Path, PathBuf};
+
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use nix::sys::stat::{major, minor};
+use nix::sys::statfs::{FsType, TMPFS_MAGIC, fstatfs};
+
+use super::DeviceProperties;
+use crate::buffer::BufferPool;
+use crate::sys;
+use crate::units::{ByteCount, SECTOR_SIZE};
+
+/// `RAMFS_MAGIC` of `linux/magic.h`.
+const RAMFS_MAGIC: FsType = FsType(0x8584_58f6);
+
+/// Strictest offset alignment the rest of Bessel can honour: a block.
+const OFFSET_ALIGNMENT_MAX: u32 = crate::units::BLOCK_SIZE as u32;
+
+/// Memory alignment assumed of direct I/O where nothing says: a page always does.
+const MEMORY_ALIGNMENT_UNKNOWN: u32 = 4096;
+
+/// Who carries out reads and writes.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum Engine {
+    /// `Uring` where the file can answer without waiting, `Inline` elsewhere.
+    #[default]
+    Auto,
+    /// io_uring: many operations at once, none of them in the caller's time.
+    Uring,
+    /// The system call is made where the operation is queued. Right for tmpfs, whose I/O is a copy:
+    /// io_uring hands it to a kernel worker that then fights the polling thread for its core.
+    Inline,
+}
+
+/// How to open a device.
+#[derive(Clone, Copy, Debug)]
+pub struct OpenOptions {
+    /// Most operations in flight: 1 to 16384.
+    pub depth: u32,
+    /// Open without the right to write; a write then fails with `EBADF`.
+    pub read_only: bool,
+    /// Who does the I/O.
+    pub engine: Engine,
+}
+
+impl Default for OpenOptions {
+    /// 256 operations, writable, the engine that suits.
+    fn default() -> Self {
+        Self { depth: 256, read_only: false, engine: Engine::Auto }
+    }
+}
+
+/// The device cannot be used.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum OpenError {
+    /// It does not exist, or we may not.
+    #[error("cannot open {path}; check that it exists and that this user may read and write it")]
+    Open {
+        /// What was opened.
+        path: PathBuf,
+        /// The operating system's reason.
+        #[source]
+        source: io::Error,
+    },
+    /// A directory, socket, terminal...
+    #[error("{path} is neither a block device nor a regular file; name one of these")]
+    NotADevice {
+        /// What was opened.
+        path: PathBuf,
+    },
+    /// No room for a single sector.
+    #[error("{path} is empty; give the file a size, or check the device's medium")]
+    Empty {
+        /// What was opened.
+        path: PathBuf,
+    },
+    /// It would not say what it is.
+    #[error("cannot find out the {what} of {path}")]
+    Inspect {
+        /// What was opened.
+        path: PathBuf,
+        /// What was asked.
+        what: &'static str,
+        /// The operating system's reason.
+        #[source]
+        source: io::Error,
+    },
+    /// Sectors larger than a block.
+    #[error(
+        "{path} wants offsets that are multiples of {bytes} bytes; at most 4096 is supported, \
+         so use another device"
+    )]
+    Alignment {
+        /// What was opened.
+        path: PathBuf,
+        /// What it wants.
+        bytes: u32,
+    },
+    /// No io_uring on this kernel, or not for us.
+    #[error(
+        "io_uring is not available; likely cause: a kernel before 5.15, or disabled by sysctl or \
+         a container's seccomp filter; try `sysctl -w kernel.io_uring_disabled=0`"
+    )]
+    Ring {
+        /// The operating system's reason.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// An open file and what is known of it.
+#[derive(Debug)]
+pub(super) struct OpenFile {
+    pub(super) file: File,
+    pub(super) properties: DeviceProperties,
+    /// Never [`Engine::Auto`].
+    pub(super) engine: Engine,
+}
+
+/// Opens `path` and asks it everything.
+pub(super) fn open(path: &Path, options: &OpenOptions) -> Result<OpenFile, OpenError> {
+    let inspect = |what| {
+        move |source: io::Error| OpenError::Inspect { path: path.to_path_buf(), what, source }
+    };
+    let file = File::options()
+        .read(true)
+        .write(!options.read_only)
+        .open(path)
+        .map_err(|source| OpenError::Open { path: path.to_path_buf(), source })?;
+    let metadata = file.metadata().map_err(inspect("type"))?;
+    let block_device = metadata.file_type().is_block_device();
+    if !block_device && !metadata.is_file() {
+        return Err(OpenError::NotADevice { path: path.to_path_buf() });
+    }
+
+    let in_memory = !block_device && is_in_memory(&file).map_err(inspect("file system"))?;
+    let direct = !in_memory && use_direct_io(&file);
+    let bytes = if block_device {
+        sys::block_device_bytes(file.as_fd()).map_err(inspect("size"))?
+    } else {
+        metadata.len()
+    };
+    let sector = if block_device {
+        sys::block_device_sector(file.as_fd()).map_err(inspect("sector size"))?
+    } else {
+        SECTOR_SIZE as u32
+    };
+    let (memory_alignment, offset_alignment) = alignments(&file, direct, block_device, sector);
+    if offset_alignment > OFFSET_ALIGNMENT_MAX {
+        let path = path.to_path_buf();
+        return Err(OpenError::Alignment { path, bytes: offset_alignment });
+    }
+    let capacity = bytes - bytes % u64::from(offset_alignment);
+    if capacity == 0 {
+        return Err(OpenError::Empty { path: path.to_path_buf() });
+    }
+
+    let volatile_cache = if in_memory {
+        false // Nothing there survives a power cut, and killing the process loses nothing.
+    } else if block_device && direct {
+        has_volatile_cache(metadata.rdev())
+    } else {
+        true // The page cache, or a file system's metadata and the disk below it.
+    };
+    let engine = match options.engine {
+        Engine::Auto if in_memory || !answers_at_once(&file) => Engine::Inline,
+        Engine::Auto => Engine::Uring,
+        chosen => chosen,
+    };
+    let properties = DeviceProperties {
+        capacity: ByteCount::new(capacity),
+        offset_alignment,
+        memory_alignment,
+        volatile_cache,
+    };
+    Ok(OpenFile { file, properties, engine })
+}
+
+/// Whether the file lives in memory only.
+fn is_in_memory(file: &File) -> io::Result<bool> {
+    let kind = fstatfs(file)?.filesystem_type();
+    Ok(kind == TMPFS_MAGIC || kind == RAMFS_MAGIC)
+}
+
+/// Switches direct I/O on. False where the file system has none; the page cache then serves.
+fn use_direct_io(file: &File) -> bool {
+    let refused = sys::direct_alignment(file.as_fd()).is_some_and(|said| said.offset == 0);
+    if refused {
+        return false;
+    }
+    let Ok(flags) = fcntl(file, FcntlArg::F_GETFL) else { return false };
+    let flags = OFlag::from_bits_retain(flags) | OFlag::O_DIRECT;
+    fcntl(file, FcntlArg::F_SETFL(flags)).is_ok()
+}
+
+/// Alignment of memory, then of offsets.
+fn alignments(file: &File, direct: bool, block_device: bool, sector: u32) -> (u32, u32) {
+    let offset_least = sector.max(SECTOR_SIZE as u32);
+    if !direct {
+        return (1, offset_least);
+    }
+    match sys::direct_alignment(file.as_fd()) {
+        Some(said) => (said.memory, said.offset.max(offset_least)),
+        None if block_device => (MEMORY_ALIGNMENT_UNKNOWN, offset_least),
+        // The disk below a file may have 4096-byte sectors, and nobody says.
+        None => (MEMORY_ALIGNMENT_UNKNOWN, OFFSET_ALIGNMENT_MAX),
+    }
+}
+
+/// Whether the file takes requests that must not wait; see [`Engine::Inline`].
+fn answers_at_once(file: &File) -> bool {
+    let mut pool = BufferPool::new(1, 4096);
+    let buffer = pool.take().expect("the pool was made with one buffer");
+    let segment = pool.lend(&buffer);
+    sys::takes_nowait(file.as_fd(), &segment)
+}
+
+/// Whether a block device may lose completed writes in a power cut, as the kernel tells it.
+fn has_volatile_cache(device: u64) -> bool {
+    let node = format!("/sys/dev/block/{}:{}", major(device), minor(device));
+    // A partition has no queue of its own; its parent's is one level up.
+    let candidates = [format!("{node}/queue/write_cache"), format!("{node}/../queue/write_cache")];
+    let said = candidates.iter().find_map(|path| std::fs::read_to_string(path).ok());
+    said.is_none_or(|said| said.trim() != "write through")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_directory_is_refused_by_name() {
+        let directory = std::env::temp_dir();
+        let options = OpenOptions { read_only: true, ..OpenOptions::default() };
+        let error = open(&directory, &options).unwrap_err();
+        assert!(matches!(&error, OpenError::NotADevice { path } if *path == directory), "{error}");
+    }
+
+    #[test]
+    fn an_empty_file_is_refused() {
+        let path = std::env::temp_dir().join(format!("bessel-empty-{}", std::process::id()));
+        File::create(&path).unwrap();
+        let error = open(&path, &OpenOptions::default()).unwrap_err();
+        std::fs::remove_file(&path).unwrap();
+        assert!(matches!(error, OpenError::Empty { .. }), "{error}");
+    }
+
+    #[test]
+    fn a_missing_file_is_named() {
+        let error = open(Path::new("/nonexistent/store"), &OpenOptions::default()).unwrap_err();
+        assert!(error.to_string().contains("/nonexistent/store"), "{error}");
+    }
+}

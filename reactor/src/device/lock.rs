@@ -1,0 +1,137 @@
+//! One daemon at a time on a device.
+//!
+//! A lock on the store is held by its own file descriptor for the whole life of the daemon, apart
+//! from those that do I/O, so that reactors come and go without letting it slip. The kernel drops it
+//! when the process dies, however it dies. It guards against a second process on this host only.
+
+use std::fs::{File, TryLockError};
+use std::io;
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use nix::sys::stat::{major, minor};
+
+/// Exclusive use of a device, until dropped.
+#[derive(Debug)]
+pub struct DeviceLock {
+    _file: File,
+}
+
+/// The device is not ours to use.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum LockError {
+    /// Another process has it.
+    #[error("{path} is in use{holder}; stop that process, or name another device",
+        holder = .holder.map_or(String::new(), |pid| format!(" by process {pid}")))]
+    InUse {
+        /// The device.
+        path: PathBuf,
+        /// Who holds the lock, when that can be found out.
+        holder: Option<u32>,
+    },
+    /// A file system or another driver sits on the block device.
+    #[error("{path} is mounted or claimed by the kernel; unmount it, or name another device")]
+    Claimed {
+        /// The device.
+        path: PathBuf,
+    },
+    /// It cannot be opened or locked.
+    #[error("cannot lock {path}; check that it exists and that its file system has locks")]
+    Os {
+        /// The device.
+        path: PathBuf,
+        /// The operating system's reason.
+        #[source]
+        source: io::Error,
+    },
+}
+
+impl DeviceLock {
+    /// Takes the lock at once or says who has it. Never waits.
+    pub fn acquire(path: &Path) -> Result<Self, LockError> {
+        let failed = |source| LockError::Os { path: path.to_path_buf(), source };
+        let block_device = std::fs::metadata(path).map_err(failed)?.file_type().is_block_device();
+        // O_EXCL on a block device claims it from mounts and from device-mapper as well.
+        let flags = if block_device { libc::O_EXCL } else { 0 };
+        let file = match File::options().read(true).custom_flags(flags).open(path) {
+            Ok(file) => file,
+            Err(error) if block_device && error.raw_os_error() == Some(libc::EBUSY) => {
+                return Err(busy(path));
+            }
+            Err(error) => return Err(failed(error)),
+        };
+        match file.try_lock() {
+            Ok(()) => Ok(Self { _file: file }),
+            Err(TryLockError::WouldBlock) => {
+                Err(LockError::InUse { path: path.to_path_buf(), holder: holder(path) })
+            }
+            Err(TryLockError::Error(error)) => Err(failed(error)),
+        }
+    }
+}
+
+/// A block device is claimed: by another daemon, whose lock shows, or by the kernel.
+fn busy(path: &Path) -> LockError {
+    let path_owned = path.to_path_buf();
+    match holder(path) {
+        Some(pid) => LockError::InUse { path: path_owned, holder: Some(pid) },
+        None => LockError::Claimed { path: path_owned },
+    }
+}
+
+/// The process that holds a lock on `path`, from the kernel's list.
+fn holder(path: &Path) -> Option<u32> {
+    let metadata = std::fs::metadata(path).ok()?;
+    let device = format!("{:02x}:{:02x}", major(metadata.dev()), minor(metadata.dev()));
+    let wanted = format!("{device}:{}", metadata.ino());
+    holder_in(&std::fs::read_to_string("/proc/locks").ok()?, &wanted)
+}
+
+/// Finds `wanted` (`major:minor:inode`) in the text of `/proc/locks`:
+/// `1: FLOCK  ADVISORY  WRITE 4321 fe:00:131 0 EOF`. Waiters' lines have a `->` more.
+fn holder_in(locks: &str, wanted: &str) -> Option<u32> {
+    locks.lines().find_map(|line| {
+        let mut words = line.split_ascii_whitespace();
+        let is_flock = words.nth(1) == Some("FLOCK");
+        let pid = words.nth(2)?.parse().ok()?;
+        (is_flock && words.next() == Some(wanted)).then_some(pid)
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_second_lock_is_refused_until_the_first_is_gone() {
+        let path = std::env::temp_dir().join(format!("bessel-lock-{}", std::process::id()));
+        File::create(&path).unwrap();
+        let first = DeviceLock::acquire(&path).unwrap();
+        let error = DeviceLock::acquire(&path).unwrap_err();
+        assert!(
+            matches!(error, LockError::InUse { holder, .. }
+                if holder.is_none_or(|pid| pid == std::process::id())),
+            "{error}"
+        );
+        drop(first);
+        DeviceLock::acquire(&path).unwrap();
+        std::fs::remove_file(&path).unwrap();
+    }
+
+    #[test]
+    fn the_holder_is_found_and_waiters_are_not() {
+        let locks = "1: POSIX  ADVISORY  WRITE 11 fe:00:131 0 EOF\n\
+                     2: FLOCK  ADVISORY  WRITE 22 fe:00:130 0 EOF\n\
+                     3: FLOCK  ADVISORY  WRITE 33 fe:00:131 0 EOF\n\
+                     3: -> FLOCK  ADVISORY  WRITE 44 fe:00:131 0 EOF\n";
+        assert_eq!(holder_in(locks, "fe:00:131"), Some(33));
+        assert_eq!(holder_in(locks, "fe:00:132"), None);
+    }
+
+    #[test]
+    fn a_missing_device_is_named() {
+        let error = DeviceLock::acquire(Path::new("/nonexistent/store")).unwrap_err();
+        assert!(error.to_string().contains("/nonexistent/store"));
+    }
+}

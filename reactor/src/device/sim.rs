@@ -1,0 +1,1145 @@
+//! A simulated disk: as wrong as a real one may be, and the same again from the same seed.
+//!
+//! [`SimDisk`] is the platter and its cache; any number of [`SimDevice`] front-ends, one for each
+//! shard, reach it through [`Device`]. It reorders, loses unflushed writes, tears at sectors and
+//! fails on demand. What it may *not* do is as important, because the crash tests lean on it:
+//! - a write takes effect no earlier than its submission and no later than its completion; until
+//!   then each of its sectors is old or new, and a read may meet either;
+//! - a flush makes durable every write whose completion was reaped before `flush` was called;
+//! - a sector never tears, and one that nobody writes never changes by itself.
+//!
+//! One run is a function of the seed and the calls: all iteration is over ordered maps.
+
+use std::cell::{Cell, RefCell};
+use std::collections::BTreeMap;
+use std::fmt;
+use std::rc::Rc;
+
+use super::{Completion, Device, DeviceError, DeviceProperties, SEGMENTS_MAX, Token};
+use crate::buffer::Segment;
+use crate::units::{BLOCK_SIZE, BlockAddr, ByteCount, ByteOffset, SECTOR_SIZE, SECTORS_PER_BLOCK};
+
+const SECTOR: usize = SECTOR_SIZE as usize;
+const BLOCK: usize = BLOCK_SIZE as usize;
+
+/// A seeded generator (xoshiro256**, seeded by splitmix64): small, fast, and ours, so that a seed
+/// means the same run in every release.
+#[derive(Clone, Debug)]
+pub struct Random([u64; 4]);
+
+impl Random {
+    /// The sequence of `seed`.
+    pub fn new(seed: u64) -> Self {
+        let mut state = seed;
+        let mut split = || {
+            state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
+            let mut mixed = state;
+            mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+            mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+            mixed ^ (mixed >> 31)
+        };
+        Self([split(), split(), split(), split()])
+    }
+
+    /// The next 64 bits.
+    pub fn next_u64(&mut self) -> u64 {
+        let [a, b, c, d] = &mut self.0;
+        let result = b.wrapping_mul(5).rotate_left(7).wrapping_mul(9);
+        let shifted = *b << 17;
+        *c ^= *a;
+        *d ^= *b;
+        *b ^= *c;
+        *a ^= *d;
+        *c ^= shifted;
+        *d = d.rotate_left(45);
+        result
+    }
+
+    /// A number below `bound`, as good as uniform.
+    ///
+    /// # Panics
+    /// When `bound` is 0.
+    pub fn below(&mut self, bound: u64) -> u64 {
+        assert!(bound > 0, "no number is below zero");
+        ((u128::from(self.next_u64()) * u128::from(bound)) >> 64) as u64
+    }
+
+    /// True `times` out of `of`.
+    pub fn chance(&mut self, times: u64, of: u64) -> bool {
+        self.below(of) < times
+    }
+
+    /// One of `choices`.
+    pub fn pick<'a, T>(&mut self, choices: &'a [T]) -> &'a T {
+        &choices[self.below(choices.len() as u64) as usize]
+    }
+
+    /// Puts `items` in any order.
+    pub fn shuffle<T>(&mut self, items: &mut [T]) {
+        for last in (1..items.len()).rev() {
+            items.swap(last, self.below(last as u64 + 1) as usize);
+        }
+    }
+}
+
+/// In which order operations complete.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Schedule {
+    /// Any, as the seed says; some operations are overtaken by hundreds of others.
+    Random,
+    /// The oldest first, one at a reap: the exhaustive loops stop between any two.
+    Fifo,
+    /// Everything that was submitted, oldest first, at the next reap.
+    AtOnce,
+}
+
+/// What a simulated disk is like.
+#[derive(Clone, Copy, Debug)]
+pub struct SimConfig {
+    /// Size; sparse, so it may be anything.
+    pub capacity: ByteCount,
+    /// See [`DeviceProperties::volatile_cache`].
+    pub volatile_cache: bool,
+    /// See [`DeviceProperties::offset_alignment`].
+    pub offset_alignment: u32,
+    /// See [`DeviceProperties::memory_alignment`].
+    pub memory_alignment: u32,
+    /// Most operations in flight on one front-end.
+    pub depth: usize,
+    /// The order of completions.
+    pub schedule: Schedule,
+    /// What decides everything that is left open.
+    pub seed: u64,
+}
+
+impl SimConfig {
+    /// A disk of `capacity` with a volatile cache that completes in any order.
+    pub fn new(capacity: ByteCount, seed: u64) -> Self {
+        Self {
+            capacity,
+            volatile_cache: true,
+            offset_alignment: 512,
+            memory_alignment: 512,
+            depth: 256,
+            schedule: Schedule::Random,
+            seed,
+        }
+    }
+}
+
+/// The kind of an operation.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub enum OpKind {
+    /// A read.
+    Read,
+    /// A write.
+    Write,
+    /// A flush.
+    Flush,
+}
+
+/// One operation, as it was queued.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Traced {
+    /// What it did.
+    pub kind: OpKind,
+    /// The block its first sector lies in; 0 for a flush.
+    pub block: BlockAddr,
+    /// How much; 0 for a flush.
+    pub length: ByteCount,
+}
+
+/// Makes operations fail.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Fault {
+    /// Which kind it strikes; `None` counts every kind.
+    pub kind: Option<OpKind>,
+    /// How many such operations are let through first.
+    pub after: u64,
+    /// Whether all later ones fail as well.
+    pub lasting: bool,
+}
+
+/// What a power cut leaves of the sectors that were not durable.
+pub enum Keep<'a> {
+    /// None of them: the cache is gone and nothing in flight arrived.
+    Nothing,
+    /// All of them, in the order they arrived.
+    Everything,
+    /// Any of them, block by block whole, torn or not at all, as the seed says.
+    Random,
+    /// The newest contents of the blocks it accepts, the durable ones of the rest. With "is
+    /// metadata" it is the cruellest cut there is: pointers kept, what they point to lost.
+    Where(&'a dyn Fn(BlockAddr) -> bool),
+}
+
+/// How much was done since the disk was made. Operations count when they are queued.
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
+pub struct SimCounters {
+    /// Reads queued.
+    pub reads: u64,
+    /// Writes queued.
+    pub writes: u64,
+    /// Flushes queued.
+    pub flushes: u64,
+    /// Bytes asked for.
+    pub bytes_read: u64,
+    /// Bytes given.
+    pub bytes_written: u64,
+    /// Power cuts.
+    pub crashes: u64,
+}
+
+/// The bytes of one write, shared by all the sectors that still hold them.
+struct WriteData {
+    bytes: Box<[u8]>,
+    /// Value of `Disk::completions` when it completed; `u64::MAX` until then.
+    completed: Cell<u64>,
+}
+
+/// What one not yet durable write left in one sector.
+#[derive(Clone)]
+struct Version {
+    data: Rc<WriteData>,
+    offset: usize,
+    /// A failed flush had it in hand: later flushes succeed without it, as on Linux.
+    doomed: bool,
+}
+
+impl Version {
+    fn bytes(&self) -> &[u8] {
+        &self.data.bytes[self.offset..self.offset + SECTOR]
+    }
+}
+
+enum Work {
+    Read,
+    Write {
+        data: Rc<WriteData>,
+        landed: Vec<bool>,
+    },
+    /// Covers writes whose `completed` is below this.
+    Flush {
+        covers: u64,
+    },
+}
+
+struct Op {
+    front: u64,
+    /// Names it among all there ever were; tokens are its front-end's affair.
+    number: u64,
+    token: Token,
+    work: Work,
+    segments: Vec<Segment>,
+    sector: u64,
+    sectors: u64,
+    submitted: bool,
+    /// Reaps of its front-end that must pass first.
+    delay: u64,
+    failure: Option<DeviceError>,
+}
+
+impl Op {
+    fn kind(&self) -> OpKind {
+        match self.work {
+            Work::Read => OpKind::Read,
+            Work::Write { .. } => OpKind::Write,
+            Work::Flush { .. } => OpKind::Flush,
+        }
+    }
+
+    fn block(&self) -> BlockAddr {
+        BlockAddr::new(self.sector / SECTORS_PER_BLOCK)
+    }
+
+    fn overlaps(&self, sector: u64, sectors: u64) -> bool {
+        self.sector < sector + sectors && sector < self.sector + self.sectors
+    }
+}
+
+/// Says of an operation whether it is meant, by its kind and first block.
+type OpFilter = Box<dyn Fn(OpKind, BlockAddr) -> bool>;
+
+struct Disk {
+    config: SimConfig,
+    random: Random,
+    /// Survives anything.
+    durable: BTreeMap<u64, Rc<[u8; BLOCK]>>,
+    /// By sector, in the order in which they arrived; the last is what reads see. Never empty.
+    volatile: BTreeMap<u64, Vec<Version>>,
+    background: u8,
+    ops: Vec<Op>,
+    /// Writes completed so far.
+    completions: u64,
+    /// Front-ends made before the last power cut are dead.
+    first_living_front: u64,
+    next_front: u64,
+    next_number: u64,
+    /// Writes and flushes that may still complete before the power goes.
+    power_left: Option<u64>,
+    faults: Vec<Fault>,
+    hold: Option<OpFilter>,
+    exclusive: Option<OpFilter>,
+    trace: Option<Vec<Traced>>,
+    counters: SimCounters,
+}
+
+/// A simulated disk. Clones are handles on the same one.
+#[derive(Clone)]
+pub struct SimDisk(Rc<RefCell<Disk>>);
+
+impl fmt::Debug for SimDisk {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let disk = self.0.borrow();
+        f.debug_struct("SimDisk")
+            .field("config", &disk.config)
+            .field("in_flight", &disk.ops.len())
+            .field("volatile_sectors", &disk.volatile.len())
+            .field("counters", &disk.counters)
+            .finish()
+    }
+}
+
+impl SimDisk {
+    /// A blank disk.
+    pub fn new(config: SimConfig) -> Self {
+        Self(Rc::new(RefCell::new(Disk {
+            config,
+            random: Random::new(config.seed),
+            durable: BTreeMap::new(),
+            volatile: BTreeMap::new(),
+            background: 0,
+            ops: Vec::new(),
+            completions: 0,
+            first_living_front: 0,
+            next_front: 0,
+            next_number: 0,
+            power_left: None,
+            faults: Vec::new(),
+            hold: None,
+            exclusive: None,
+            trace: None,
+            counters: SimCounters::default(),
+        })))
+    }
+
+    /// Another disk with the durable contents of this one, and a seed of its own.
+    pub fn fork(&self, seed: u64) -> Self {
+        let disk = self.0.borrow();
+        let copy = Self::new(SimConfig { seed, ..disk.config });
+        copy.0.borrow_mut().durable = disk.durable.clone();
+        copy.0.borrow_mut().background = disk.background;
+        copy
+    }
+
+    /// A front-end for one shard.
+    pub fn connect(&self) -> SimDevice {
+        let mut disk = self.0.borrow_mut();
+        let front = disk.next_front;
+        disk.next_front += 1;
+        SimDevice { disk: self.clone(), front }
+    }
+
+    /// Changes the order of completions from here on.
+    pub fn set_schedule(&self, schedule: Schedule) {
+        self.0.borrow_mut().config.schedule = schedule;
+    }
+
+    /// What blocks that were never written read as: a former tenant's bytes, to catch leaks with.
+    pub fn set_background(&self, byte: u8) {
+        self.0.borrow_mut().background = byte;
+    }
+
+    /// Lets `operations` more writes and flushes complete, then nothing any more, reads included.
+    /// Whatever is in flight then stays in flight, for [`SimDisk::crash`] to decide on.
+    pub fn stop_after(&self, operations: u64) {
+        self.0.borrow_mut().power_left = Some(operations);
+    }
+
+    /// True once [`SimDisk::stop_after`] has taken hold.
+    pub fn stopped(&self) -> bool {
+        self.0.borrow().power_left == Some(0)
+    }
+
+    /// Adds a fault. Operations are counted from here, when they are queued.
+    pub fn inject(&self, fault: Fault) {
+        self.0.borrow_mut().faults.push(fault);
+    }
+
+    /// Takes all faults away.
+    pub fn heal(&self) {
+        self.0.borrow_mut().faults.clear();
+    }
+
+    /// Keeps the operations that `filter` means from completing until [`SimDisk::release`].
+    pub fn hold(&self, filter: impl Fn(OpKind, BlockAddr) -> bool + 'static) {
+        self.0.borrow_mut().hold = Some(Box::new(filter));
+    }
+
+    /// Ends [`SimDisk::hold`].
+    pub fn release(&self) {
+        self.0.borrow_mut().hold = None;
+    }
+
+    /// Panics from here on when two writes of a sector are in flight together and `filter` means
+    /// the later one: two writes of one node must never be.
+    pub fn forbid_overlapping_writes(&self, filter: impl Fn(OpKind, BlockAddr) -> bool + 'static) {
+        self.0.borrow_mut().exclusive = Some(Box::new(filter));
+    }
+
+    /// Starts a new trace and returns the one before it.
+    pub fn trace(&self) -> Vec<Traced> {
+        self.0.borrow_mut().trace.replace(Vec::new()).unwrap_or_default()
+    }
+
+    /// What was done so far.
+    pub fn counters(&self) -> SimCounters {
+        self.0.borrow().counters
+    }
+
+    /// Operations that were queued and have not completed.
+    pub fn in_flight(&self) -> usize {
+        self.0.borrow().ops.len()
+    }
+
+    /// Sectors that a power cut could still change.
+    pub fn volatile_sectors(&self) -> usize {
+        self.0.borrow().volatile.len()
+    }
+
+    /// The bytes of a block as a read would see them now.
+    pub fn peek(&self, block: BlockAddr) -> [u8; BLOCK] {
+        let mut bytes = [0; BLOCK];
+        let disk = self.0.borrow();
+        for (sector, target) in (block.get() * SECTORS_PER_BLOCK..).zip(bytes.chunks_mut(SECTOR)) {
+            disk.read_sector(sector, target);
+        }
+        bytes
+    }
+
+    /// Changes the durable bytes of a block behind everybody's back, to damage it.
+    pub fn poke(&self, block: BlockAddr, bytes: &[u8; BLOCK]) {
+        let mut disk = self.0.borrow_mut();
+        disk.durable.insert(block.get(), Rc::new(*bytes));
+        let first = block.get() * SECTORS_PER_BLOCK;
+        for sector in first..first + SECTORS_PER_BLOCK {
+            disk.volatile.remove(&sector);
+        }
+    }
+
+    /// Cuts the power and brings it back. Front-ends made before are dead: they complete nothing.
+    pub fn crash(&self, keep: Keep<'_>) {
+        self.0.borrow_mut().crash(keep);
+    }
+}
+
+impl Disk {
+    fn read_sector(&self, sector: u64, target: &mut [u8]) {
+        if let Some(version) = self.volatile.get(&sector).and_then(|versions| versions.last()) {
+            return target.copy_from_slice(version.bytes());
+        }
+        match self.durable.get(&(sector / SECTORS_PER_BLOCK)) {
+            Some(block) => {
+                let start = (sector % SECTORS_PER_BLOCK) as usize * SECTOR;
+                target.copy_from_slice(&block[start..start + SECTOR]);
+            }
+            None => target.fill(self.background),
+        }
+    }
+
+    fn make_durable(&mut self, sector: u64, bytes: &[u8]) {
+        let background = self.background;
+        let block = self
+            .durable
+            .entry(sector / SECTORS_PER_BLOCK)
+            .or_insert_with(|| Rc::new([background; BLOCK]));
+        let start = (sector % SECTORS_PER_BLOCK) as usize * SECTOR;
+        Rc::make_mut(block)[start..start + SECTOR].copy_from_slice(bytes);
+    }
+
+    /// One sector of a write reaches the disk, or its cache.
+    fn land(&mut self, sector: u64, version: Version) {
+        if self.config.volatile_cache {
+            self.volatile.entry(sector).or_default().push(version);
+        } else {
+            self.make_durable(sector, version.bytes());
+        }
+    }
+
+    /// Lets the sectors of `op` that `chosen` picks arrive, unless they have.
+    fn land_some(&mut self, op: &mut Op, mut chosen: impl FnMut(&mut Random, u64) -> bool) {
+        let Work::Write { data, landed } = &mut op.work else { return };
+        for (index, landed) in landed.iter_mut().enumerate() {
+            let sector = op.sector + index as u64;
+            if !*landed && chosen(&mut self.random, sector) {
+                *landed = true;
+                let data = Rc::clone(data);
+                self.land(sector, Version { data, offset: index * SECTOR, doomed: false });
+            }
+        }
+    }
+
+    /// Writes in flight may arrive at any moment: whoever touches their sectors meets some of them.
+    fn disturb(&mut self, sector: u64, sectors: u64) {
+        let mut ops = std::mem::take(&mut self.ops);
+        for op in ops.iter_mut().filter(|op| op.submitted && op.overlaps(sector, sectors)) {
+            let odds = self.random.below(3);
+            self.land_some(op, |random, at| {
+                (sector..sector + sectors).contains(&at) && random.chance(odds, 2)
+            });
+        }
+        self.ops = ops;
+    }
+
+    fn queue(&mut self, mut op: Op, length: u64) {
+        if op.front < self.first_living_front {
+            return;
+        }
+        let in_flight = self.ops.iter().filter(|other| other.front == op.front).count();
+        assert!(in_flight < self.config.depth, "more than {} operations in flight", in_flight);
+        let kind = op.kind();
+        if let (OpKind::Write, Some(filter)) = (kind, &self.exclusive) {
+            let overlap = self
+                .ops
+                .iter()
+                .any(|other| other.kind() == kind && other.overlaps(op.sector, op.sectors));
+            assert!(
+                !overlap || !filter(kind, op.block()),
+                "two writes of block {} are in flight together",
+                op.block()
+            );
+        }
+        match kind {
+            OpKind::Read => {
+                self.counters.reads += 1;
+                self.counters.bytes_read += length;
+            }
+            OpKind::Write => {
+                self.counters.writes += 1;
+                self.counters.bytes_written += length;
+            }
+            OpKind::Flush => self.counters.flushes += 1,
+        }
+        if let Some(trace) = &mut self.trace {
+            trace.push(Traced { kind, block: op.block(), length: ByteCount::new(length) });
+        }
+        for fault in self.faults.iter_mut().filter(|f| f.kind.is_none_or(|k| k == kind)) {
+            match fault.after {
+                0 => {
+                    op.failure = Some(DeviceError::Os(libc::EIO));
+                    fault.after = if fault.lasting { 0 } else { u64::MAX };
+                }
+                _ => fault.after -= 1,
+            }
+        }
+        if self.config.schedule == Schedule::Random {
+            op.delay = match self.random.below(16) {
+                0 => self.random.below(200),
+                1..8 => self.random.below(8),
+                _ => 0,
+            };
+        }
+        op.number = self.next_number;
+        self.next_number += 1;
+        self.ops.push(op);
+    }
+
+    fn reap(&mut self, front: u64, completions: &mut Vec<Completion>) {
+        if front < self.first_living_front {
+            return;
+        }
+        let mut ready = Vec::new();
+        for op in self.ops.iter_mut().filter(|op| op.front == front && op.submitted) {
+            if self.hold.as_ref().is_some_and(|held| held(op.kind(), op.block())) {
+                continue;
+            }
+            match op.delay {
+                0 => ready.push(op.number),
+                _ => op.delay -= 1,
+            }
+        }
+        match self.config.schedule {
+            Schedule::Random => self.random.shuffle(&mut ready),
+            Schedule::Fifo => ready.truncate(1),
+            Schedule::AtOnce => {}
+        }
+        for number in ready {
+            if self.power_left == Some(0) {
+                break;
+            }
+            let index = self.ops.iter().position(|op| op.number == number);
+            let op = self.ops.remove(index.expect("it was there when `ready` was made"));
+            if let (Some(left), true) = (&mut self.power_left, op.kind() != OpKind::Read) {
+                *left -= 1;
+            }
+            completions.push(self.complete(op));
+        }
+    }
+
+    fn complete(&mut self, mut op: Op) -> Completion {
+        self.disturb(op.sector, op.sectors);
+        match &op.work {
+            Work::Read if op.failure.is_none() => self.fill(&op),
+            Work::Read => {}
+            Work::Write { data, .. } => {
+                let data = Rc::clone(data);
+                let mut now = vec![0; data.bytes.len()];
+                gather(&op.segments, &mut now);
+                assert!(now == *data.bytes, "memory changed under the write of {}", op.block());
+                let failed = op.failure.is_some();
+                self.land_some(&mut op, |random, _| !failed || random.chance(1, 2));
+                if !failed {
+                    data.completed.set(self.completions);
+                    self.completions += 1;
+                }
+            }
+            Work::Flush { covers } => self.settle(*covers, op.failure.is_some()),
+        }
+        Completion { token: op.token, result: op.failure.map_or(Ok(()), Err) }
+    }
+
+    fn fill(&self, op: &Op) {
+        let mut bytes = vec![0; op.sectors as usize * SECTOR];
+        for (sector, target) in (op.sector..).zip(bytes.chunks_mut(SECTOR)) {
+            self.read_sector(sector, target);
+        }
+        let mut rest = &bytes[..];
+        for segment in &op.segments {
+            let (part, after) = rest.split_at(segment.len());
+            segment.write(part);
+            rest = after;
+        }
+    }
+
+    /// A flush of the writes before `covers` ends, well or badly.
+    fn settle(&mut self, covers: u64, failed: bool) {
+        for (sector, mut versions) in std::mem::take(&mut self.volatile) {
+            let covered = |version: &Version| version.data.completed.get() < covers;
+            if failed && self.random.chance(1, 2) {
+                versions.iter_mut().filter(|v| covered(v)).for_each(|v| v.doomed = true);
+            } else if let Some(last) = versions.iter().rposition(|v| covered(v) && !v.doomed) {
+                self.make_durable(sector, versions[last].bytes());
+                versions.drain(..=last);
+            }
+            if !versions.is_empty() {
+                self.volatile.insert(sector, versions);
+            }
+        }
+    }
+
+    fn crash(&mut self, keep: Keep<'_>) {
+        let mut ops = std::mem::take(&mut self.ops);
+        self.random.shuffle(&mut ops);
+        for op in ops.iter().filter(|op| op.submitted) {
+            let Work::Write { data, landed } = &op.work else { continue };
+            for (index, _) in landed.iter().enumerate().filter(|(_, landed)| !**landed) {
+                let data = Rc::clone(data);
+                let version = Version { data, offset: index * SECTOR, doomed: false };
+                self.volatile.entry(op.sector + index as u64).or_default().push(version);
+            }
+        }
+        let mut block_now = None;
+        let mut mood = 0;
+        for (sector, versions) in std::mem::take(&mut self.volatile) {
+            let block = sector / SECTORS_PER_BLOCK;
+            if block_now != Some(block) {
+                block_now = Some(block);
+                mood = self.random.below(3);
+            }
+            let newest = versions.len() - 1;
+            let kept = match keep {
+                Keep::Nothing => None,
+                Keep::Everything => Some(newest),
+                Keep::Where(accepts) => accepts(BlockAddr::new(block)).then_some(newest),
+                Keep::Random => match mood {
+                    0 => None,
+                    1 => Some(newest),
+                    _ => self
+                        .random
+                        .below(versions.len() as u64 + 1)
+                        .checked_sub(1)
+                        .map(|i| i as usize),
+                },
+            };
+            if let Some(kept) = kept {
+                self.make_durable(sector, versions[kept].bytes());
+            }
+        }
+        self.first_living_front = self.next_front;
+        self.power_left = None;
+        self.faults.clear();
+        self.hold = None;
+        self.counters.crashes += 1;
+    }
+}
+
+/// Collects the bytes of `segments`, one after the other.
+fn gather(segments: &[Segment], target: &mut [u8]) {
+    let mut rest = target;
+    for segment in segments {
+        let (part, after) = rest.split_at_mut(segment.len());
+        segment.read(part);
+        rest = after;
+    }
+}
+
+/// One shard's way to a [`SimDisk`]. Dropping it is killing the process: what it had in flight
+/// arrives in part, and nothing of it is promised.
+#[derive(Debug)]
+pub struct SimDevice {
+    disk: SimDisk,
+    front: u64,
+}
+
+impl SimDevice {
+    fn op(&self, token: Token, offset: ByteOffset, segments: &[Segment], write: bool) -> (Op, u64) {
+        let config = self.disk.0.borrow().config;
+        let length: u64 = segments.iter().map(|segment| segment.len() as u64).sum();
+        let alignment = u64::from(config.offset_alignment);
+        assert!(
+            offset.get().is_multiple_of(alignment) && length.is_multiple_of(alignment),
+            "{length} bytes at {offset} are not aligned to {alignment}"
+        );
+        assert!(length > 0, "an operation of no bytes at {offset}");
+        assert!(
+            offset.get().checked_add(length).is_some_and(|end| end <= config.capacity.get()),
+            "{length} bytes at {offset} reach past the end of the device at {}",
+            config.capacity
+        );
+        assert!(segments.len() <= SEGMENTS_MAX, "{} segments", segments.len());
+        for segment in segments {
+            assert!(segment.is_aligned(config.memory_alignment as usize), "unaligned {segment:?}");
+        }
+        let sectors = length / SECTOR_SIZE;
+        let work = if write {
+            let mut bytes = vec![0; length as usize];
+            gather(segments, &mut bytes);
+            let data = WriteData { bytes: bytes.into(), completed: Cell::new(u64::MAX) };
+            Work::Write { data: Rc::new(data), landed: vec![false; sectors as usize] }
+        } else {
+            Work::Read
+        };
+        let op = Op {
+            front: self.front,
+            number: 0,
+            token,
+            work,
+            segments: segments.to_vec(),
+            sector: offset.get() / SECTOR_SIZE,
+            sectors,
+            submitted: false,
+            delay: 0,
+            failure: None,
+        };
+        (op, length)
+    }
+}
+
+impl Device for SimDevice {
+    fn properties(&self) -> DeviceProperties {
+        let config = self.disk.0.borrow().config;
+        DeviceProperties {
+            capacity: config.capacity,
+            offset_alignment: config.offset_alignment,
+            memory_alignment: config.memory_alignment,
+            volatile_cache: config.volatile_cache,
+        }
+    }
+
+    fn read(&mut self, token: Token, offset: ByteOffset, segments: &[Segment]) {
+        let (op, length) = self.op(token, offset, segments, false);
+        self.disk.0.borrow_mut().queue(op, length);
+    }
+
+    fn write(&mut self, token: Token, offset: ByteOffset, segments: &[Segment]) {
+        let (op, length) = self.op(token, offset, segments, true);
+        self.disk.0.borrow_mut().queue(op, length);
+    }
+
+    fn flush(&mut self, token: Token) {
+        let mut disk = self.disk.0.borrow_mut();
+        // Not when `submit` is called: an inline device flushes here and now.
+        let covers = disk.completions;
+        let op = Op {
+            front: self.front,
+            number: 0,
+            token,
+            work: Work::Flush { covers },
+            segments: Vec::new(),
+            sector: 0,
+            sectors: 0,
+            submitted: false,
+            delay: 0,
+            failure: None,
+        };
+        disk.queue(op, 0);
+    }
+
+    fn submit(&mut self) {
+        let mut disk = self.disk.0.borrow_mut();
+        for op in disk.ops.iter_mut().filter(|op| op.front == self.front) {
+            op.submitted = true;
+        }
+    }
+
+    fn reap(&mut self, completions: &mut Vec<Completion>) {
+        self.disk.0.borrow_mut().reap(self.front, completions);
+    }
+}
+
+impl Drop for SimDevice {
+    fn drop(&mut self) {
+        // The segments may be gone by now: only bytes copied at submission are used. A panicking
+        // test may drop us inside a borrow, and then there is nothing left to get right.
+        let Ok(mut disk) = self.disk.0.try_borrow_mut() else { return };
+        let ops = std::mem::take(&mut disk.ops);
+        let (mine, others) = ops.into_iter().partition(|op| op.front == self.front);
+        disk.ops = others;
+        let mine: Vec<Op> = mine;
+        for mut op in mine.into_iter().filter(|op| op.submitted) {
+            disk.land_some(&mut op, |random, _| random.chance(1, 2));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::buffer::{Buffer, BufferPool};
+
+    const FIRST: BlockAddr = BlockAddr::new(5);
+    const SECOND: BlockAddr = BlockAddr::new(900);
+
+    /// A front-end, memory for it, and a name for each operation.
+    struct Desk {
+        device: SimDevice,
+        pool: BufferPool,
+        next: u64,
+        lent: BTreeMap<u64, Buffer>,
+        done: Vec<Completion>,
+    }
+
+    impl Desk {
+        fn at(disk: &SimDisk) -> Self {
+            Self {
+                device: disk.connect(),
+                pool: BufferPool::new(64, BLOCK),
+                next: 0,
+                lent: BTreeMap::new(),
+                done: Vec::new(),
+            }
+        }
+
+        fn name(&mut self) -> Token {
+            self.next += 1;
+            Token(self.next)
+        }
+
+        fn start_write(&mut self, block: BlockAddr, byte: u8) -> Token {
+            let token = self.name();
+            let mut buffer = self.pool.take().unwrap();
+            self.pool.bytes_mut(&mut buffer).fill(byte);
+            self.device.write(token, block.offset(), &[self.pool.lend(&buffer)]);
+            self.device.submit();
+            self.lent.insert(token.0, buffer);
+            token
+        }
+
+        fn start_read(&mut self, block: BlockAddr) -> Token {
+            let token = self.name();
+            let buffer = self.pool.take().unwrap();
+            self.device.read(token, block.offset(), &[self.pool.lend(&buffer)]);
+            self.device.submit();
+            self.lent.insert(token.0, buffer);
+            token
+        }
+
+        fn start_flush(&mut self) -> Token {
+            let token = self.name();
+            self.device.flush(token);
+            self.device.submit();
+            token
+        }
+
+        fn finish(&mut self, token: Token) -> Result<(), DeviceError> {
+            for _ in 0..1000 {
+                self.device.reap(&mut self.done);
+                if let Some(at) = self.done.iter().position(|done| done.token == token) {
+                    return self.done.remove(at).result;
+                }
+            }
+            panic!("{token:?} never completed");
+        }
+
+        fn write(&mut self, block: BlockAddr, byte: u8) -> Result<(), DeviceError> {
+            let token = self.start_write(block, byte);
+            self.finish(token)
+        }
+
+        fn flush(&mut self) -> Result<(), DeviceError> {
+            let token = self.start_flush();
+            self.finish(token)
+        }
+
+        fn read(&mut self, block: BlockAddr) -> Vec<u8> {
+            let token = self.start_read(block);
+            self.finish(token).unwrap();
+            let buffer = self.lent.remove(&token.0).unwrap();
+            self.pool.returned(&buffer);
+            let bytes = self.pool.bytes(&buffer).to_vec();
+            self.pool.put(buffer);
+            bytes
+        }
+    }
+
+    fn disk(seed: u64) -> SimDisk {
+        SimDisk::new(SimConfig::new(ByteCount::new(64 << 50), seed))
+    }
+
+    fn solid(seed: u64) -> SimDisk {
+        let config = SimConfig::new(ByteCount::new(64 << 20), seed);
+        SimDisk::new(SimConfig { volatile_cache: false, ..config })
+    }
+
+    fn sectors(bytes: &[u8]) -> Vec<u8> {
+        bytes.chunks(SECTOR).for_each(|s| assert!(s.iter().all(|b| *b == s[0]), "torn inside"));
+        bytes.chunks(SECTOR).map(|sector| sector[0]).collect()
+    }
+
+    #[test]
+    fn what_was_written_is_read_to_the_last_block_of_64_pib() {
+        let disk = disk(1);
+        let mut desk = Desk::at(&disk);
+        let last = BlockAddr::new((64 << 50) / BLOCK_SIZE - 1);
+        desk.write(last, 7).unwrap();
+        assert_eq!(desk.read(last), [7; BLOCK]);
+        assert_eq!(desk.read(FIRST), [0; BLOCK]);
+        disk.set_background(0xa5);
+        assert_eq!(Desk::at(&disk).read(FIRST), [0xa5; BLOCK]);
+    }
+
+    #[test]
+    fn every_front_end_sees_the_same_disk() {
+        let disk = disk(2);
+        let (mut one, mut two) = (Desk::at(&disk), Desk::at(&disk));
+        one.write(FIRST, 1).unwrap();
+        assert_eq!(two.read(FIRST), [1; BLOCK]);
+        two.flush().unwrap();
+        disk.crash(Keep::Nothing);
+        assert_eq!(disk.peek(FIRST), [1; BLOCK], "any front-end's flush covers every write");
+    }
+
+    #[test]
+    fn a_flush_keeps_what_completed_before_it_and_nothing_else() {
+        let disk = disk(3);
+        disk.set_schedule(Schedule::AtOnce);
+        let mut desk = Desk::at(&disk);
+        desk.write(FIRST, 1).unwrap();
+        let flush = desk.start_flush();
+        desk.write(SECOND, 2).unwrap();
+        desk.finish(flush).unwrap();
+        disk.crash(Keep::Nothing);
+        assert_eq!(disk.peek(FIRST), [1; BLOCK]);
+        assert_eq!(disk.peek(SECOND), [0; BLOCK], "completed after the flush was queued");
+    }
+
+    #[test]
+    fn a_disk_without_a_cache_keeps_every_completed_write() {
+        let disk = solid(4);
+        Desk::at(&disk).write(FIRST, 1).unwrap();
+        disk.crash(Keep::Nothing);
+        assert_eq!(disk.peek(FIRST), [1; BLOCK]);
+    }
+
+    #[test]
+    fn each_way_of_keeping_keeps_what_it_says() {
+        let left = |keep: Keep<'_>| {
+            let disk = disk(5);
+            let mut desk = Desk::at(&disk);
+            desk.write(FIRST, 1).unwrap();
+            desk.write(SECOND, 2).unwrap();
+            disk.crash(keep);
+            (disk.peek(FIRST)[0], disk.peek(SECOND)[0])
+        };
+        assert_eq!(left(Keep::Nothing), (0, 0));
+        assert_eq!(left(Keep::Everything), (1, 2));
+        assert_eq!(left(Keep::Where(&|block| block == SECOND)), (0, 2));
+    }
+
+    #[test]
+    fn a_power_cut_may_leave_any_version_of_any_sector() {
+        let mut seen = std::collections::BTreeSet::new();
+        for seed in 0..200 {
+            let disk = disk(seed);
+            let mut desk = Desk::at(&disk);
+            desk.write(FIRST, 1).unwrap();
+            desk.write(FIRST, 2).unwrap();
+            disk.stop_after(0);
+            desk.start_write(FIRST, 3);
+            disk.crash(Keep::Random);
+            seen.extend(sectors(&disk.peek(FIRST)).into_iter().enumerate());
+        }
+        assert_eq!(seen.len(), 8 * 4, "each of 8 sectors with each of 4 versions");
+    }
+
+    #[test]
+    fn overlapping_writes_land_in_any_order_and_readers_meet_either() {
+        let (mut first, mut second, mut mixed) = (0, 0, 0);
+        let mut early = 0;
+        for seed in 0..200 {
+            let disk = disk(seed);
+            let mut desk = Desk::at(&disk);
+            let one = desk.start_write(FIRST, 1);
+            let two = desk.start_write(FIRST, 2);
+            disk.hold(|kind, _| kind == OpKind::Write);
+            early += u32::from(desk.read(FIRST)[0] != 0);
+            disk.release();
+            desk.finish(one).unwrap();
+            desk.finish(two).unwrap();
+            match &sectors(&disk.peek(FIRST))[..] {
+                all if all.iter().all(|byte| *byte == 1) => first += 1,
+                all if all.iter().all(|byte| *byte == 2) => second += 1,
+                _ => mixed += 1,
+            }
+        }
+        assert!(first > 0 && second > 0 && mixed > 0 && early > 0);
+    }
+
+    #[test]
+    fn power_goes_after_the_nth_write_or_flush() {
+        let disk = solid(6);
+        disk.set_schedule(Schedule::Fifo);
+        let mut desk = Desk::at(&disk);
+        disk.stop_after(2);
+        desk.write(FIRST, 1).unwrap();
+        desk.read(FIRST);
+        desk.flush().unwrap();
+        assert!(disk.stopped());
+        desk.start_write(SECOND, 2);
+        desk.device.reap(&mut desk.done);
+        assert!(desk.done.is_empty());
+        disk.crash(Keep::Nothing);
+        assert!(!disk.stopped());
+        assert_eq!((disk.peek(FIRST)[0], disk.peek(SECOND)[0]), (1, 0));
+        desk.device.reap(&mut desk.done);
+        assert!(desk.done.is_empty(), "an old front-end is dead");
+    }
+
+    #[test]
+    fn nothing_happens_before_submit() {
+        let disk = disk(7);
+        disk.set_schedule(Schedule::AtOnce);
+        let mut device = disk.connect();
+        device.flush(Token(1));
+        let mut done = Vec::new();
+        device.reap(&mut done);
+        assert!(done.is_empty());
+        device.submit();
+        device.reap(&mut done);
+        assert_eq!(done, [Completion { token: Token(1), result: Ok(()) }]);
+    }
+
+    #[test]
+    fn faults_strike_the_operation_they_name() {
+        let disk = disk(8);
+        let mut desk = Desk::at(&disk);
+        disk.inject(Fault { kind: Some(OpKind::Write), after: 1, lasting: false });
+        desk.write(FIRST, 1).unwrap();
+        assert_eq!(desk.write(FIRST, 2), Err(DeviceError::Os(libc::EIO)));
+        desk.write(SECOND, 3).unwrap();
+        assert!(sectors(&desk.read(FIRST)).iter().all(|byte| [1, 2].contains(byte)));
+        disk.inject(Fault { kind: None, after: 0, lasting: true });
+        assert!(desk.write(FIRST, 4).is_err() && desk.flush().is_err());
+        disk.heal();
+        desk.write(FIRST, 5).unwrap();
+    }
+
+    #[test]
+    fn a_failed_flush_may_lose_what_the_next_good_one_seems_to_cover() {
+        let (mut kept, mut lost) = (0, 0);
+        for seed in 0..50 {
+            let disk = disk(seed);
+            let mut desk = Desk::at(&disk);
+            desk.write(FIRST, 1).unwrap();
+            disk.inject(Fault { kind: Some(OpKind::Flush), after: 0, lasting: false });
+            desk.flush().unwrap_err();
+            desk.flush().unwrap();
+            disk.crash(Keep::Nothing);
+            match disk.peek(FIRST)[0] {
+                0 => lost += 1,
+                _ => kept += 1,
+            }
+        }
+        assert!(kept > 0 && lost > 0);
+    }
+
+    #[test]
+    fn one_seed_is_one_run() {
+        let run = |seed| {
+            let disk = disk(seed);
+            let mut desk = Desk::at(&disk);
+            for block in 0..40 {
+                desk.start_write(BlockAddr::new(block % 7), block as u8);
+            }
+            while disk.in_flight() > 20 {
+                desk.device.reap(&mut desk.done);
+            }
+            disk.crash(Keep::Random);
+            let image: Vec<_> = (0..7).map(|block| disk.peek(BlockAddr::new(block))).collect();
+            (desk.done, image)
+        };
+        assert_eq!(run(9), run(9));
+        assert_ne!(run(9), run(10));
+    }
+
+    #[test]
+    fn a_fork_has_what_was_durable_and_goes_its_own_way() {
+        let disk = solid(11);
+        let mut desk = Desk::at(&disk);
+        desk.write(FIRST, 1).unwrap();
+        let fork = disk.fork(12);
+        desk.write(FIRST, 2).unwrap();
+        assert_eq!((fork.peek(FIRST)[0], disk.peek(FIRST)[0]), (1, 2));
+    }
+
+    #[test]
+    fn the_trace_lists_operations_as_they_were_queued() {
+        let disk = disk(13);
+        let mut desk = Desk::at(&disk);
+        disk.trace();
+        desk.write(FIRST, 1).unwrap();
+        desk.flush().unwrap();
+        let block = ByteCount::new(BLOCK_SIZE);
+        let zero = (BlockAddr::new(0), ByteCount::new(0));
+        let expected = [
+            Traced { kind: OpKind::Write, block: FIRST, length: block },
+            Traced { kind: OpKind::Flush, block: zero.0, length: zero.1 },
+        ];
+        assert_eq!(disk.trace(), expected);
+        assert_eq!((disk.counters().writes, disk.counters().flushes), (1, 1));
+    }
+
+    #[test]
+    #[should_panic(expected = "memory changed under the write of 5")]
+    fn memory_must_not_change_under_a_write() {
+        let disk = disk(14);
+        let mut desk = Desk::at(&disk);
+        let mut buffer = desk.pool.take().unwrap();
+        desk.pool.bytes_mut(&mut buffer).fill(1);
+        let segment = desk.pool.lend(&buffer);
+        desk.device.write(Token(77), FIRST.offset(), &[segment]);
+        desk.device.submit();
+        segment.write(&[2]);
+        let _ = desk.finish(Token(77));
+    }
+
+    #[test]
+    #[should_panic(expected = "two writes of block 5 are in flight together")]
+    fn overlapping_writes_can_be_forbidden() {
+        let disk = disk(15);
+        disk.forbid_overlapping_writes(|_, block| block == FIRST);
+        let mut desk = Desk::at(&disk);
+        desk.start_write(FIRST, 1);
+        desk.start_write(FIRST, 2);
+    }
+}

@@ -1,0 +1,692 @@
+//! A file or block device, driven by polling: io_uring where it is the fastest, plain system calls
+//! where that is (see [`Engine`]). It also is where a reactor sleeps, in the same ring.
+//!
+//! This file may contain `unsafe`: the kernel reads and writes memory named in the ring's entries,
+//! and no type can follow it there. The argument rests on three things. Memory for data comes as
+//! [`Segment`]s, whose maker promised to keep it until the completion is reaped. Tables of pieces
+//! live in `slots`, which is allocated once, never moves, and gives a slot away again only when the
+//! kernel's answer for it was seen. And dropping the device waits for every operation.
+//!
+//! Hot path: `read`, `write`, `flush`, `submit`, `reap`. They allocate nothing; a turn costs one
+//! system call when something was queued and none otherwise, unless the kernel asks for one.
+//!
+//! A device may be opened on any thread; the first that submits, reaps or waits then owns it
+//! (`IORING_SETUP_SINGLE_ISSUER`; the ring is enabled at that moment).
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, RawFd};
+use std::path::Path;
+use std::time::Duration;
+
+use io_uring::types::{Fixed, FsyncFlags, SubmitArgs, Timespec};
+use io_uring::{IoUring, opcode, squeue};
+
+pub use super::file::{Engine, OpenError, OpenOptions};
+pub use super::watch::{WATCHES_MAX, WatchId};
+use super::watch::{WatchKey, Watches};
+use super::{Completion, Device, DeviceError, DeviceProperties, SEGMENTS_MAX, Token, file};
+use crate::buffer::Segment;
+use crate::sys::{self, IoVec};
+use crate::units::ByteOffset;
+
+/// Most operations in flight that a device can be opened for: they and a poll for each watch fit
+/// the kernel's largest submission ring, 32768.
+pub const DEPTH_MAX: u32 = 16384;
+
+/// Buffers that can be registered at once: 1 TiB of guest memory in regions of 1 GiB.
+pub const BUFFERS_MAX: u32 = 1024;
+
+/// Largest region the kernel takes as one registered buffer.
+pub const BUFFER_BYTES_MAX: usize = 1 << 30;
+
+/// Times an operation is asked again after `EAGAIN` or `EINTR` before that counts as its result.
+/// The kernel waits by itself; a device that still says so this often will not stop.
+const RETRIES_MAX: u16 = 1000;
+
+/// The submitter's file is the only registered one.
+const FILE: Fixed = Fixed(0);
+
+/// What a completion in the ring is about: the top byte of `user_data`.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Subject {
+    /// The operation in this slot.
+    Slot(u32),
+    /// A watched file descriptor became readable, or was taken off.
+    Watch(WatchKey),
+    /// Nobody waits for it.
+    Nobody,
+}
+
+const SUBJECT_SLOT: u64 = 0;
+const SUBJECT_WATCH: u64 = 1;
+const SUBJECT_NOBODY: u64 = 2;
+
+impl Subject {
+    fn to_user_data(self) -> u64 {
+        match self {
+            Self::Slot(index) => SUBJECT_SLOT << 56 | u64::from(index),
+            Self::Watch(key) => SUBJECT_WATCH << 56 | key.to_bits(),
+            Self::Nobody => SUBJECT_NOBODY << 56,
+        }
+    }
+
+    fn from_user_data(user_data: u64) -> Self {
+        let rest = user_data & ((1 << 56) - 1);
+        match user_data >> 56 {
+            SUBJECT_SLOT => Self::Slot(rest as u32),
+            SUBJECT_WATCH => Self::Watch(WatchKey::from_bits(rest)),
+            SUBJECT_NOBODY => Self::Nobody,
+            other => panic!("completion of an unknown kind {other}"),
+        }
+    }
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Verb {
+    Read,
+    Write,
+    Flush,
+}
+
+/// An operation, with everything the kernel may look at until it is done.
+#[derive(Debug)]
+struct Slot {
+    token: Token,
+    verb: Verb,
+    /// Where the rest of it starts on the device.
+    offset: u64,
+    /// Bytes still to do.
+    remaining: usize,
+    /// The pieces not yet done are `pieces[first..count]`.
+    first: usize,
+    count: usize,
+    /// The registered buffer that holds the only piece.
+    registration: Option<u32>,
+    retries: u16,
+    pieces: [IoVec; SEGMENTS_MAX],
+}
+
+impl Slot {
+    const EMPTY: Self = Self {
+        token: Token(0),
+        verb: Verb::Flush,
+        offset: 0,
+        remaining: 0,
+        first: 0,
+        count: 0,
+        registration: None,
+        retries: 0,
+        pieces: [IoVec::EMPTY; SEGMENTS_MAX],
+    };
+
+    fn fill(&mut self, token: Token, verb: Verb, offset: u64, segments: &[Segment]) {
+        self.token = token;
+        self.verb = verb;
+        self.offset = offset;
+        self.remaining = 0;
+        self.first = 0;
+        self.count = segments.len();
+        self.retries = 0;
+        self.registration = match segments {
+            [only] => only.registration(),
+            _ => None,
+        };
+        for (piece, segment) in self.pieces.iter_mut().zip(segments) {
+            *piece = IoVec::from(segment);
+            self.remaining += segment.len();
+        }
+    }
+
+    fn pieces(&self) -> &[IoVec] {
+        &self.pieces[self.first..self.count]
+    }
+
+    /// Takes `bytes` off the front.
+    fn advance(&mut self, bytes: usize) {
+        self.offset += bytes as u64;
+        self.remaining -= bytes;
+        let mut left = bytes;
+        while left > 0 {
+            let piece = &mut self.pieces[self.first];
+            let step = left.min(piece.len());
+            piece.advance(step);
+            left -= step;
+            if piece.len() == 0 {
+                self.first += 1;
+            }
+        }
+    }
+
+    /// Digests an answer of the kernel: a count of bytes, or an error number.
+    ///
+    /// `None` when there is more to do and it is worth asking again.
+    fn answered(&mut self, answer: Result<usize, i32>, alignment: u32) -> Option<Outcome> {
+        let bytes = match answer {
+            Ok(bytes) => bytes,
+            Err(libc::EAGAIN | libc::EINTR) if self.retries < RETRIES_MAX => {
+                self.retries += 1;
+                return None;
+            }
+            Err(error) => return Some(Err(DeviceError::Os(error))),
+        };
+        if self.verb == Verb::Flush {
+            return Some(Ok(()));
+        }
+        assert!(bytes <= self.remaining, "the kernel moved {bytes} of {} bytes", self.remaining);
+        if bytes == self.remaining {
+            return Some(Ok(()));
+        }
+        // The end of a truncated file need not be aligned; direct I/O refuses to go on from there.
+        let aligned = bytes - bytes % alignment as usize;
+        if aligned == 0 {
+            return Some(Err(DeviceError::EndOfDevice));
+        }
+        self.advance(aligned);
+        None
+    }
+
+    /// The ring entry that asks for the rest of the operation.
+    fn entry(&self) -> squeue::Entry {
+        if self.verb == Verb::Flush {
+            return opcode::Fsync::new(FILE).flags(FsyncFlags::DATASYNC).build();
+        }
+        let pieces = self.pieces();
+        let piece = pieces[0];
+        let (address, length) = (piece.as_mut_ptr(), piece.len() as u32);
+        let (vector, count) = (sys::as_iovecs(pieces), pieces.len() as u32);
+        match (self.verb, self.registration) {
+            (Verb::Read, Some(buffer)) => {
+                opcode::ReadFixed::new(FILE, address, length, buffer as u16)
+                    .offset(self.offset)
+                    .build()
+            }
+            (Verb::Write, Some(buffer)) => {
+                opcode::WriteFixed::new(FILE, address, length, buffer as u16)
+                    .offset(self.offset)
+                    .build()
+            }
+            (Verb::Read, None) if count == 1 => {
+                opcode::Read::new(FILE, address, length).offset(self.offset).build()
+            }
+            (Verb::Write, None) if count == 1 => {
+                opcode::Write::new(FILE, address, length).offset(self.offset).build()
+            }
+            (Verb::Read, None) => {
+                opcode::Readv::new(FILE, vector, count).offset(self.offset).build()
+            }
+            (Verb::Write, None) => {
+                opcode::Writev::new(FILE, vector, count).offset(self.offset).build()
+            }
+            (Verb::Flush, _) => unreachable!("returned above"),
+        }
+    }
+}
+
+type Outcome = Result<(), DeviceError>;
+
+/// An open file or block device with its ring.
+///
+/// Invariants: a slot is either in `free` or known to the kernel (or being filled by a method);
+/// `ready` and the slots in use together never exceed the depth; nothing is allocated after `open`
+/// but by `register_buffer`.
+#[derive(Debug)]
+pub struct FileDevice {
+    // Dropped first: closing it is what ends the kernel's interest in `slots`.
+    ring: IoUringDebug,
+    file: File,
+    properties: DeviceProperties,
+    engine: Engine,
+    slots: Box<[Slot]>,
+    free: Vec<u32>,
+    /// Operations that have ended and were not reaped yet.
+    ready: Vec<Completion>,
+    /// Answers read from the ring in one go, before any is acted on.
+    answers: Vec<(Subject, i32)>,
+    /// Entries in the ring that the kernel has not been told of.
+    queued: usize,
+    /// The thread that uses the ring is known to the kernel.
+    enabled: bool,
+    watches: Watches,
+    /// Watches that fired since the last look.
+    fired: Vec<WatchId>,
+    /// Free numbers of the table of registered buffers; empty when there is no table.
+    buffers_free: Vec<u32>,
+    registration_warned: bool,
+}
+
+/// [`IoUring`] has no `Debug` of its own.
+struct IoUringDebug(IoUring);
+
+impl std::fmt::Debug for IoUringDebug {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_tuple("IoUring").field(&self.0.as_raw_fd()).finish()
+    }
+}
+
+impl FileDevice {
+    /// Opens a block device or file and finds out what it can do.
+    ///
+    /// # Panics
+    /// When the depth is not 1 to [`DEPTH_MAX`].
+    pub fn open(path: &Path, options: &OpenOptions) -> Result<Self, OpenError> {
+        let depth = options.depth;
+        assert!((1..=DEPTH_MAX).contains(&depth), "a depth of {depth} is not 1 to {DEPTH_MAX}");
+        let opened = file::open(path, options)?;
+        let ring = set_up(depth).map_err(|source| OpenError::Ring { source })?;
+        ring.submitter()
+            .register_files(&[opened.file.as_raw_fd()])
+            .map_err(|source| OpenError::Ring { source })?;
+        let buffers_free =
+            if opened.engine == Engine::Uring { buffer_table(&ring) } else { vec![] };
+        let answers_max = ring.params().cq_entries() as usize;
+        tracing::debug!(path = %path.display(), engine = ?opened.engine,
+            properties = ?opened.properties, "device opened");
+        Ok(Self {
+            ring: IoUringDebug(ring),
+            file: opened.file,
+            properties: opened.properties,
+            engine: opened.engine,
+            slots: (0..depth).map(|_| Slot::EMPTY).collect(),
+            free: (0..depth).rev().collect(),
+            ready: Vec::with_capacity(depth as usize),
+            answers: Vec::with_capacity(answers_max),
+            queued: 0,
+            enabled: false,
+            watches: Watches::new(),
+            fired: Vec::with_capacity(WATCHES_MAX),
+            buffers_free,
+            registration_warned: false,
+        })
+    }
+
+    /// The engine at work: [`Engine::Uring`] or [`Engine::Inline`].
+    pub fn engine(&self) -> Engine {
+        self.engine
+    }
+
+    /// Most operations in flight.
+    pub fn depth(&self) -> usize {
+        self.slots.len()
+    }
+
+    /// Operations queued or in flight, or completed and not yet reaped.
+    pub fn in_flight(&self) -> usize {
+        self.in_kernel() + self.ready.len()
+    }
+
+    /// Pins a region of memory, so that operations within it need not be mapped one by one.
+    ///
+    /// Returns the number for [`Segment::with_registration`], or `None` when operations must go
+    /// without: regions over [`BUFFER_BYTES_MAX`] (the caller splits them), the inline engine, a
+    /// full table, or a limit of the system (one warning is logged).
+    pub fn register_buffer(&mut self, region: &Segment) -> Option<u32> {
+        if region.len() > BUFFER_BYTES_MAX {
+            tracing::debug!(bytes = region.len(), "too large for one registered buffer");
+            return None;
+        }
+        let index = self.buffers_free.pop()?;
+        self.enable();
+        let iovec = libc::iovec { iov_base: region.as_ptr().cast(), iov_len: region.len() };
+        // SAFETY: the region is mapped by the promise of `Segment::new`. The kernel pins its pages,
+        // so even if it is unmapped early they stay allocated until unregistered.
+        let registered =
+            unsafe { self.ring.0.submitter().register_buffers_update(index, &[iovec], None) };
+        let Err(error) = registered else { return Some(index) };
+        self.buffers_free.push(index);
+        if !self.registration_warned {
+            self.registration_warned = true;
+            tracing::warn!(
+                %error,
+                bytes = region.len(),
+                "cannot register memory for I/O, going on without; likely cause: RLIMIT_MEMLOCK"
+            );
+        }
+        None
+    }
+
+    /// Gives back what [`FileDevice::register_buffer`] returned. Operations in flight keep it.
+    ///
+    /// # Panics
+    /// When `index` is not registered.
+    pub fn unregister_buffer(&mut self, index: u32) {
+        assert!(
+            index < BUFFERS_MAX && !self.buffers_free.contains(&index),
+            "buffer {index} is not registered"
+        );
+        self.enable();
+        // Entries not yet seen by the kernel name the buffer; they must find it.
+        self.enter(0);
+        let none = libc::iovec { iov_base: std::ptr::null_mut(), iov_len: 0 };
+        // SAFETY: an empty piece takes the old one out of the table and names no memory.
+        let removed =
+            unsafe { self.ring.0.submitter().register_buffers_update(index, &[none], None) };
+        match removed {
+            Ok(()) => self.buffers_free.push(index),
+            // The number is lost to us, the memory stays pinned; correct, if wasteful.
+            Err(error) => tracing::warn!(%error, index, "cannot unregister memory for I/O"),
+        }
+    }
+
+    /// Watches `fd` from the next [`FileDevice::wait`] on, until [`FileDevice::unwatch`].
+    ///
+    /// The watch is on what is readable, not on what has changed: whoever owns the descriptor reads
+    /// it when it has fired, or no wait sleeps again. The descriptor stays open until `unwatch`.
+    ///
+    /// # Panics
+    /// When `watch` is [`WATCHES_MAX`] or more, or taken.
+    pub fn watch(&mut self, fd: RawFd, watch: WatchId) {
+        self.watches.add(fd, watch);
+    }
+
+    /// Ends a watch: it never fires again.
+    ///
+    /// # Panics
+    /// When there is no such watch.
+    pub fn unwatch(&mut self, watch: WatchId) {
+        self.fired.retain(|fired| *fired != watch);
+        let Some(key) = self.watches.remove(watch) else { return };
+        // At once, since the kernel's poll keeps the descriptor's file alive.
+        let target = Subject::Watch(key).to_user_data();
+        self.push(opcode::PollRemove::new(target).build(), Subject::Nobody);
+        self.enter(0);
+        self.collect();
+    }
+
+    /// Sleeps until a watched descriptor is readable, an operation has completed, or `timeout` has
+    /// passed (`None`: never). Appends the watches that fired to `woken`.
+    ///
+    /// May also return without a cause; callers look at what there is to do and come back.
+    pub fn wait(&mut self, timeout: Option<Duration>, woken: &mut Vec<WatchId>) {
+        // Watches that fired while we polled are stale: the kernel is asked anew below.
+        self.collect();
+        self.fired.clear();
+        while let Some((key, fd)) = self.watches.next_to_arm() {
+            let poll = opcode::PollAdd::new(io_uring::types::Fd(fd), libc::POLLIN as u32).build();
+            self.push(poll, Subject::Watch(key));
+        }
+        if self.ready.is_empty() {
+            self.sleep(timeout);
+        } else {
+            self.enter(0);
+        }
+        self.collect();
+        woken.append(&mut self.fired);
+    }
+
+    fn sleep(&mut self, timeout: Option<Duration>) {
+        self.enable();
+        let result = match timeout {
+            None => self.ring.0.submitter().submit_and_wait(1),
+            Some(timeout) => {
+                let timespec = Timespec::from(timeout);
+                let args = SubmitArgs::new().timespec(&timespec);
+                self.ring.0.submitter().submit_with_args(1, &args)
+            }
+        };
+        // The wait ends early only when all was submitted, whatever ended it.
+        self.submitted(result);
+    }
+
+    /// Operations the kernel has or is about to get.
+    fn in_kernel(&self) -> usize {
+        self.slots.len() - self.free.len()
+    }
+
+    /// Tells the kernel that this thread will use the ring from now on.
+    fn enable(&mut self) {
+        if !self.enabled {
+            self.enabled = true;
+            self.ring.0.submitter().register_enable_rings().expect("the ring was made disabled");
+        }
+    }
+
+    /// Puts an entry into the ring, making room if there is none.
+    fn push(&mut self, entry: squeue::Entry, subject: Subject) {
+        let entry = entry.user_data(subject.to_user_data());
+        loop {
+            // SAFETY: memory named by an operation's entry is the data's, kept by the promise of
+            // `Segment::new`, or its slot's table, which stays as it is until the answer is seen.
+            // Entries about watches name no memory.
+            let pushed = unsafe { self.ring.0.submission().push(&entry) };
+            if pushed.is_ok() {
+                self.queued += 1;
+                return;
+            }
+            self.enter(0);
+        }
+    }
+
+    /// Hands queued entries to the kernel and lets it post what it has put off. Does not sleep.
+    fn enter(&mut self, want: usize) {
+        self.enable();
+        let result = self.ring.0.submitter().submit_and_wait(want);
+        self.submitted(result);
+    }
+
+    fn submitted(&mut self, result: io::Result<usize>) {
+        match result {
+            Ok(_) => {}
+            // Out of memory or of room for answers for now, interrupted, or time is up. What was
+            // not taken stays queued, and the next turn hands it over.
+            Err(error)
+                if matches!(
+                    error.raw_os_error(),
+                    Some(libc::EAGAIN | libc::EBUSY | libc::EINTR | libc::ENOMEM | libc::ETIME)
+                ) => {}
+            Err(error) if error.raw_os_error() == Some(libc::EEXIST) => {
+                panic!("a device is used on two threads")
+            }
+            Err(error) => panic!("io_uring_enter refused our ring: {error}"),
+        }
+        self.queued = self.ring.0.submission().len();
+    }
+
+    /// Reads the ring's answers, then acts on them: operations end up in `ready` or go on, watches
+    /// in `fired`.
+    fn collect(&mut self) {
+        let mut answers = std::mem::take(&mut self.answers);
+        answers.extend(
+            self.ring
+                .0
+                .completion()
+                .map(|entry| (Subject::from_user_data(entry.user_data()), entry.result())),
+        );
+        for (subject, result) in answers.drain(..) {
+            match subject {
+                Subject::Slot(index) => self.slot_answered(index, result),
+                Subject::Watch(key) => {
+                    if let Some(watch) = self.watches.answered(key) {
+                        self.fired.push(watch);
+                    }
+                }
+                Subject::Nobody => {}
+            }
+        }
+        self.answers = answers;
+    }
+
+    fn slot_answered(&mut self, index: u32, result: i32) {
+        let answer = if result < 0 { Err(-result) } else { Ok(result as usize) };
+        let slot = &mut self.slots[index as usize];
+        match slot.answered(answer, self.properties.offset_alignment) {
+            Some(result) => {
+                self.ready.push(Completion { token: slot.token, result });
+                self.free.push(index);
+            }
+            None => {
+                let entry = slot.entry();
+                self.push(entry, Subject::Slot(index));
+            }
+        }
+    }
+
+    /// Checks the contract of [`Device`] for a read or write.
+    fn check(&self, offset: ByteOffset, segments: &[Segment]) {
+        let properties = &self.properties;
+        assert!(
+            !segments.is_empty() && segments.len() <= SEGMENTS_MAX,
+            "{} segments in one operation",
+            segments.len()
+        );
+        let mut bytes = 0;
+        for segment in segments {
+            assert!(
+                !segment.is_empty() && segment.is_aligned(properties.memory_alignment as usize),
+                "segment {segment:?} breaks the alignment of {}",
+                properties.memory_alignment
+            );
+            bytes += segment.len() as u64;
+        }
+        let mask = u64::from(properties.offset_alignment) - 1;
+        assert!(
+            (offset.get() | bytes) & mask == 0,
+            "{bytes} bytes at {offset:?} break the alignment of {}",
+            properties.offset_alignment
+        );
+        let capacity = properties.capacity.get();
+        assert!(
+            bytes <= capacity && offset.get() <= capacity - bytes,
+            "{bytes} bytes at {offset:?} end past the device's {capacity}"
+        );
+    }
+
+    /// Starts an operation whose arguments are checked.
+    fn start(&mut self, token: Token, verb: Verb, offset: u64, segments: &[Segment]) {
+        assert!(self.in_flight() < self.slots.len(), "more operations than the device's depth");
+        let index = self.free.pop().expect("fewer operations than slots, by the line above");
+        let slot = &mut self.slots[index as usize];
+        slot.fill(token, verb, offset, segments);
+        match self.engine {
+            Engine::Uring => {
+                let entry = slot.entry();
+                self.push(entry, Subject::Slot(index));
+            }
+            Engine::Inline | Engine::Auto => {
+                let result = run_inline(&self.file, slot, self.properties.offset_alignment);
+                self.ready.push(Completion { token, result });
+                self.free.push(index);
+            }
+        }
+    }
+}
+
+impl Device for FileDevice {
+    fn properties(&self) -> DeviceProperties {
+        self.properties
+    }
+
+    fn read(&mut self, token: Token, offset: ByteOffset, segments: &[Segment]) {
+        self.check(offset, segments);
+        self.start(token, Verb::Read, offset.get(), segments);
+    }
+
+    fn write(&mut self, token: Token, offset: ByteOffset, segments: &[Segment]) {
+        self.check(offset, segments);
+        self.start(token, Verb::Write, offset.get(), segments);
+    }
+
+    fn flush(&mut self, token: Token) {
+        if self.properties.volatile_cache {
+            return self.start(token, Verb::Flush, 0, &[]);
+        }
+        // What has completed is as safe as it will get.
+        assert!(self.in_flight() < self.slots.len(), "more operations than the device's depth");
+        self.ready.push(Completion { token, result: Ok(()) });
+    }
+
+    fn submit(&mut self) {
+        if self.queued > 0 {
+            self.enter(0);
+        }
+    }
+
+    fn reap(&mut self, completions: &mut Vec<Completion>) {
+        if self.in_kernel() > 0 {
+            self.collect();
+            // Looking costs a few loads. The kernel is entered only if it says that it has put
+            // completions off until we do, or if the rest of a short operation was queued.
+            if self.ready.is_empty() && (self.queued > 0 || self.ring.0.submission().taskrun()) {
+                self.enter(0);
+                self.collect();
+            }
+        }
+        completions.append(&mut self.ready);
+    }
+}
+
+impl Drop for FileDevice {
+    /// Waits for every operation: the kernel may write to memory until it says that it is done.
+    fn drop(&mut self) {
+        while self.in_kernel() > 0 {
+            self.enter(1);
+            self.collect();
+        }
+    }
+}
+
+/// Carries out an operation with system calls.
+fn run_inline(file: &File, slot: &mut Slot, alignment: u32) -> Outcome {
+    loop {
+        let answer = match slot.verb {
+            Verb::Read => sys::read_at(file.as_fd(), slot.pieces(), slot.offset),
+            Verb::Write => sys::write_at(file.as_fd(), slot.pieces(), slot.offset),
+            Verb::Flush => file.sync_data().map(|()| 0),
+        };
+        let answer = answer.map_err(|error| error.raw_os_error().unwrap_or(libc::EIO));
+        if let Some(outcome) = slot.answered(answer, alignment) {
+            return outcome;
+        }
+    }
+}
+
+/// Makes the ring, with the best of what this kernel has.
+fn set_up(depth: u32) -> io::Result<IoUring> {
+    // Entries beyond a batch of operations (polls, continuations) are handed over early when the
+    // ring is full; answers have room for one for each operation, poll and removal of a poll.
+    let entries = depth.max(64).next_power_of_two();
+    let answers = (depth + 2 * WATCHES_MAX as u32).next_power_of_two();
+    let mut ring = Err(io::Error::from_raw_os_error(libc::EINVAL));
+    for way in [Way::Deferred, Way::Cooperative, Way::Plain] {
+        let mut builder = IoUring::builder();
+        builder.setup_cqsize(answers).setup_r_disabled();
+        match way {
+            Way::Deferred => {
+                builder.setup_submit_all().setup_single_issuer().setup_defer_taskrun();
+                builder.setup_taskrun_flag();
+            }
+            Way::Cooperative => {
+                builder.setup_submit_all().setup_coop_taskrun().setup_taskrun_flag();
+            }
+            Way::Plain => {}
+        }
+        ring = builder.build(entries);
+        match &ring {
+            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {}
+            _ => break,
+        }
+    }
+    ring
+}
+
+/// When the kernel does what is left of an operation after the device's interrupt.
+#[derive(Clone, Copy, Debug)]
+enum Way {
+    /// When the owner enters the ring; a flag says that it should (Linux 6.1).
+    Deferred,
+    /// At any system call of the owner; a flag says that one is due (Linux 5.19).
+    Cooperative,
+    /// By interrupting the owner.
+    Plain,
+}
+
+/// Makes the table of registered buffers; its free numbers, none when the kernel has no such table.
+fn buffer_table(ring: &IoUring) -> Vec<u32> {
+    match ring.submitter().register_buffers_sparse(BUFFERS_MAX) {
+        Ok(()) => (0..BUFFERS_MAX).rev().collect(),
+        Err(error) => {
+            tracing::warn!(%error, "no registered buffers on this kernel, going on without");
+            vec![]
+        }
+    }
+}
