@@ -10,6 +10,8 @@
 //!
 //! One run is a function of the seed and the calls: all iteration is over ordered maps.
 
+#![forbid(unsafe_code)]
+
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::fmt;
@@ -580,7 +582,8 @@ impl Disk {
         self.disturb(op.sector, op.sectors);
         match &op.work {
             Work::Read if op.failure.is_none() => self.fill(&op),
-            Work::Read => {}
+            // Nothing is promised about the memory after a failed read, so nobody may look at it.
+            Work::Read => op.segments.iter().for_each(|s| s.write(&vec![0xee; s.len()])),
             Work::Write { data, .. } => {
                 let data = Rc::clone(data);
                 let mut now = vec![0; data.bytes.len()];
