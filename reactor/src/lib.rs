@@ -6,5 +6,6 @@
 pub mod buffer;
 pub mod clock;
 pub mod device;
+pub mod inbox;
 mod sys;
 pub mod units;

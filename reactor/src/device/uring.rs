@@ -690,3 +690,305 @@ fn buffer_table(ring: &IoUring) -> Vec<u32> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::buffer::{Buffer, BufferPool};
+    use nix::sys::eventfd::EventFd;
+    use std::path::PathBuf;
+
+    const CAPACITY: u64 = 4 << 20;
+    const BLOCK: usize = 4096;
+
+    /// A file that is gone when the test ends.
+    struct Scratch(PathBuf);
+
+    impl Scratch {
+        fn new(directory: &Path, name: &str) -> Self {
+            let path = directory.join(format!("bessel-{name}-{}", std::process::id()));
+            File::create(&path).unwrap().set_len(CAPACITY).unwrap();
+            Self(path)
+        }
+    }
+
+    impl Drop for Scratch {
+        fn drop(&mut self) {
+            std::fs::remove_file(&self.0).unwrap();
+        }
+    }
+
+    fn open(scratch: &Scratch, engine: Engine, depth: u32) -> FileDevice {
+        let options = OpenOptions { depth, engine, ..OpenOptions::default() };
+        FileDevice::open(&scratch.0, &options).unwrap()
+    }
+
+    /// A device of each engine: on the temporary directory's disk, and in memory.
+    fn each_engine(name: &str, depth: u32, test: impl Fn(FileDevice, &Scratch)) {
+        let disk = Scratch::new(&std::env::temp_dir(), name);
+        test(open(&disk, Engine::Uring, depth), &disk);
+        test(open(&disk, Engine::Inline, depth), &disk);
+        let memory = Scratch::new(Path::new("/dev/shm"), name);
+        test(open(&memory, Engine::Auto, depth), &memory);
+        test(open(&memory, Engine::Uring, depth), &memory);
+    }
+
+    /// Submits and reaps until nothing is in flight.
+    fn finish(device: &mut FileDevice) -> Vec<Completion> {
+        let mut completions = vec![];
+        while device.in_flight() > 0 {
+            device.submit();
+            device.reap(&mut completions);
+        }
+        completions
+    }
+
+    fn finish_one(device: &mut FileDevice) -> Result<(), DeviceError> {
+        let completions = finish(device);
+        assert_eq!(completions.len(), 1);
+        completions[0].result
+    }
+
+    fn filled(pool: &mut BufferPool, byte: u8) -> Buffer {
+        let mut buffer = pool.take().unwrap();
+        pool.bytes_mut(&mut buffer).fill(byte);
+        buffer
+    }
+
+    #[test]
+    fn what_is_written_is_read_back_at_full_depth() {
+        each_engine("depth", 64, |mut device, _| {
+            let mut pool = BufferPool::new(64, BLOCK);
+            let buffers: Vec<Buffer> = (0..64).map(|byte| filled(&mut pool, byte)).collect();
+            for (index, buffer) in buffers.iter().enumerate() {
+                let segment = pool.lend(buffer);
+                let at = ByteOffset::new((index * BLOCK) as u64);
+                device.write(Token(index as u64), at, &[segment]);
+            }
+            let mut tokens: Vec<u64> = finish(&mut device)
+                .iter()
+                .inspect(|completion| assert_eq!(completion.result, Ok(())))
+                .map(|completion| completion.token.0)
+                .collect();
+            tokens.sort_unstable();
+            assert_eq!(tokens, (0..64).collect::<Vec<u64>>());
+
+            // Read back in the opposite order: buffer i gets block 63 - i.
+            for (index, buffer) in buffers.iter().enumerate() {
+                pool.returned(buffer);
+                let segment = pool.lend(buffer);
+                device.read(Token(0), ByteOffset::new(((63 - index) * BLOCK) as u64), &[segment]);
+            }
+            assert!(finish(&mut device).iter().all(|completion| completion.result.is_ok()));
+            for (index, buffer) in buffers.iter().enumerate() {
+                pool.returned(buffer);
+                assert_eq!(pool.bytes(buffer), [63 - index as u8; BLOCK]);
+            }
+        });
+    }
+
+    #[test]
+    fn segments_lie_one_after_the_other_on_the_device() {
+        each_engine("segments", 4, |mut device, _| {
+            let mut pool = BufferPool::new(4, BLOCK);
+            let first = filled(&mut pool, 1);
+            let second = filled(&mut pool, 2);
+            let segments = [pool.lend(&first), pool.lend(&second)];
+            device.write(Token(1), ByteOffset::new(8192), &segments);
+            assert_eq!(finish_one(&mut device), Ok(()));
+            let target = filled(&mut pool, 0);
+            let segment = pool.lend(&target);
+            device.read(Token(2), ByteOffset::new(8192 + 4096), &[segment]);
+            assert_eq!(finish_one(&mut device), Ok(()));
+            pool.returned(&target);
+            assert_eq!(pool.bytes(&target), [2; BLOCK]);
+        });
+    }
+
+    #[test]
+    fn registered_memory_carries_the_same_bytes() {
+        let scratch = Scratch::new(&std::env::temp_dir(), "registered");
+        let mut device = open(&scratch, Engine::Uring, 4);
+        let mut pool = BufferPool::new(2, BLOCK);
+        let registration = device.register_buffer(&pool.whole()).unwrap();
+        pool.set_registration(registration);
+        let source = filled(&mut pool, 9);
+        let segment = pool.lend(&source);
+        assert_eq!(segment.registration(), Some(registration));
+        device.write(Token(1), ByteOffset::new(0), &[segment]);
+        assert_eq!(finish_one(&mut device), Ok(()));
+        let target = filled(&mut pool, 0);
+        let segment = pool.lend(&target);
+        device.read(Token(2), ByteOffset::new(0), &[segment]);
+        assert_eq!(finish_one(&mut device), Ok(()));
+        pool.returned(&target);
+        assert_eq!(pool.bytes(&target), [9; BLOCK]);
+
+        device.unregister_buffer(registration);
+        pool.returned(&source);
+        let segment = pool.lend(&source);
+        device.read(Token(3), ByteOffset::new(0), &[segment]);
+        assert_eq!(finish_one(&mut device), Err(DeviceError::Os(libc::EFAULT)));
+    }
+
+    #[test]
+    fn a_truncated_device_says_so_and_moves_nothing_twice() {
+        each_engine("truncated", 4, |mut device, scratch| {
+            let file = File::options().write(true).open(&scratch.0).unwrap();
+            let mut pool = BufferPool::new(2, BLOCK);
+            let buffers = [filled(&mut pool, 1), filled(&mut pool, 1)];
+            for size in [4096, 4096 + 1000, 0] {
+                file.set_len(size).unwrap();
+                let segments = [pool.lend(&buffers[0]), pool.lend(&buffers[1])];
+                device.read(Token(1), ByteOffset::new(0), &segments);
+                assert_eq!(finish_one(&mut device), Err(DeviceError::EndOfDevice), "{size}");
+                pool.returned(&buffers[0]);
+                pool.returned(&buffers[1]);
+            }
+            file.set_len(CAPACITY).unwrap();
+        });
+    }
+
+    #[test]
+    fn a_flush_completes_and_only_a_volatile_cache_needs_it() {
+        each_engine("flush", 4, |mut device, scratch| {
+            let in_memory = scratch.0.starts_with("/dev/shm");
+            assert_eq!(device.properties().volatile_cache, !in_memory);
+            device.flush(Token(5));
+            assert_eq!(finish(&mut device), [Completion { token: Token(5), result: Ok(()) }]);
+        });
+    }
+
+    #[test]
+    fn a_refused_write_is_the_systems_error() {
+        let scratch = Scratch::new(&std::env::temp_dir(), "read-only");
+        let options = OpenOptions { depth: 1, read_only: true, engine: Engine::Auto };
+        let mut device = FileDevice::open(&scratch.0, &options).unwrap();
+        let mut pool = BufferPool::new(1, BLOCK);
+        let buffer = filled(&mut pool, 1);
+        let segment = pool.lend(&buffer);
+        device.write(Token(1), ByteOffset::new(0), &[segment]);
+        assert_eq!(finish_one(&mut device), Err(DeviceError::Os(libc::EBADF)));
+    }
+
+    #[test]
+    fn memory_files_are_done_inline_by_themselves() {
+        let memory = Scratch::new(Path::new("/dev/shm"), "engine");
+        assert_eq!(open(&memory, Engine::Auto, 1).engine(), Engine::Inline);
+        assert_eq!(open(&memory, Engine::Auto, 1).properties().memory_alignment, 1);
+    }
+
+    #[test]
+    fn a_short_answer_is_continued_where_it_ended() {
+        let mut pool = BufferPool::new(3, BLOCK);
+        let buffers: Vec<Buffer> = (0..3).map(|_| pool.take().unwrap()).collect();
+        let segments: Vec<Segment> = buffers.iter().map(|buffer| pool.lend(buffer)).collect();
+        let mut slot = Slot::EMPTY;
+        slot.fill(Token(1), Verb::Read, 1 << 20, &segments);
+        assert_eq!(slot.answered(Err(libc::EINTR), 512), None);
+        // One and a half pieces, and a part of a sector that has to be read again.
+        assert_eq!(slot.answered(Ok(BLOCK + 2048 + 100), 512), None);
+        assert_eq!(slot.offset, (1 << 20) + 4096 + 2048);
+        assert_eq!(slot.pieces().len(), 2);
+        assert_eq!(slot.pieces()[0].as_mut_ptr(), segments[1].part(2048, 2048).as_ptr());
+        assert_eq!(slot.answered(Ok(2048 + BLOCK), 512), Some(Ok(())));
+    }
+
+    #[test]
+    fn an_error_that_will_not_end_is_reported() {
+        let mut slot = Slot::EMPTY;
+        for _ in 0..RETRIES_MAX {
+            assert_eq!(slot.answered(Err(libc::EAGAIN), 512), None);
+        }
+        assert_eq!(slot.answered(Err(libc::EAGAIN), 512), Some(Err(DeviceError::Os(libc::EAGAIN))));
+    }
+
+    #[test]
+    fn a_wait_ends_for_what_is_readable_and_for_nothing_removed() {
+        each_engine("watch", 4, |mut device, _| {
+            let (one, two) = (EventFd::new().unwrap(), EventFd::new().unwrap());
+            device.watch(one.as_raw_fd(), WatchId(0));
+            device.watch(two.as_raw_fd(), WatchId(1023));
+            let mut woken = vec![];
+            device.wait(Some(Duration::ZERO), &mut woken);
+            assert_eq!(woken, []);
+
+            two.write(1).unwrap();
+            device.wait(None, &mut woken);
+            assert_eq!(woken, [WatchId(1023)]);
+            // Nobody read it, so it is still readable.
+            woken.clear();
+            device.wait(None, &mut woken);
+            assert_eq!(woken, [WatchId(1023)]);
+
+            two.read().unwrap();
+            one.write(1).unwrap();
+            device.unwatch(WatchId(0));
+            woken.clear();
+            device.wait(Some(Duration::ZERO), &mut woken);
+            assert_eq!(woken, []);
+
+            device.watch(one.as_raw_fd(), WatchId(0));
+            device.wait(None, &mut woken);
+            assert_eq!(woken, [WatchId(0)]);
+        });
+    }
+
+    #[test]
+    fn a_wait_ends_when_an_operation_completes() {
+        each_engine("wait", 4, |mut device, _| {
+            let mut pool = BufferPool::new(1, BLOCK);
+            let buffer = filled(&mut pool, 1);
+            let segment = pool.lend(&buffer);
+            device.read(Token(3), ByteOffset::new(0), &[segment]);
+            let mut completions = vec![];
+            while completions.is_empty() {
+                device.wait(None, &mut vec![]);
+                device.reap(&mut completions);
+            }
+            assert_eq!(completions, [Completion { token: Token(3), result: Ok(()) }]);
+            assert_eq!(device.in_flight(), 0);
+        });
+    }
+
+    #[test]
+    fn a_wait_is_ended_from_another_thread() {
+        each_engine("thread", 4, |mut device, _| {
+            let bell = EventFd::new().unwrap();
+            device.watch(bell.as_raw_fd(), WatchId(9));
+            std::thread::scope(|scope| {
+                // The device was opened here and is used there.
+                let sleeper = scope.spawn(|| {
+                    let mut device = device;
+                    let mut woken = vec![];
+                    while woken.is_empty() {
+                        device.wait(None, &mut woken);
+                    }
+                    woken
+                });
+                bell.write(1).unwrap();
+                assert_eq!(sleeper.join().unwrap(), [WatchId(9)]);
+            });
+        });
+    }
+
+    #[test]
+    #[should_panic(expected = "end past the device")]
+    fn an_operation_past_the_end_is_our_bug() {
+        let scratch = Scratch::new(&std::env::temp_dir(), "past");
+        let mut device = open(&scratch, Engine::Auto, 1);
+        let mut pool = BufferPool::new(1, 8192);
+        let buffer = filled(&mut pool, 0);
+        let segment = pool.lend(&buffer);
+        device.read(Token(0), ByteOffset::new(CAPACITY - 4096), &[segment]);
+    }
+
+    #[test]
+    #[should_panic(expected = "more operations than the device's depth")]
+    fn more_operations_than_the_depth_are_our_bug() {
+        let scratch = Scratch::new(Path::new("/dev/shm"), "overflow");
+        let mut device = open(&scratch, Engine::Auto, 1);
+        device.flush(Token(0));
+        device.flush(Token(1));
+    }
+}
