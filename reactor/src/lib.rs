@@ -7,5 +7,8 @@ pub mod buffer;
 pub mod clock;
 pub mod device;
 pub mod inbox;
+pub mod poller;
+pub mod reactor;
+pub mod stats;
 mod sys;
 pub mod units;

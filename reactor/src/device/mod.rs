@@ -6,6 +6,7 @@
 
 mod file;
 mod lock;
+pub mod memory;
 pub mod uring;
 mod watch;
 

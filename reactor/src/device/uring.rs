@@ -396,8 +396,9 @@ impl FileDevice {
     /// Sleeps until a watched descriptor is readable, an operation has completed, or `timeout` has
     /// passed (`None`: never). Appends the watches that fired to `woken`.
     ///
-    /// May also return without a cause; callers look at what there is to do and come back.
-    pub fn wait(&mut self, timeout: Option<Duration>, woken: &mut Vec<WatchId>) {
+    /// True when there are completions to reap. May also return without a cause; callers look at
+    /// what there is to do and come back.
+    pub fn wait(&mut self, timeout: Option<Duration>, woken: &mut Vec<WatchId>) -> bool {
         // Watches that fired while we polled are stale: the kernel is asked anew below.
         self.collect();
         self.fired.clear();
@@ -412,6 +413,7 @@ impl FileDevice {
         }
         self.collect();
         woken.append(&mut self.fired);
+        !self.ready.is_empty()
     }
 
     fn sleep(&mut self, timeout: Option<Duration>) {
