@@ -1,1 +1,11 @@
-//! mapping
+//! The store: format, radix trees, pipeline, snapshots, check.
+//!
+//! Owns no thread, clock, file or socket: it takes a [`bessel_reactor::device::Device`] as a
+//! generic, time and randomness as arguments. Requests and completions go in; I/O and finished
+//! requests come out.
+
+#![forbid(unsafe_code)]
+
+pub mod directory;
+pub mod format;
+pub mod request;

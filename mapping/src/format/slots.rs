@@ -1,0 +1,65 @@
+//! Two-slot records: the newer of two sealed sectors counts, and the next write spares it.
+//!
+//! Generation `g` lives in slot `g % 2`. A write that is lost or fails leaves the other slot, so a
+//! record is always whole: it is the old one or the new one.
+
+use bessel_reactor::units::BlockAddr;
+
+use super::seal::{BLOCK, Damage, SECTOR, is_zero};
+
+/// What one slot of a pair holds.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Slot<T> {
+    /// Nothing but zeroes.
+    Empty,
+    /// A record.
+    Record(T),
+    /// Something that is no record.
+    Damaged(Damage),
+}
+
+impl<T> Slot<T> {
+    /// What the block at `addr` holds; `decode` reads its first sector.
+    pub(super) fn read(
+        bytes: &[u8],
+        addr: BlockAddr,
+        decode: impl FnOnce(&[u8], BlockAddr) -> Result<T, Damage>,
+    ) -> Self {
+        assert_eq!(bytes.len(), BLOCK, "a slot is one block");
+        if is_zero(&bytes[..SECTOR]) {
+            return Self::Empty;
+        }
+        match decode(&bytes[..SECTOR], addr) {
+            Ok(record) => Self::Record(record),
+            Err(damage) => Self::Damaged(damage),
+        }
+    }
+}
+
+/// What a pair of slots comes to.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum SlotPair<T> {
+    /// Never used.
+    Empty,
+    /// The record that counts, and what is wrong with the other slot, if anything is.
+    Record(T, Option<Damage>),
+    /// There was a record and none can be read.
+    Damaged(Damage),
+}
+
+/// Chooses between the two slots of a pair by `generation`.
+pub fn choose_slot<T>(slots: [Slot<T>; 2], generation: impl Fn(&T) -> u64) -> SlotPair<T> {
+    match slots {
+        [Slot::Empty, Slot::Empty] => SlotPair::Empty,
+        [Slot::Record(a), Slot::Record(b)] => {
+            // A writer puts each generation into the slot of its parity, so the two differ.
+            SlotPair::Record(if generation(&a) > generation(&b) { a } else { b }, None)
+        }
+        [Slot::Record(record), Slot::Empty] | [Slot::Empty, Slot::Record(record)] => {
+            SlotPair::Record(record, None)
+        }
+        [Slot::Record(record), Slot::Damaged(damage)]
+        | [Slot::Damaged(damage), Slot::Record(record)] => SlotPair::Record(record, Some(damage)),
+        [Slot::Damaged(damage), _] | [_, Slot::Damaged(damage)] => SlotPair::Damaged(damage),
+    }
+}
