@@ -1,0 +1,344 @@
+//! The command line, and the checks that need nothing but it.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::{Args, Parser, Subcommand};
+
+use crate::compare::{self, Comparison};
+use crate::load::{self, Options};
+use crate::plan::Workload;
+use crate::queue::DEPTH_MAX;
+use crate::server::Poll;
+use crate::{report::Report, size};
+
+#[derive(Parser)]
+#[command(version, about = "Loads and measures vhost-user-blk servers")]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Load a server and say how fast it was
+    Load(LoadArguments),
+    /// Write a whole disk once, in order, so that every block of it is mapped
+    Fill(FillArguments),
+    /// Measure Bessel and qemu-storage-daemon in turns, on the same directories
+    Compare(CompareArguments),
+}
+
+/// How to reach a server, and how to print.
+#[derive(Args)]
+struct Target {
+    /// Socket of the vhost-user-blk server
+    #[arg(long)]
+    socket: PathBuf,
+    /// Use only the first SIZE bytes of the disk
+    #[arg(long, value_parser = size::parse)]
+    region: Option<u64>,
+    /// Requests in flight on each queue
+    #[arg(long, default_value_t = 32, value_parser = clap::value_parser!(u16).range(1..=DEPTH_MAX as i64))]
+    depth: u16,
+    /// Pin the load generator to this core
+    #[arg(long)]
+    core: Option<usize>,
+    /// Write a pattern, check every read against it, and read back all that was written
+    #[arg(long)]
+    verify: bool,
+    /// Wait this long for a server that is still starting, in seconds
+    #[arg(long, default_value_t = 5.0, value_parser = seconds)]
+    connect_timeout: f64,
+    /// Fail when the whole load takes longer than this, in seconds
+    #[arg(long, default_value_t = 600.0, value_parser = seconds)]
+    timeout: f64,
+    /// Process whose CPU time is measured [default: the one behind the socket]
+    #[arg(long)]
+    pid: Option<u32>,
+    /// Print the result as JSON
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Args)]
+struct LoadArguments {
+    #[command(flatten)]
+    target: Target,
+    /// What to do
+    #[arg(long, value_enum)]
+    rw: Workload,
+    /// Bytes of a request, a multiple of 512
+    #[arg(long, default_value = "4096", value_parser = block_size)]
+    block_size: u32,
+    /// Measure for this long [default: 5, unless --requests is given]
+    #[arg(long, value_parser = seconds)]
+    seconds: Option<f64>,
+    /// Stop after this many requests
+    #[arg(long, value_parser = clap::value_parser!(u64).range(1..))]
+    requests: Option<u64>,
+    /// Load for this long before measuring, in seconds
+    #[arg(long, default_value_t = 0.0, value_parser = seconds)]
+    warmup: f64,
+    /// Queues to use
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=64))]
+    queues: u16,
+    /// Share of reads in a mixed load
+    #[arg(long, default_value_t = 70, value_parser = clap::value_parser!(u8).range(0..=100))]
+    read_percent: u8,
+    /// Flush after each run of this many writes
+    #[arg(long, default_value_t = 0)]
+    flush_every: u64,
+    /// Use indirect descriptors
+    #[arg(long)]
+    indirect: bool,
+    /// Do without the event index
+    #[arg(long)]
+    no_event_index: bool,
+    /// Equal seeds give equal requests
+    #[arg(long, default_value_t = 1)]
+    seed: u64,
+}
+
+#[derive(Args)]
+struct FillArguments {
+    #[command(flatten)]
+    target: Target,
+    /// Bytes of a write, a multiple of 512
+    #[arg(long, default_value = "256KiB", value_parser = block_size)]
+    block_size: u32,
+}
+
+#[derive(Args)]
+struct CompareArguments {
+    /// The `bessel` program; without it only the peers are measured
+    #[arg(long)]
+    bessel: Option<PathBuf>,
+    /// Directory for the scratch files, such as /dev/shm and one on a disk; may be repeated
+    #[arg(long = "dir", required = true)]
+    dirs: Vec<PathBuf>,
+    /// Size of the disk that each server serves
+    #[arg(long, default_value = "1GiB", value_parser = size::parse)]
+    size: u64,
+    /// Size of Bessel's store, a sparse file [default: twice the disk and 8GiB]
+    #[arg(long, value_parser = size::parse)]
+    store_size: Option<u64>,
+    /// Depths to measure at
+    #[arg(long, value_delimiter = ',', default_value = "1,32", value_parser = clap::value_parser!(u16).range(1..=DEPTH_MAX as i64))]
+    depths: Vec<u16>,
+    /// Loads to measure
+    #[arg(long, value_enum, value_delimiter = ',', default_value = "randread,randwrite")]
+    rw: Vec<Workload>,
+    /// Bytes of a request
+    #[arg(long, default_value = "4096", value_parser = block_size)]
+    block_size: u32,
+    /// Length of one measurement
+    #[arg(long, default_value_t = 5.0, value_parser = seconds)]
+    seconds: f64,
+    /// How often each measurement is made; the medians are shown
+    #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    rounds: u32,
+    /// Core of the load generator
+    #[arg(long, default_value_t = 0)]
+    client_core: usize,
+    /// Core of the servers
+    #[arg(long, default_value_t = 1)]
+    server_core: usize,
+    /// How Bessel's reactor waits
+    #[arg(long, value_enum, default_value = "adaptive")]
+    poll: Poll,
+    /// Write everything measured to this file
+    #[arg(long)]
+    json: Option<PathBuf>,
+}
+
+/// Parses the arguments and does what they say. An error is one line for the terminal.
+pub(crate) fn run() -> Result<(), String> {
+    match Cli::parse().command {
+        Command::Load(arguments) => {
+            let (core, json) = (arguments.target.core, arguments.target.json);
+            print(&measure(&arguments.options()?, core)?, json)
+        }
+        Command::Fill(arguments) => {
+            print(&measure(&arguments.options(), arguments.target.core)?, arguments.target.json)
+        }
+        Command::Compare(arguments) => compare::run(&arguments.comparison()?),
+    }
+}
+
+fn measure(options: &Options, core: Option<usize>) -> Result<Report, String> {
+    core.map_or(Ok(()), pin_this_thread)?;
+    load::run(options)
+}
+
+fn print(report: &Report, json: bool) -> Result<(), String> {
+    if json {
+        let text = serde_json::to_string_pretty(report).map_err(|error| error.to_string())?;
+        println!("{text}");
+    } else {
+        println!("{report}");
+    }
+    Ok(())
+}
+
+/// Pins the calling thread, and the processes it starts, to `core`.
+pub(crate) fn pin_this_thread(core: usize) -> Result<(), String> {
+    if core_affinity::set_for_current(core_affinity::CoreId { id: core }) {
+        return Ok(());
+    }
+    let cores: Vec<_> =
+        core_affinity::get_core_ids().unwrap_or_default().iter().map(|core| core.id).collect();
+    Err(format!("cannot use core {core}; this process may use {cores:?}"))
+}
+
+fn seconds(text: &str) -> Result<f64, String> {
+    // A day is beyond any sensible measurement, and keeps every sum of times in range.
+    match text.parse() {
+        Ok(value) if (0.0..=86_400.0).contains(&value) => Ok(value),
+        _ => Err("not a number of seconds from 0 to 86400".into()),
+    }
+}
+
+fn block_size(text: &str) -> Result<u32, String> {
+    let bytes = size::parse(text)?;
+    match u32::try_from(bytes) {
+        Ok(bytes) if bytes.is_multiple_of(512) && (512..=64 << 20).contains(&bytes) => Ok(bytes),
+        _ => Err("not a multiple of 512 from 512 to 64MiB".into()),
+    }
+}
+
+impl Target {
+    /// The options that only depend on these arguments; a whole-disk, timed read otherwise.
+    fn options(&self, workload: Workload, block_bytes: u32) -> Options {
+        Options {
+            socket: self.socket.clone(),
+            workload,
+            block_bytes,
+            depth: self.depth,
+            region_bytes: self.region,
+            verify: self.verify,
+            server_pid: self.pid,
+            connect_patience: Duration::from_secs_f64(self.connect_timeout),
+            timeout: Duration::from_secs_f64(self.timeout),
+            ..Options::default()
+        }
+    }
+}
+
+impl LoadArguments {
+    fn options(&self) -> Result<Options, String> {
+        let seconds = match (self.seconds, self.requests) {
+            (None, None) => Some(5.0),
+            (seconds, _) => seconds,
+        };
+        if seconds.is_some_and(|length| self.warmup + length >= self.target.timeout) {
+            return Err("--timeout is too short for --seconds and --warmup".into());
+        }
+        Ok(Options {
+            duration: seconds.map(Duration::from_secs_f64),
+            requests: self.requests,
+            warmup: Duration::from_secs_f64(self.warmup),
+            queues: self.queues,
+            read_percent: self.read_percent,
+            flush_every: self.flush_every,
+            event_index: !self.no_event_index,
+            indirect: self.indirect,
+            seed: self.seed,
+            ..self.target.options(self.rw, self.block_size)
+        })
+    }
+}
+
+impl FillArguments {
+    fn options(&self) -> Options {
+        Options {
+            one_pass: true,
+            flush_at_end: true,
+            ..self.target.options(Workload::Write, self.block_size)
+        }
+    }
+}
+
+impl CompareArguments {
+    fn comparison(self) -> Result<Comparison, String> {
+        if !self.size.is_multiple_of(4096) || self.size < u64::from(self.block_size) {
+            return Err("--size is not a multiple of 4096 that holds a block".into());
+        }
+        if self.client_core == self.server_core {
+            return Err("--client-core and --server-core are the same".into());
+        }
+        Ok(Comparison {
+            bessel: self.bessel,
+            dirs: self.dirs,
+            size_bytes: self.size,
+            store_bytes: self.store_size.unwrap_or_else(|| 2 * self.size + (8 << 30)),
+            depths: self.depths,
+            workloads: self.rw,
+            block_bytes: self.block_size,
+            duration: Duration::from_secs_f64(self.seconds),
+            rounds: self.rounds,
+            client_core: self.client_core,
+            server_core: self.server_core,
+            poll: self.poll,
+            json: self.json,
+        })
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+
+    /// The options of `load --socket s` with more `arguments`.
+    pub(crate) fn load_options(arguments: &[&str]) -> Options {
+        try_load_options(arguments).unwrap()
+    }
+
+    fn try_load_options(arguments: &[&str]) -> Result<Options, String> {
+        let command = ["bessel-bench", "load", "--socket", "s"];
+        let cli = Cli::try_parse_from(command.iter().chain(arguments));
+        match cli.map_err(|error| error.to_string())?.command {
+            Command::Load(arguments) => arguments.options(),
+            _ => panic!("load was parsed as another command"),
+        }
+    }
+
+    #[test]
+    fn the_grammar_has_no_contradictions() {
+        use clap::CommandFactory;
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn a_load_is_bounded_by_time_by_count_or_by_both() {
+        let limits = |arguments: &[&str]| {
+            let options = load_options(arguments);
+            (options.duration.map(|duration| duration.as_secs()), options.requests)
+        };
+        assert_eq!(limits(&["--rw", "mix"]), (Some(5), None));
+        assert_eq!(limits(&["--rw", "mix", "--requests", "20000"]), (None, Some(20_000)));
+        assert_eq!(
+            limits(&["--rw", "mix", "--requests", "9", "--seconds", "1"]),
+            (Some(1), Some(9))
+        );
+    }
+
+    #[test]
+    fn values_out_of_range_are_refused() {
+        for (option, value) in [
+            ("--block-size", "1000"),
+            ("--block-size", "0"),
+            ("--depth", "0"),
+            ("--depth", "40000"),
+            ("--queues", "0"),
+            ("--requests", "0"),
+            ("--seconds", "-1"),
+            ("--seconds", "NaN"),
+            ("--seconds", "600"),
+            ("--read-percent", "101"),
+        ] {
+            let refused = try_load_options(&["--rw", "mix", &format!("{option}={value}")]);
+            assert!(refused.is_err(), "{option} {value} was accepted");
+        }
+    }
+}
