@@ -1,0 +1,831 @@
+//! A virtqueue as its poller sees it: requests come out checked, completions go in.
+//!
+//! Hot path: no allocation, no lock, no log. A queue is built by the control path, moved to the
+//! thread that polls it, and handed back drained. Split rings only.
+//!
+//! What a hostile guest can do is fixed here. A chain that is wrong is answered with an error
+//! status if it has a status byte, and with an empty used element if not. A ring that contradicts
+//! itself (an available index too far ahead, a head that does not exist or is in flight already)
+//! breaks the queue: nothing more is popped, what is in flight still completes. Every walk is
+//! bounded by the ring's size.
+
+#![forbid(unsafe_code)]
+
+use std::fmt;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
+use std::sync::atomic::Ordering::{Acquire, Relaxed, Release, SeqCst};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, fence};
+
+use bessel_reactor::buffer::Segment;
+use bessel_reactor::units::Sector;
+
+use crate::disk::{Disk, ID_SIZE, SEG_MAX};
+use crate::fds::{self, CallFd};
+use crate::features::VirtioFeatures;
+use crate::inflight::InflightQueue;
+use crate::memory::{AddressMap, Window};
+use crate::request::{self, HEADER_SIZE, Payload, RANGE_SIZE, RequestKind, Rules, Status, Verdict};
+use crate::sigbus;
+
+const DESCRIPTOR_SIZE: usize = 16;
+const DESC_NEXT: u16 = 1;
+const DESC_WRITE: u16 = 2;
+const DESC_INDIRECT: u16 = 4;
+/// Available-ring flag: no interrupt wanted.
+const AVAIL_NO_INTERRUPT: u16 = 1;
+/// Used-ring flag: no kick wanted.
+const USED_NO_NOTIFY: u16 = 1;
+
+/// What [`Queue::pop`] found.
+#[derive(Debug)]
+pub enum Popped<'a> {
+    /// Nothing is waiting.
+    Empty,
+    /// A request for the volume.
+    Request(BlockRequest<'a>),
+    /// A request that was answered here: malformed, refused, or GET_ID. Pop on; publish later.
+    Answered,
+    /// The ring is unusable. Pop no more; complete what is in flight.
+    Broken(BrokenReason),
+}
+
+/// A request whose every field was checked: it lies inside the volume, and the segments of a read
+/// or write hold `sectors` sectors exactly.
+#[derive(Clone, Copy, Debug)]
+pub struct BlockRequest<'a> {
+    /// Names the request in [`Queue::complete`]. Unique among those in flight on its queue.
+    pub head: u16,
+    /// What to do.
+    pub kind: RequestKind,
+    /// The first sector; 0 for a flush.
+    pub sector: Sector,
+    /// How many sectors; 0 for a flush.
+    pub sectors: u64,
+    /// Guest memory of a read or write, of any alignment and length; empty for the others. The
+    /// memory stays valid until the request completes, the slice until the next pop.
+    pub segments: &'a [Segment],
+}
+
+/// Why a ring cannot be served on.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[repr(u8)]
+pub enum BrokenReason {
+    /// The available index is further ahead than the ring is long.
+    AvailableIndex = 1,
+    /// A head is no descriptor of the ring.
+    HeadOutOfRange = 2,
+    /// A head is in flight already.
+    HeadInFlight = 3,
+    /// The front-end truncated its memory.
+    MemoryTruncated = 4,
+}
+
+impl BrokenReason {
+    fn from_code(code: u8) -> Option<Self> {
+        [Self::AvailableIndex, Self::HeadOutOfRange, Self::HeadInFlight, Self::MemoryTruncated]
+            .into_iter()
+            .find(|reason| *reason as u8 == code)
+    }
+}
+
+impl fmt::Display for BrokenReason {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::AvailableIndex => "its available index is further ahead than the ring is long",
+            Self::HeadOutOfRange => "its available ring names a descriptor outside the table",
+            Self::HeadInFlight => "its available ring names a descriptor that is in flight",
+            Self::MemoryTruncated => "its memory was truncated",
+        })
+    }
+}
+
+/// Counters of one queue: written by its poller, read by anyone.
+#[derive(Debug, Default)]
+pub struct QueueCounters {
+    requests: AtomicU64,
+    malformed: AtomicU64,
+    calls: AtomicU64,
+    broken: AtomicU8,
+}
+
+impl QueueCounters {
+    /// Chains popped, malformed ones included.
+    pub fn requests(&self) -> u64 {
+        self.requests.load(Relaxed)
+    }
+
+    /// Chains that were no valid descriptor chain or had no room for header and status.
+    pub fn malformed(&self) -> u64 {
+        self.malformed.load(Relaxed)
+    }
+
+    /// Interrupts sent.
+    pub fn calls(&self) -> u64 {
+        self.calls.load(Relaxed)
+    }
+
+    /// Why the queue is broken, if it is.
+    pub fn broken(&self) -> Option<BrokenReason> {
+        BrokenReason::from_code(self.broken.load(Acquire))
+    }
+
+    /// Adds one; only the poller writes, so a load and a store do.
+    fn bump(counter: &AtomicU64) {
+        counter.store(counter.load(Relaxed) + 1, Relaxed);
+    }
+}
+
+/// How a queue gets its control thread's attention: once, however much is wrong.
+#[derive(Debug)]
+pub(crate) struct Notice {
+    pub(crate) event: Arc<OwnedFd>,
+    raised: AtomicBool,
+}
+
+impl Notice {
+    pub(crate) fn new(event: Arc<OwnedFd>) -> Self {
+        Self { event, raised: AtomicBool::new(false) }
+    }
+
+    fn raise(&self) {
+        if !self.raised.swap(true, Relaxed) {
+            fds::signal(self.event.as_fd());
+        }
+    }
+}
+
+/// The three parts of a split ring.
+#[derive(Debug)]
+pub(crate) struct Ring {
+    pub(crate) descriptors: Window,
+    pub(crate) available: Window,
+    pub(crate) used: Window,
+    /// Descriptors, a power of two.
+    pub(crate) size: u16,
+}
+
+impl Ring {
+    /// Bytes of the three parts. The event indexes at the end exist only when negotiated.
+    pub(crate) fn lengths(size: u16, event_idx: bool) -> [usize; 3] {
+        let (size, event) = (usize::from(size), if event_idx { 2 } else { 0 });
+        [DESCRIPTOR_SIZE * size, 4 + 2 * size + event, 4 + 8 * size + event]
+    }
+
+    fn slot(&self, index: u16) -> usize {
+        usize::from(index & (self.size - 1))
+    }
+
+    fn available_index(&self) -> u16 {
+        // Pairs with the guest's release of its ring entries and descriptors.
+        self.available.load_u16(2, Acquire)
+    }
+
+    fn available_head(&self, index: u16) -> u16 {
+        self.available.load_u16(4 + 2 * self.slot(index), Relaxed)
+    }
+
+    pub(crate) fn used_index(&self) -> u16 {
+        self.used.load_u16(2, Relaxed)
+    }
+
+    fn put_used(&self, index: u16, head: u16, length: u32) {
+        let at = 4 + 8 * self.slot(index);
+        self.used.store_u32(at, head.into(), Relaxed);
+        self.used.store_u32(at + 4, length, Relaxed);
+    }
+
+    /// The index at which the guest wants its next interrupt.
+    fn used_event(&self) -> u16 {
+        self.available.load_u16(4 + 2 * usize::from(self.size), Relaxed)
+    }
+
+    /// Sets the index at which we want the next kick.
+    fn set_available_event(&self, index: u16) {
+        self.used.store_u16(4 + 8 * usize::from(self.size), index, Relaxed);
+    }
+
+    fn descriptor(&self, index: u16) -> Descriptor {
+        let at = DESCRIPTOR_SIZE * usize::from(index);
+        let address = self.descriptors.load_u64(at, Relaxed);
+        let rest = self.descriptors.load_u64(at + 8, Relaxed);
+        Descriptor::from_words(address, rest)
+    }
+}
+
+/// A descriptor, copied out of guest memory once.
+#[derive(Clone, Copy, Debug)]
+struct Descriptor {
+    address: u64,
+    length: u32,
+    flags: u16,
+    next: u16,
+}
+
+impl Descriptor {
+    fn from_words(address: u64, rest: u64) -> Self {
+        Self { address, length: rest as u32, flags: (rest >> 32) as u16, next: (rest >> 48) as u16 }
+    }
+
+    fn has(&self, flag: u16) -> bool {
+        self.flags & flag != 0
+    }
+}
+
+/// What we keep of a request in flight.
+#[derive(Clone, Copy, Debug)]
+struct Head {
+    status: Option<Segment>,
+    /// Length for the used element.
+    written: u32,
+    busy: bool,
+}
+
+/// The last request popped, as far as it is not in `segments`.
+#[derive(Clone, Copy, Debug)]
+struct Parsed {
+    head: u16,
+    kind: RequestKind,
+    sector: Sector,
+    sectors: u64,
+    first: usize,
+    end: usize,
+}
+
+/// A chain while it is walked. `segments[..readable]` the guest gives, the rest it takes.
+#[derive(Clone, Copy, Debug)]
+struct Walk {
+    /// Descriptors that may still come.
+    budget: usize,
+    readable: usize,
+    /// The last writable descriptor: its last byte is the status.
+    writable: Option<Descriptor>,
+    /// No legal chain. It is walked on only to find its status byte.
+    wrong: bool,
+}
+
+/// A chain that goes no further and does not end: there is no telling where its status byte is.
+#[derive(Clone, Copy, Debug)]
+struct NoEnd;
+
+/// What a request that never reaches the volume is told.
+#[derive(Clone, Copy, Debug)]
+struct Answer {
+    /// `None` when the chain has no status byte.
+    status: Option<Status>,
+    written: u32,
+}
+
+/// Most descriptors in a chain: the ring's size (virtio 1.2, 2.7.5.3.1), or what `seg_max` invites
+/// a driver with a small ring to put into an indirect table.
+fn chain_max(ring_size: u16) -> usize {
+    usize::from(ring_size).max(SEG_MAX as usize + 2)
+}
+
+/// Most segments of a chain: each descriptor is one, and a few cross from one range to the next.
+fn segments_max(ring_size: u16) -> usize {
+    chain_max(ring_size) + 64
+}
+
+/// Whether an index that moves from `old` to `new` passes `event` (virtio 1.2, 2.7.10).
+fn crossed(event: u16, old: u16, new: u16) -> bool {
+    new.wrapping_sub(event).wrapping_sub(1) < new.wrapping_sub(old)
+}
+
+/// What a queue is made of. The control path fills it in.
+#[derive(Debug)]
+pub(crate) struct QueueParts {
+    pub(crate) ring: Ring,
+    pub(crate) map: AddressMap,
+    pub(crate) features: VirtioFeatures,
+    pub(crate) disk: Arc<Disk>,
+    pub(crate) base: u16,
+    pub(crate) used: u16,
+    pub(crate) kick: Option<Arc<OwnedFd>>,
+    pub(crate) call: Arc<CallFd>,
+    pub(crate) inflight: Option<InflightQueue>,
+    /// Heads to pop again first, the first one last.
+    pub(crate) recovered: Vec<u16>,
+    pub(crate) counters: Arc<QueueCounters>,
+    pub(crate) notice: Arc<Notice>,
+}
+
+/// One virtqueue of a connected guest.
+///
+/// Belongs to one thread at a time. Must be drained ([`Queue::in_flight`] is zero) before it is
+/// dropped: devices write to the guest memory that it holds.
+#[derive(Debug)]
+pub struct Queue {
+    ring: Ring,
+    map: AddressMap,
+    indirect: bool,
+    event_idx: bool,
+    rules: Rules,
+    disk: Arc<Disk>,
+    /// The next entry of the available ring to take.
+    next: u16,
+    /// The available index when last looked at.
+    seen: u16,
+    /// The next entry of the used ring to fill.
+    used: u16,
+    /// The used index when the guest's wish for an interrupt was last looked at.
+    judged: u16,
+    kick: Option<Arc<OwnedFd>>,
+    /// Stands in for `kick` when the front-end gave none.
+    no_kick: Option<OwnedFd>,
+    call: Arc<CallFd>,
+    inflight: Option<InflightQueue>,
+    recovered: Vec<u16>,
+    heads: Box<[Head]>,
+    in_flight: u32,
+    /// Heads completed since the last publish.
+    batch: Vec<u16>,
+    /// Segments of the request popped last.
+    segments: Vec<Segment>,
+    last: Option<Parsed>,
+    /// Put back by the poller, given out again first.
+    parked: Option<Parsed>,
+    broken: Option<BrokenReason>,
+    poisonings: u64,
+    counters: Arc<QueueCounters>,
+    notice: Arc<Notice>,
+}
+
+impl Queue {
+    pub(crate) fn new(parts: QueueParts) -> std::io::Result<Self> {
+        let size = usize::from(parts.ring.size);
+        let features = parts.features;
+        let no_kick = if parts.kick.is_none() { Some(fds::eventfd()?.into()) } else { None };
+        let queue = Self {
+            indirect: features.indirect(),
+            event_idx: features.event_idx(),
+            rules: Rules {
+                capacity: parts.disk.capacity(),
+                read_only: parts.disk.info.read_only,
+                discard: features.discard(),
+                write_zeroes: features.write_zeroes(),
+            },
+            disk: parts.disk,
+            next: parts.base,
+            seen: parts.base,
+            used: parts.used,
+            judged: parts.used,
+            kick: parts.kick,
+            no_kick,
+            call: parts.call,
+            inflight: parts.inflight,
+            recovered: parts.recovered,
+            heads: vec![Head { status: None, written: 0, busy: false }; size].into(),
+            in_flight: 0,
+            batch: Vec::with_capacity(size),
+            segments: Vec::with_capacity(segments_max(parts.ring.size)),
+            last: None,
+            parked: None,
+            broken: None,
+            poisonings: sigbus::events(),
+            counters: parts.counters,
+            notice: parts.notice,
+            ring: parts.ring,
+            map: parts.map,
+        };
+        queue.ring.used.store_u16(0, 0, Relaxed);
+        Ok(queue)
+    }
+
+    /// The next request. Looks at the available index once for each batch.
+    pub fn pop(&mut self) -> Popped<'_> {
+        if let Some(parsed) = self.parked.take() {
+            return Popped::Request(self.request(parsed));
+        }
+        let head = match self.next_head() {
+            Ok(Some(head)) => head,
+            Ok(None) => return Popped::Empty,
+            Err(reason) => return Popped::Broken(self.break_off(reason)),
+        };
+        QueueCounters::bump(&self.counters.requests);
+        match self.parse(head) {
+            Ok(parsed) => Popped::Request(self.request(parsed)),
+            Err(answer) => {
+                self.finish(head, answer.status, answer.written);
+                Popped::Answered
+            }
+        }
+    }
+
+    /// Takes back the request that was popped last, to give it out again at the next pop: the
+    /// volume had no room for it.
+    ///
+    /// # Panics
+    /// When `head` is not the last request popped, or has been completed or put back.
+    pub fn put_back(&mut self, head: u16) {
+        let parsed = self.last.take().filter(|parsed| parsed.head == head);
+        let parsed = parsed.expect("only the request popped last can be put back");
+        assert!(self.heads[usize::from(head)].busy, "head {head} put back after completion");
+        self.parked = Some(parsed);
+    }
+
+    /// Answers a request: writes its status byte and its used element. The guest sees it at the
+    /// next [`Queue::publish`].
+    ///
+    /// # Panics
+    /// When `head` is not in flight.
+    pub fn complete(&mut self, head: u16, status: Status) {
+        let written = self.heads[usize::from(head)].written;
+        self.finish(head, Some(status), written);
+    }
+
+    /// Shows the guest everything that was completed since the last call, and interrupts it if it
+    /// wants that. Once a turn; costs nothing when nothing was completed.
+    pub fn publish(&mut self) {
+        if self.batch.is_empty() {
+            return;
+        }
+        self.ring.used.store_u16(2, self.used, Release);
+        if let Some(inflight) = &mut self.inflight {
+            inflight.published(&self.batch, self.used);
+        }
+        self.batch.clear();
+        // The guest stores its wish and then looks at the used index; we stored the used index
+        // and now look at the wish. With a full fence on each side one of us sees the other.
+        fence(SeqCst);
+        if self.interrupt_wanted() {
+            QueueCounters::bump(&self.counters.calls);
+            self.call.signal();
+        }
+    }
+
+    fn interrupt_wanted(&mut self) -> bool {
+        let previous = std::mem::replace(&mut self.judged, self.used);
+        if self.event_idx {
+            crossed(self.ring.used_event(), previous, self.used)
+        } else {
+            self.ring.available.load_u16(0, Relaxed) & AVAIL_NO_INTERRUPT == 0
+        }
+    }
+
+    /// Asks the guest for a kick when it adds requests, before the poller sleeps. True when there
+    /// is work already: pop again instead of sleeping. Always true for a front-end that gave no
+    /// kick descriptor.
+    pub fn enable_kicks(&mut self) -> bool {
+        if self.broken.is_some() {
+            return false;
+        }
+        if self.event_idx {
+            self.ring.set_available_event(self.next);
+        } else {
+            self.ring.used.store_u16(0, 0, Relaxed);
+        }
+        // As in `publish`, with the roles swapped.
+        fence(SeqCst);
+        self.kick.is_none()
+            || self.parked.is_some()
+            || !self.recovered.is_empty()
+            || self.ring.available_index() != self.next
+    }
+
+    /// Tells the guest that kicks are not needed: the queue is polled.
+    pub fn disable_kicks(&mut self) {
+        // With event indexes nothing need be done: the guest kicks when it passes the index asked
+        // for last, which it has done or will do once in 65536 requests.
+        if !self.event_idx {
+            self.ring.used.store_u16(0, USED_NO_NOTIFY, Relaxed);
+        }
+    }
+
+    /// Readable when the guest has kicked.
+    pub fn kick_fd(&self) -> BorrowedFd<'_> {
+        let event = self.kick.as_deref().or(self.no_kick.as_ref());
+        event.expect("one of the two is made at construction").as_fd()
+    }
+
+    /// Forgets the kicks that came. Never blocks.
+    pub fn drain_kick(&self) {
+        fds::drain(self.kick_fd());
+    }
+
+    /// Requests popped and not completed.
+    pub fn in_flight(&self) -> u32 {
+        self.in_flight
+    }
+
+    /// Largest number of requests that can be in flight.
+    pub fn size(&self) -> u16 {
+        self.ring.size
+    }
+
+    /// Counters, to be read from other threads.
+    pub fn counters(&self) -> &Arc<QueueCounters> {
+        &self.counters
+    }
+
+    /// Guest memory as ranges of at most 1 GiB, in a fixed order, to register with a device.
+    pub fn memory_ranges(&self) -> impl Iterator<Item = Segment> + '_ {
+        self.map.ranges()
+    }
+
+    /// Notes that range `index` of [`Queue::memory_ranges`] is registered buffer `registration`.
+    pub fn register_range(&mut self, index: usize, registration: u32) {
+        self.map.register(index, registration);
+    }
+
+    /// The next entry of the available ring, for GET_VRING_BASE.
+    pub(crate) fn next_available(&self) -> u16 {
+        self.next
+    }
+
+    fn request(&mut self, parsed: Parsed) -> BlockRequest<'_> {
+        self.last = Some(parsed);
+        BlockRequest {
+            head: parsed.head,
+            kind: parsed.kind,
+            sector: parsed.sector,
+            sectors: parsed.sectors,
+            segments: &self.segments[parsed.first..parsed.end],
+        }
+    }
+
+    /// Takes the next head: those recovered first, then the available ring's.
+    fn next_head(&mut self) -> Result<Option<u16>, BrokenReason> {
+        if let Some(reason) = self.broken {
+            return Err(reason);
+        }
+        if let Some(head) = self.recovered.pop() {
+            self.begin(head)?;
+            return Ok(Some(head));
+        }
+        if self.next == self.seen && !self.look()? {
+            return Ok(None);
+        }
+        let head = self.ring.available_head(self.next);
+        if head >= self.ring.size {
+            return Err(BrokenReason::HeadOutOfRange);
+        }
+        self.begin(head)?;
+        self.next = self.next.wrapping_add(1);
+        if let Some(inflight) = &mut self.inflight {
+            inflight.popped(head);
+        }
+        Ok(Some(head))
+    }
+
+    /// Looks for new entries of the available ring.
+    fn look(&mut self) -> Result<bool, BrokenReason> {
+        let index = self.ring.available_index();
+        if index == self.next {
+            return Ok(false);
+        }
+        if self.poisonings != sigbus::events() {
+            self.poisonings = sigbus::events();
+            let inflight = self.inflight.as_ref().is_some_and(InflightQueue::poisoned);
+            if inflight || self.map.poisoned() {
+                return Err(BrokenReason::MemoryTruncated);
+            }
+        }
+        // Entries that wait, are in flight or are not published share the ring's descriptors.
+        let waiting = u32::from(index.wrapping_sub(self.next));
+        let taken = self.in_flight + self.batch.len() as u32;
+        if waiting + taken > self.ring.size.into() {
+            return Err(BrokenReason::AvailableIndex);
+        }
+        self.seen = index;
+        self.rules.capacity = self.disk.capacity();
+        Ok(true)
+    }
+
+    fn begin(&mut self, head: u16) -> Result<(), BrokenReason> {
+        let entry = &mut self.heads[usize::from(head)];
+        if entry.busy {
+            return Err(BrokenReason::HeadInFlight);
+        }
+        *entry = Head { status: None, written: 0, busy: true };
+        self.in_flight += 1;
+        Ok(())
+    }
+
+    fn finish(&mut self, head: u16, status: Option<Status>, written: u32) {
+        let entry = &mut self.heads[usize::from(head)];
+        assert!(entry.busy, "head {head} completed while not in flight");
+        entry.busy = false;
+        if let (Some(place), Some(status)) = (entry.status, status) {
+            place.write(&[status as u8]);
+        }
+        self.in_flight -= 1;
+        self.ring.put_used(self.used, head, written);
+        self.used = self.used.wrapping_add(1);
+        if let Some(inflight) = &mut self.inflight {
+            inflight.completed(head);
+        }
+        self.batch.push(head);
+    }
+
+    #[cold]
+    fn break_off(&mut self, reason: BrokenReason) -> BrokenReason {
+        self.broken = Some(reason);
+        self.counters.broken.store(reason as u8, Release);
+        self.notice.raise();
+        reason
+    }
+
+    #[cold]
+    fn count_malformed(&self) {
+        QueueCounters::bump(&self.counters.malformed);
+        self.notice.raise();
+    }
+
+    /// Turns the chain at `head` into a request, or into the answer that refuses it.
+    fn parse(&mut self, head: u16) -> Result<Parsed, Answer> {
+        let walk = self.collect(head);
+        let readable = match walk {
+            Ok(Walk { wrong: false, readable, .. }) if readable < self.segments.len() => readable,
+            Ok(Walk { writable, .. }) => return Err(self.answer_malformed(head, writable)),
+            Err(NoEnd) => return Err(self.answer_malformed(head, None)),
+        };
+        let written = total(&self.segments[readable..]).min(u32::MAX.into()) as u32;
+        let end = self.take_status(head);
+        self.heads[usize::from(head)].written = written;
+        let mut header = [0; HEADER_SIZE];
+        let Some(first) = self.take_readable(0, readable, &mut header) else {
+            self.count_malformed();
+            return Err(Answer { status: Some(Status::IoError), written });
+        };
+        let payload = Payload {
+            readable: total(&self.segments[first..readable]),
+            writable: total(&self.segments[readable..end]),
+        };
+        let mut verdict = request::judge(&header, payload, self.rules);
+        if let Verdict::NeedsRange { kind } = verdict {
+            let mut range = [0; RANGE_SIZE];
+            self.take_readable(first, readable, &mut range).expect("`judge` checked the length");
+            verdict = request::judge_range(kind, &range, self.rules);
+        }
+        let (kind, sector, sectors) = match verdict {
+            Verdict::Forward { kind, sector, sectors } => (kind, sector, sectors),
+            Verdict::GetId => {
+                self.write_id(readable, end);
+                return Err(Answer { status: Some(Status::Done), written });
+            }
+            Verdict::Answer(status) => return Err(Answer { status: Some(status), written }),
+            Verdict::NeedsRange { .. } => unreachable!("a range was judged above"),
+        };
+        let (first, end) = match kind {
+            RequestKind::Read => (readable, end),
+            RequestKind::Write => (first, readable),
+            _ => (0, 0),
+        };
+        Ok(Parsed { head, kind, sector, sectors, first, end })
+    }
+
+    /// Refuses a chain that is none, through its status byte if that can be found.
+    #[cold]
+    fn answer_malformed(&mut self, head: u16, writable: Option<Descriptor>) -> Answer {
+        self.count_malformed();
+        let mut place = None;
+        if let Some(last) = writable {
+            let address = last.address.wrapping_add(u64::from(last.length) - 1);
+            // An unmapped status byte leaves `place` empty, which is the answer to that.
+            let _ = self.map.segments(address, 1, |segment| place = Some(segment));
+        }
+        self.heads[usize::from(head)].status = place;
+        let written = u32::from(place.is_some());
+        Answer { status: place.map(|_| Status::IoError), written }
+    }
+
+    /// Walks a chain into `segments`, each descriptor read once.
+    fn collect(&mut self, head: u16) -> Result<Walk, NoEnd> {
+        self.segments.clear();
+        let budget = chain_max(self.ring.size);
+        let mut walk = Walk { budget, readable: 0, writable: None, wrong: false };
+        let mut index = head;
+        loop {
+            if walk.budget == 0 || index >= self.ring.size {
+                return Err(NoEnd);
+            }
+            let descriptor = self.ring.descriptor(index);
+            if descriptor.has(DESC_INDIRECT) {
+                return self.collect_indirect(descriptor, walk);
+            }
+            self.take_descriptor(descriptor, &mut walk);
+            if !descriptor.has(DESC_NEXT) {
+                return Ok(walk);
+            }
+            index = descriptor.next;
+        }
+    }
+
+    /// Walks on in an indirect table.
+    fn collect_indirect(&mut self, table: Descriptor, mut walk: Walk) -> Result<Walk, NoEnd> {
+        let whole = table.length.is_multiple_of(DESCRIPTOR_SIZE as u32);
+        if !self.indirect || table.has(DESC_NEXT) || !whole {
+            return Err(NoEnd);
+        }
+        let entries = table.length / DESCRIPTOR_SIZE as u32;
+        let mut index = 0;
+        loop {
+            if walk.budget == 0 || u32::from(index) >= entries {
+                return Err(NoEnd);
+            }
+            let offset = u64::from(index) * DESCRIPTOR_SIZE as u64;
+            let address = table.address.checked_add(offset).ok_or(NoEnd)?;
+            let descriptor = self.read_descriptor(address)?;
+            if descriptor.has(DESC_INDIRECT) {
+                return Err(NoEnd);
+            }
+            self.take_descriptor(descriptor, &mut walk);
+            if !descriptor.has(DESC_NEXT) {
+                return Ok(walk);
+            }
+            index = descriptor.next;
+        }
+    }
+
+    fn read_descriptor(&mut self, address: u64) -> Result<Descriptor, NoEnd> {
+        let mut words = [[0; 8]; 2];
+        self.map.read(address, words.as_flattened_mut()).map_err(|_| NoEnd)?;
+        // The guest may change the table while we look: the copy is what counts, and must be one.
+        let [address, rest] = std::hint::black_box(words).map(u64::from_le_bytes);
+        Ok(Descriptor::from_words(address, rest))
+    }
+
+    /// Adds one descriptor's memory to the chain.
+    fn take_descriptor(&mut self, descriptor: Descriptor, walk: &mut Walk) {
+        walk.budget -= 1;
+        if descriptor.length == 0 {
+            return;
+        }
+        if descriptor.has(DESC_WRITE) {
+            walk.writable = Some(descriptor);
+        } else {
+            // Readable after writable is no legal order.
+            walk.wrong |= walk.writable.is_some();
+        }
+        let segments = &mut self.segments;
+        let found = self.map.segments(descriptor.address, descriptor.length, |segment| {
+            if segments.len() < segments.capacity() {
+                segments.push(segment);
+            } else {
+                walk.wrong = true;
+            }
+        });
+        walk.wrong |= found.is_err();
+        if walk.writable.is_none() {
+            walk.readable = self.segments.len();
+        }
+    }
+
+    /// Takes the last byte of the chain for the status; gives the end of the data segments.
+    fn take_status(&mut self, head: u16) -> usize {
+        let last = self.segments.last_mut().expect("the caller saw a writable segment");
+        let rest = last.len() - 1;
+        self.heads[usize::from(head)].status = Some(last.part(rest, 1));
+        *last = last.part(0, rest);
+        if rest == 0 {
+            self.segments.pop();
+        }
+        self.segments.len()
+    }
+
+    /// Copies the first bytes of `segments[first..end]` out and takes them off; gives where the
+    /// rest begins. `None` when there are not enough.
+    fn take_readable(&mut self, first: usize, end: usize, bytes: &mut [u8; 16]) -> Option<usize> {
+        let mut done = 0;
+        for index in first..end {
+            let segment = &mut self.segments[index];
+            let part = segment.len().min(bytes.len() - done);
+            segment.read(&mut bytes[done..done + part]);
+            done += part;
+            let emptied = part == segment.len();
+            *segment = segment.part(part, segment.len() - part);
+            if done == bytes.len() {
+                // As in `read_descriptor`: one copy, judged as it is.
+                *bytes = std::hint::black_box(*bytes);
+                return Some(if emptied { index + 1 } else { index });
+            }
+        }
+        None
+    }
+
+    fn write_id(&self, first: usize, end: usize) {
+        let mut left: &[u8] = &self.disk.id;
+        debug_assert_eq!(left.len(), ID_SIZE);
+        for segment in &self.segments[first..end] {
+            let (now, later) = left.split_at(left.len().min(segment.len()));
+            segment.write(now);
+            left = later;
+        }
+    }
+}
+
+impl Drop for Queue {
+    fn drop(&mut self) {
+        if self.in_flight > 0 {
+            // Devices may still write to this memory. Leaking it is the lesser harm.
+            self.map.leak();
+            let requests = self.in_flight;
+            tracing::error!(requests, "a queue was dropped with requests in flight");
+        }
+    }
+}
+
+fn total(segments: &[Segment]) -> u64 {
+    segments.iter().map(|segment| segment.len() as u64).sum()
+}
