@@ -1,0 +1,709 @@
+//! The YAML file as validated types.
+//!
+//! Reading happens in three passes, each of which may refuse: serde (syntax, unknown keys, types),
+//! [`Config::parse`] (ranges, duplicates: all that the text alone decides), and
+//! [`Config::check_machine`] (does the device, the core, the directory exist, is a socket taken).
+//! All three only look: a refused file leaves the machine as it was. Every error is one line,
+//! `FILE:LINE: what; remedy`.
+//!
+//! `configs/README.md` lists every key with unit, default and range; a change here is a change there.
+
+mod locate;
+
+use crate::api::types::Cache;
+use crate::reference;
+use crate::size::parse_size;
+use bessel_reactor::units::{ByteCount, SECTOR_SIZE};
+use serde::Deserialize;
+use serde::de::{Deserializer, Visitor};
+use std::fmt;
+use std::net::{SocketAddr, TcpListener};
+use std::os::unix::fs::FileTypeExt;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+
+pub(crate) use locate::Step;
+use locate::Step::{Index, Key};
+
+/// Longest path a Unix socket address holds: `sun_path` is 108 bytes with its final zero.
+pub(crate) const SOCKET_PATH_MAX: usize = 107;
+/// Most request queues of one volume: the vCPUs of a large guest.
+pub(crate) const QUEUES_MAX: u16 = 64;
+/// Least node cache: the nodes that a handful of concurrent requests pin, with room to replace.
+pub(crate) const NODE_CACHE_MIN: ByteCount = ByteCount::new(1 << 20);
+/// Most node cache. A size beyond it is a slip of the unit, and would fail at start as an abort.
+const NODE_CACHE_MAX: ByteCount = ByteCount::new(1 << 40);
+/// Largest volume: a tree of four levels (DESIGN, "The store").
+const VOLUME_SIZE_MAX: ByteCount = ByteCount::new(256 << 40);
+/// Smallest volume: one block.
+const VOLUME_SIZE_MIN: ByteCount = ByteCount::new(4096);
+/// Smallest store: four extents of the least extent size, 1 MiB.
+const STORE_SIZE_MIN: ByteCount = ByteCount::new(4 << 20);
+/// Largest file read as configuration; a real one is a few hundred bytes.
+const FILE_SIZE_MAX: u64 = 1 << 20;
+
+/// Why a configuration was refused: one line that says where, what and what to do.
+#[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
+#[error("{place}: {message}")]
+pub(crate) struct ConfigError {
+    /// `FILE:LINE`, or `FILE` when it could not be read.
+    place: String,
+    message: String,
+}
+
+/// A whole configuration, checked as far as its text goes.
+#[derive(Debug)]
+pub(crate) struct Config {
+    /// `store:`
+    pub(crate) store: StoreConfig,
+    /// `reactors:`
+    pub(crate) reactors: ReactorsConfig,
+    /// `api:`
+    pub(crate) api: ApiConfig,
+    /// `volumes:`, in the order of the file. Names and sockets are unique.
+    pub(crate) volumes: Vec<VolumeConfig>,
+    /// For errors found later, which still name the line.
+    source: Source,
+}
+
+/// The shared device and how much memory its mapping may take.
+#[derive(Debug)]
+pub(crate) struct StoreConfig {
+    /// Block device or file.
+    pub(crate) device: PathBuf,
+    /// Size of the file to create when there is none.
+    pub(crate) size: Option<ByteCount>,
+    /// Memory for radix nodes, all reactors together.
+    pub(crate) node_cache: ByteCount,
+}
+
+/// Which cores poll, and how.
+#[derive(Debug)]
+pub(crate) struct ReactorsConfig {
+    /// One reactor on each; never empty, no core twice. `None`: the first core we may run on.
+    pub(crate) cores: Option<Vec<usize>>,
+    /// Whether an idle reactor sleeps.
+    pub(crate) poll: Poll,
+}
+
+/// Whether an idle reactor sleeps.
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum Poll {
+    /// Spins while there is work, then sleeps.
+    #[default]
+    Adaptive,
+    /// Never sleeps.
+    Busy,
+}
+
+/// Where the daemon is spoken to.
+#[derive(Debug)]
+pub(crate) struct ApiConfig {
+    /// Unix socket of the API.
+    pub(crate) socket: PathBuf,
+    /// TCP address for read-only metrics, when wanted.
+    pub(crate) listen: Option<SocketAddr>,
+}
+
+/// A volume that shall exist and be served.
+#[derive(Clone, Debug)]
+pub(crate) struct VolumeConfig {
+    /// Its name.
+    pub(crate) name: String,
+    /// Its size when it has to be created.
+    pub(crate) size: ByteCount,
+    /// Where front-ends connect.
+    pub(crate) socket: PathBuf,
+    /// Its cache mode at start.
+    pub(crate) cache: Cache,
+    /// Request queues offered, 1 to 64.
+    pub(crate) queues: u16,
+}
+
+#[derive(Debug)]
+struct Source {
+    file: PathBuf,
+    text: String,
+}
+
+impl Source {
+    fn error(&self, path: &[Step], message: impl Into<String>) -> ConfigError {
+        let line = locate::line_of(&self.text, path);
+        ConfigError {
+            place: format!("{}:{line}", self.file.display()),
+            message: message.into().replace('\n', " "),
+        }
+    }
+
+    /// Turns the parser's own error, whose text ends in a position, into ours, which starts with it.
+    fn syntax_error(&self, error: &serde_yaml::Error) -> ConfigError {
+        let text = error.to_string();
+        let (line, message) = match error.location() {
+            Some(location) => {
+                let suffix = format!(" at line {} column {}", location.line(), location.column());
+                (location.line(), text.strip_suffix(&suffix).unwrap_or(&text).to_owned())
+            }
+            None => (1, text),
+        };
+        // Our own `Deserialize` messages carry their remedy already.
+        let remedy = if message.contains("; ") { "" } else { "; configs/README.md lists the keys" };
+        ConfigError {
+            place: format!("{}:{line}", self.file.display()),
+            message: format!("{message}{remedy}").replace('\n', " "),
+        }
+    }
+}
+
+// What serde reads. Ranges that one value alone decides are checked here or in `Config::parse`.
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RawConfig {
+    store: RawStore,
+    #[serde(default)]
+    reactors: RawReactors,
+    #[serde(default)]
+    api: RawApi,
+    #[serde(default)]
+    volumes: Vec<RawVolume>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RawStore {
+    device: PathBuf,
+    #[serde(default)]
+    size: Option<Size>,
+    #[serde(default)]
+    node_cache: Option<Size>,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RawReactors {
+    #[serde(default)]
+    cores: Option<Vec<usize>>,
+    #[serde(default)]
+    poll: Poll,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RawApi {
+    #[serde(default)]
+    socket: Option<PathBuf>,
+    #[serde(default)]
+    listen: Option<String>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RawVolume {
+    name: String,
+    size: Size,
+    #[serde(default)]
+    socket: Option<PathBuf>,
+    #[serde(default)]
+    cache: Cache,
+    #[serde(default)]
+    queues: Option<u16>,
+}
+
+struct Size(ByteCount);
+
+impl<'de> Deserialize<'de> for Size {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        /// Parses inside the visit, where an error still gets the position of the value.
+        struct SizeVisitor;
+        impl Visitor<'_> for SizeVisitor {
+            type Value = Size;
+
+            fn expecting(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+                formatter.write_str("a size such as 4GiB, 512MiB or a number of bytes")
+            }
+
+            fn visit_str<E: serde::de::Error>(self, text: &str) -> Result<Size, E> {
+                parse_size(text).map(Size).map_err(E::custom)
+            }
+        }
+        deserializer.deserialize_str(SizeVisitor)
+    }
+}
+
+impl Config {
+    /// Reads and checks `file`. Looks at nothing else.
+    pub(crate) fn read(file: &Path) -> Result<Self, ConfigError> {
+        let refuse = |message: String| ConfigError { place: file.display().to_string(), message };
+        let size = std::fs::metadata(file)
+            .map_err(|error| refuse(format!("cannot be read: {error}; give --config a YAML file")))?
+            .len();
+        if size > FILE_SIZE_MAX {
+            let message = format!("is {size} bytes long; a configuration has at most 1 MiB");
+            return Err(refuse(message));
+        }
+        let text = std::fs::read_to_string(file).map_err(|error| {
+            refuse(format!("cannot be read: {error}; give --config a YAML file"))
+        })?;
+        Self::parse(file, text)
+    }
+
+    /// Checks the text of a configuration; `file` is its name in errors.
+    pub(crate) fn parse(file: &Path, text: String) -> Result<Self, ConfigError> {
+        let source = Source { file: file.to_owned(), text };
+        let raw: RawConfig =
+            serde_yaml::from_str(&source.text).map_err(|error| source.syntax_error(&error))?;
+        let store = checked_store(raw.store, &source)?;
+        let reactors = checked_reactors(raw.reactors, &source)?;
+        let api = checked_api(raw.api, &source)?;
+        let volumes = checked_volumes(raw.volumes, &api, &source)?;
+        Ok(Self { store, reactors, api, volumes, source })
+    }
+
+    /// An error at the value of `path`, for what turns out later: a locked device, a full store.
+    pub(crate) fn error(&self, path: &[Step], message: impl Into<String>) -> ConfigError {
+        self.source.error(path, message)
+    }
+
+    /// An error at volume number `index`, counted in the order of the file.
+    pub(crate) fn volume_error(&self, index: usize, message: impl Into<String>) -> ConfigError {
+        self.source.error(&[Key("volumes"), Index(index)], message)
+    }
+
+    /// An error at the device.
+    pub(crate) fn device_error(&self, message: impl Into<String>) -> ConfigError {
+        self.source.error(&[Key("store"), Key("device")], message)
+    }
+
+    /// The directory of the API socket, where volumes without a socket of their own get theirs.
+    pub(crate) fn socket_directory(&self) -> &Path {
+        parent_of(&self.api.socket)
+    }
+
+    /// Checks what the configuration says against this machine. Changes nothing.
+    pub(crate) fn check_machine(&self) -> Result<(), ConfigError> {
+        self.check_device()?;
+        self.check_cores()?;
+        let api = [Key("api"), Key("socket")];
+        self.check_socket(&self.api.socket, &api)?;
+        for (index, volume) in self.volumes.iter().enumerate() {
+            let path = [Key("volumes"), Index(index), Key("socket")];
+            self.check_socket(&volume.socket, &path)?;
+        }
+        if let Some(listen) = self.api.listen {
+            TcpListener::bind(listen).map_err(|error| {
+                let message = format!("cannot listen on {listen}: {error}; choose another address");
+                self.error(&[Key("api"), Key("listen")], message)
+            })?;
+        }
+        Ok(())
+    }
+
+    fn check_device(&self) -> Result<(), ConfigError> {
+        let device = &self.store.device;
+        match std::fs::metadata(device) {
+            Ok(metadata) => {
+                let kind = metadata.file_type();
+                if kind.is_file() || kind.is_block_device() {
+                    return Ok(());
+                }
+                let name = device.display();
+                Err(self.device_error(format!(
+                    "{name} is neither a file nor a block device; name one of these"
+                )))
+            }
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+                self.check_device_can_be_made()
+            }
+            Err(error) => Err(self.device_error(format!(
+                "cannot look at {}: {error}; check its permissions",
+                device.display()
+            ))),
+        }
+    }
+
+    fn check_device_can_be_made(&self) -> Result<(), ConfigError> {
+        let device = self.store.device.display();
+        if self.store.size.is_none() {
+            return Err(self.device_error(format!(
+                "{device} does not exist; add store.size and it is created, or correct the path"
+            )));
+        }
+        let parent = parent_of(&self.store.device);
+        if !parent.is_dir() {
+            return Err(self.device_error(format!(
+                "{device} cannot be created: {parent} is no directory; try `mkdir -p {parent}`",
+                parent = parent.display()
+            )));
+        }
+        Ok(())
+    }
+
+    fn check_cores(&self) -> Result<(), ConfigError> {
+        let present = cores_present();
+        let Some(cores) = &self.reactors.cores else { return Ok(()) };
+        for (index, core) in cores.iter().enumerate() {
+            if !present.contains(core) {
+                return Err(self.error(
+                    &[Key("reactors"), Key("cores"), Index(index)],
+                    format!("there is no core {core}; choose among {present:?}"),
+                ));
+            }
+        }
+        Ok(())
+    }
+
+    fn check_socket(&self, socket: &Path, path: &[Step]) -> Result<(), ConfigError> {
+        let name = socket.display();
+        let parent = parent_of(socket);
+        if !parent.is_dir() {
+            return Err(self.error(
+                path,
+                format!(
+                    "{name} cannot be made: {parent} is no directory; try `mkdir -p {parent}`",
+                    parent = parent.display()
+                ),
+            ));
+        }
+        let Ok(metadata) = std::fs::symlink_metadata(socket) else { return Ok(()) };
+        if !metadata.file_type().is_socket() {
+            return Err(self.error(
+                path,
+                format!("{name} exists and is no socket; remove it or choose another path"),
+            ));
+        }
+        // A socket nobody listens on is left over from a killed process, and is replaced later.
+        if UnixStream::connect(socket).is_ok() {
+            return Err(self.error(
+                path,
+                format!("{name} is in use; stop the process that listens there or choose another"),
+            ));
+        }
+        Ok(())
+    }
+}
+
+fn checked_store(raw: RawStore, source: &Source) -> Result<StoreConfig, ConfigError> {
+    let size = raw.size.map(|size| size.0);
+    if let Some(size) = size
+        && size < STORE_SIZE_MIN
+    {
+        return Err(source.error(
+            &[Key("store"), Key("size")],
+            format!("a store of {} is too small; give it at least 4MiB", size.human()),
+        ));
+    }
+    let node_cache = raw.node_cache.map_or(ByteCount::new(64 << 20), |size| size.0);
+    if !(NODE_CACHE_MIN..=NODE_CACHE_MAX).contains(&node_cache) {
+        return Err(source.error(
+            &[Key("store"), Key("node_cache")],
+            format!("a node cache of {} will not do; give 1MiB to 1TiB", node_cache.human()),
+        ));
+    }
+    if raw.device.as_os_str().is_empty() {
+        return Err(source.error(
+            &[Key("store"), Key("device")],
+            "the device is empty; name a block device or a file",
+        ));
+    }
+    Ok(StoreConfig { device: raw.device, size, node_cache })
+}
+
+fn checked_reactors(raw: RawReactors, source: &Source) -> Result<ReactorsConfig, ConfigError> {
+    let path = [Key("reactors"), Key("cores")];
+    if let Some(cores) = &raw.cores {
+        if cores.is_empty() {
+            return Err(source.error(&path, "no core is given; name at least one, as in [0]"));
+        }
+        for (index, core) in cores.iter().enumerate() {
+            if cores[..index].contains(core) {
+                return Err(source.error(
+                    &[path[0], path[1], Index(index)],
+                    format!("core {core} is given twice; a core runs one reactor"),
+                ));
+            }
+        }
+    }
+    Ok(ReactorsConfig { cores: raw.cores, poll: raw.poll })
+}
+
+fn checked_api(raw: RawApi, source: &Source) -> Result<ApiConfig, ConfigError> {
+    let socket = raw.socket.unwrap_or_else(|| PathBuf::from("/run/bessel/api.sock"));
+    check_socket_length(&socket, &[Key("api"), Key("socket")], source)?;
+    let listen = match raw.listen {
+        None => None,
+        Some(text) => Some(text.parse().map_err(|_| {
+            source.error(
+                &[Key("api"), Key("listen")],
+                format!("{text:?} is no address; write one like 127.0.0.1:9400"),
+            )
+        })?),
+    };
+    Ok(ApiConfig { socket, listen })
+}
+
+fn check_socket_length(socket: &Path, path: &[Step], source: &Source) -> Result<(), ConfigError> {
+    let length = socket.as_os_str().len();
+    if (1..=SOCKET_PATH_MAX).contains(&length) {
+        return Ok(());
+    }
+    let what = if length == 0 {
+        "the socket path is empty; name a file".to_owned()
+    } else {
+        format!("the socket path has {length} bytes; Unix sockets allow {SOCKET_PATH_MAX}")
+            + ", choose a shorter directory"
+    };
+    Err(source.error(path, what))
+}
+
+fn checked_volumes(
+    raw: Vec<RawVolume>,
+    api: &ApiConfig,
+    source: &Source,
+) -> Result<Vec<VolumeConfig>, ConfigError> {
+    let mut volumes: Vec<VolumeConfig> = Vec::with_capacity(raw.len());
+    for (index, raw) in raw.into_iter().enumerate() {
+        let at = |key| [Key("volumes"), Index(index), Key(key)];
+        reference::volume_name(&raw.name)
+            .map_err(|error| source.error(&at("name"), error.to_string()))?;
+        if volumes.iter().any(|other| other.name == raw.name) {
+            let message = format!("volume {:?} is given twice; rename or remove one", raw.name);
+            return Err(source.error(&at("name"), message));
+        }
+        check_volume_size(raw.size.0).map_err(|what| source.error(&at("size"), what))?;
+        let queues = raw.queues.unwrap_or(1);
+        if !(1..=QUEUES_MAX).contains(&queues) {
+            let message = format!("{queues} queues will not do; give 1 to {QUEUES_MAX}");
+            return Err(source.error(&at("queues"), message));
+        }
+        let socket =
+            raw.socket.unwrap_or_else(|| parent_of(&api.socket).join(format!("{}.sock", raw.name)));
+        check_socket_length(&socket, &at("socket"), source)?;
+        let taken = socket == api.socket || volumes.iter().any(|other| other.socket == socket);
+        if taken {
+            let message = format!("socket {} is given twice; choose another", socket.display());
+            return Err(source.error(&at("socket"), message));
+        }
+        volumes.push(VolumeConfig {
+            name: raw.name,
+            size: raw.size.0,
+            socket,
+            cache: raw.cache,
+            queues,
+        });
+    }
+    Ok(volumes)
+}
+
+/// The cores this process may run on, as the kernel numbers them.
+pub(crate) fn cores_present() -> Vec<usize> {
+    let cores = core_affinity::get_core_ids().unwrap_or_default();
+    cores.into_iter().map(|core| core.id).collect()
+}
+
+/// `.` for a bare file name, whose parent would be the empty path.
+pub(crate) fn parent_of(path: &Path) -> &Path {
+    match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    }
+}
+
+fn check_volume_size(size: ByteCount) -> Result<(), String> {
+    if !size.get().is_multiple_of(SECTOR_SIZE) {
+        return Err(format!("a size of {size} bytes is no multiple of 512; round it up"));
+    }
+    if !(VOLUME_SIZE_MIN..=VOLUME_SIZE_MAX).contains(&size) {
+        return Err(format!("a volume of {} will not do; give 4KiB to 256TiB", size.human()));
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const WHOLE: &str = "\
+store:
+  device: /var/lib/bessel/store.img
+  size: 8GiB
+  node_cache: 64MiB
+reactors:
+  cores: [0, 1]
+  poll: adaptive
+api:
+  socket: /run/bessel/api.sock
+  listen: 127.0.0.1:9400
+volumes:
+  - name: vm1
+    size: 4GiB
+    socket: /run/bessel/vm1.sock
+    cache: writethrough
+    queues: 2
+  - name: vm2
+    size: 4294967296
+";
+
+    fn parse(text: &str) -> Result<Config, ConfigError> {
+        Config::parse(Path::new("bessel.yaml"), text.to_owned())
+    }
+
+    /// `WHOLE` with one line changed.
+    fn refusal(line: usize, replacement: &str) -> String {
+        let mut lines: Vec<&str> = WHOLE.lines().collect();
+        lines[line - 1] = replacement;
+        parse(&lines.join("\n")).expect_err(replacement).to_string()
+    }
+
+    #[test]
+    fn every_key_is_read() {
+        let config = parse(WHOLE).unwrap();
+        assert_eq!(config.store.device, Path::new("/var/lib/bessel/store.img"));
+        assert_eq!(config.store.size, Some(ByteCount::new(8 << 30)));
+        assert_eq!(config.store.node_cache, ByteCount::new(64 << 20));
+        assert_eq!(config.reactors.cores.as_deref(), Some(&[0, 1][..]));
+        assert_eq!(config.reactors.poll, Poll::Adaptive);
+        assert_eq!(config.api.socket, Path::new("/run/bessel/api.sock"));
+        assert_eq!(config.api.listen, Some("127.0.0.1:9400".parse().unwrap()));
+        let [vm1, vm2] = &config.volumes[..] else { panic!("two volumes") };
+        assert_eq!((vm1.name.as_str(), vm1.size, vm1.queues), ("vm1", ByteCount::new(4 << 30), 2));
+        assert_eq!(vm1.cache, Cache::Writethrough);
+        assert_eq!((vm2.size, vm2.queues), (vm1.size, 1));
+        assert_eq!(vm2.cache, Cache::Writeback);
+        assert_eq!(vm2.socket, Path::new("/run/bessel/vm2.sock"));
+    }
+
+    #[test]
+    fn a_store_alone_is_a_configuration() {
+        let config = parse("store: { device: /dev/sdb }").unwrap();
+        assert_eq!(config.api.socket, Path::new("/run/bessel/api.sock"));
+        assert_eq!(config.store.node_cache, ByteCount::new(64 << 20));
+        assert!(config.volumes.is_empty() && config.reactors.cores.is_none());
+    }
+
+    #[test]
+    fn each_mistake_is_one_line_that_names_file_line_and_remedy() {
+        let long = format!("    socket: /run/{}", "x".repeat(103));
+        for (line, replacement, message) in [
+            (3, "  sise: 8GiB", "store: unknown field `sise`, expected one of `device`, `size`"),
+            (3, "  size: 8GB", "\"8GB\" is not a size; write 4GiB"),
+            (3, "  size: 1MiB", "a store of 1MiB is too small; give it at least 4MiB"),
+            (4, "  node_cache: 4KiB", "a node cache of 4KiB will not do; give 1MiB to 1TiB"),
+            (6, "  cores: []", "no core is given; name at least one"),
+            (6, "  cores: [0, 0]", "core 0 is given twice; a core runs one reactor"),
+            (6, "  cores: [-1]", "reactors.cores[0]: invalid type: integer `-1`"),
+            (7, "  poll: sometimes", "unknown variant `sometimes`, expected `adaptive` or `busy`"),
+            (10, "  listen: here", "\"here\" is no address; write one like 127.0.0.1:9400"),
+            (12, "  - name: ../etc", "volume name \"../etc\" contains '/'; allowed are"),
+            (12, "  - name: vm2", "volume \"vm2\" is given twice; rename or remove one"),
+            (13, "    size: 1000", "a size of 1000 bytes is no multiple of 512; round it up"),
+            (13, "    size: 512TiB", "a volume of 512TiB will not do; give 4KiB to 256TiB"),
+            (13, "    size: 99999PiB", "is larger than any device can be; write at most 64PiB"),
+            (14, "    socket: /run/bessel/api.sock", "socket /run/bessel/api.sock is given twice"),
+            (14, "    socket: /run/bessel/vm2.sock", "socket /run/bessel/vm2.sock is given twice"),
+            (14, &long, "has 108 bytes; Unix sockets allow 107, choose a shorter directory"),
+            (15, "    cache: none", "unknown variant `none`"),
+            (16, "    queues: 0", "0 queues will not do; give 1 to 64"),
+            (16, "    queues: 65", "65 queues will not do; give 1 to 64"),
+            (16, "    snapshots: { every: 1s, keep: 60 }", "unknown field `snapshots`"),
+            (16, "    queues: [2]", "volumes[0].queues: invalid type: sequence"),
+            (16, "   queues: 2", "did not find expected"),
+        ] {
+            let error = refusal(line, replacement);
+            // The second of two equal values is the one to blame.
+            let blamed = match replacement.trim_start() {
+                "- name: vm2" => 17,
+                "socket: /run/bessel/vm2.sock" => 17,
+                _ => line,
+            };
+            assert!(error.starts_with(&format!("bessel.yaml:{blamed}: ")), "{error}");
+            assert!(error.contains(message), "{error}");
+            assert!(error.contains("; ") && !error.contains('\n'), "no remedy: {error}");
+        }
+    }
+
+    #[test]
+    fn a_missing_key_is_blamed_on_what_should_hold_it() {
+        let error = parse("volumes: []\nstore:\n  size: 1GiB\n").unwrap_err().to_string();
+        assert!(error.starts_with("bessel.yaml:3: store: missing field `device`; "), "{error}");
+        let error = parse("").unwrap_err().to_string();
+        assert!(error.starts_with("bessel.yaml:1: "), "{error}");
+    }
+
+    /// A configuration over a fresh directory, which is removed with the guard.
+    fn machine(tag: &str, change: impl Fn(&Path, String) -> String) -> (String, PathBuf) {
+        let name = format!("bessel-config-{}-{tag}", std::process::id());
+        let directory = std::env::temp_dir().join(name);
+        std::fs::create_dir_all(&directory).unwrap();
+        let text = format!(
+            "store:\n  device: {0}/store.img\n  size: 1GiB\nreactors:\n  cores: [{1}]\napi:\n  \
+             socket: {0}/api.sock\nvolumes:\n  - name: a\n    size: 1GiB\n    \
+             socket: {0}/a.sock\n",
+            directory.display(),
+            cores_present()[0],
+        );
+        let text = change(&directory, text);
+        let checked = parse(&text).and_then(|config| config.check_machine());
+        (checked.map_or_else(|error| error.to_string(), |()| "accepted".to_owned()), directory)
+    }
+
+    #[test]
+    fn what_this_machine_lacks_is_refused_and_nothing_is_touched() {
+        type Change = fn(&Path, String) -> String;
+        let cases: [(&str, Change, &str); 8] = [
+            ("fine", |_, text| text, "accepted"),
+            (
+                "no-size",
+                |_, text| text.replace("\n  size: 1GiB", "\n  node_cache: 1MiB"),
+                "bessel.yaml:2: ",
+            ),
+            ("no-parent", |_, text| text.replace("/store.img", "/no/store.img"), "bessel.yaml:2: "),
+            ("no-core", |_, text| text.replace("cores: [", "cores: [9999, "), "bessel.yaml:5: "),
+            ("no-dir", |_, text| text.replace("/api.sock", "/no/api.sock"), "bessel.yaml:7: "),
+            ("device-dir", |_, text| text.replace("/store.img", ""), "bessel.yaml:2: "),
+            (
+                "not-a-socket",
+                |directory, text| {
+                    std::fs::write(directory.join("a.sock"), "").unwrap();
+                    text
+                },
+                "bessel.yaml:11: ",
+            ),
+            (
+                "stale-socket",
+                |directory, text| {
+                    drop(std::os::unix::net::UnixListener::bind(directory.join("a.sock")).unwrap());
+                    text
+                },
+                "accepted",
+            ),
+        ];
+        for (tag, change, expected) in cases {
+            let (outcome, directory) = machine(tag, change);
+            assert!(outcome.starts_with(expected), "{tag}: {outcome}");
+            assert!(outcome == "accepted" || outcome.contains("; "), "{tag}: no remedy: {outcome}");
+            assert!(!directory.join("store.img").exists(), "{tag}");
+            std::fs::remove_dir_all(&directory).unwrap();
+        }
+    }
+
+    #[test]
+    fn a_socket_that_somebody_listens_on_is_in_use() {
+        let mut listeners = Vec::new();
+        let listeners = std::cell::RefCell::new(&mut listeners);
+        let (outcome, directory) = machine("live-socket", |directory, text| {
+            let path = directory.join("a.sock");
+            listeners.borrow_mut().push(std::os::unix::net::UnixListener::bind(path).unwrap());
+            text
+        });
+        assert!(outcome.starts_with("bessel.yaml:11: "), "{outcome}");
+        assert!(outcome.contains("is in use; stop the process"), "{outcome}");
+        std::fs::remove_dir_all(&directory).unwrap();
+    }
+
+    #[test]
+    fn a_file_that_is_not_there_is_named() {
+        let error = Config::read(Path::new("/no/such.yaml")).unwrap_err().to_string();
+        assert!(error.starts_with("/no/such.yaml: cannot be read: "), "{error}");
+    }
+}
