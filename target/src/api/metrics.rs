@@ -1,0 +1,115 @@
+//! The counters as Prometheus text, from the same [`StatsView`] that `bessel stats` prints.
+
+use super::types::StatsView;
+use std::fmt::Write as _;
+
+/// The text format, version 0.0.4.
+pub(super) const CONTENT_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
+
+/// One metric: its name, type and help, and its samples.
+struct Metric<'a> {
+    name: &'a str,
+    kind: &'a str,
+    help: &'a str,
+}
+
+impl Metric<'_> {
+    fn write(&self, text: &mut String, samples: impl IntoIterator<Item = (String, f64)>) {
+        let _ = writeln!(
+            text,
+            "# HELP {} {}\n# TYPE {} {}",
+            self.name, self.help, self.name, self.kind
+        );
+        for (labels, value) in samples {
+            let _ = writeln!(text, "{}{labels} {value}", self.name);
+        }
+    }
+}
+
+/// All metrics. Names of volumes are words (see `reference`), so labels need no escaping.
+pub(super) fn prometheus(stats: &StatsView) -> String {
+    let mut text = String::new();
+    let one = |value: u64| [(String::new(), value as f64)];
+    let counter = |name, help| Metric { name, kind: "counter", help };
+    let gauge = |name, help| Metric { name, kind: "gauge", help };
+    let uptime = stats.uptime_ns as f64 / 1e9;
+    gauge("bessel_uptime_seconds", "Time since the daemon started.")
+        .write(&mut text, [(String::new(), uptime)]);
+
+    let store = &stats.store;
+    gauge("bessel_store_bytes", "Size of the store.").write(&mut text, one(store.total_bytes));
+    gauge("bessel_store_free_bytes", "Neither allocated nor claimed.")
+        .write(&mut text, one(store.free_bytes));
+    gauge("bessel_store_used_bytes", "Allocated, by type of extent.").write(
+        &mut text,
+        [
+            ("{type=\"data\"}".to_owned(), store.data_bytes as f64),
+            ("{type=\"metadata\"}".to_owned(), store.metadata_bytes as f64),
+        ],
+    );
+
+    let mut by_volume = |name, help, value: fn(&super::types::VolumeStatsView) -> u64| {
+        let samples = stats
+            .volumes
+            .iter()
+            .map(|volume| (format!("{{volume=\"{}\"}}", volume.name), value(volume) as f64));
+        counter(name, help).write(&mut text, samples);
+    };
+    by_volume("bessel_volume_reads_total", "Reads completed.", |it| it.reads);
+    by_volume("bessel_volume_writes_total", "Writes completed.", |it| it.writes);
+    by_volume("bessel_volume_flushes_total", "Flushes completed.", |it| it.flushes);
+    by_volume("bessel_volume_discards_total", "Discards and write-zeroes completed.", |it| {
+        it.discards
+    });
+    by_volume("bessel_volume_read_bytes_total", "Bytes read.", |it| it.read_bytes);
+    by_volume("bessel_volume_written_bytes_total", "Bytes written.", |it| it.written_bytes);
+    by_volume("bessel_volume_errors_total", "Requests answered with an error.", |it| it.errors);
+
+    let mut by_reactor = |name, help, value: fn(&super::types::ReactorView) -> f64| {
+        let samples = stats
+            .reactors
+            .iter()
+            .map(|reactor| (format!("{{reactor=\"{}\"}}", reactor.index), value(reactor)));
+        counter(name, help).write(&mut text, samples);
+    };
+    by_reactor("bessel_reactor_turns_total", "Turns of the loop.", |it| it.turns as f64);
+    by_reactor("bessel_reactor_turns_busy_total", "Turns that found work.", |it| {
+        it.turns_busy as f64
+    });
+    by_reactor("bessel_reactor_sleeps_total", "Times it went to sleep.", |it| it.sleeps as f64);
+    by_reactor("bessel_reactor_asleep_seconds_total", "Time spent asleep.", |it| {
+        it.asleep_ns as f64 / 1e9
+    });
+    by_reactor("bessel_node_cache_hits_total", "Nodes found in the cache.", |it| {
+        it.node_cache_hits as f64
+    });
+    by_reactor("bessel_node_cache_misses_total", "Nodes loaded from the device.", |it| {
+        it.node_cache_misses as f64
+    });
+    by_reactor("bessel_commits_total", "Commits made durable.", |it| it.commits as f64);
+    by_reactor("bessel_device_reads_total", "Reads sent to the device.", |it| {
+        it.device_reads as f64
+    });
+    by_reactor("bessel_device_writes_total", "Writes sent to the device.", |it| {
+        it.device_writes as f64
+    });
+    by_reactor("bessel_device_flushes_total", "Flushes sent to the device.", |it| {
+        it.device_flushes as f64
+    });
+    by_reactor("bessel_no_space_total", "Requests that found the store full.", |it| {
+        it.no_space as f64
+    });
+
+    let latency = &stats.snapshot_latency;
+    counter("bessel_snapshots_total", "Snapshots taken.").write(&mut text, one(latency.count));
+    let seconds = |nanoseconds: u64| nanoseconds as f64 / 1e9;
+    gauge("bessel_snapshot_latency_seconds", "From command to durable, since the start.").write(
+        &mut text,
+        [
+            ("{quantile=\"0.5\"}".to_owned(), seconds(latency.p50_ns)),
+            ("{quantile=\"0.99\"}".to_owned(), seconds(latency.p99_ns)),
+            ("{quantile=\"1\"}".to_owned(), seconds(latency.max_ns)),
+        ],
+    );
+    text
+}

@@ -1,0 +1,338 @@
+//! The OpenAPI 3.1 description, written by hand beside the types it describes.
+//!
+//! Tests hold it to the routes (none missing, none invented) and to the JSON that the types make.
+
+use serde_json::{Map, Value, json};
+
+/// The whole document.
+pub(super) fn document() -> Value {
+    json!({
+        "openapi": "3.1.0",
+        "info": {
+            "title": "Bessel",
+            "version": env!("CARGO_PKG_VERSION"),
+            "license": { "name": "Apache-2.0", "identifier": "Apache-2.0" },
+            "description": "Thin copy-on-write volumes for virtual machines. \
+                Every refusal is a JSON object with one line in `error`: what is wrong and what to do.",
+        },
+        "paths": paths(),
+        "components": { "schemas": schemas() },
+    })
+}
+
+const VOLUME: &str = "name";
+const SNAPSHOT: &str = "snapshot";
+
+fn paths() -> Value {
+    json!({
+        "/v1/volumes": {
+            "get": operation("List the volumes", &[], None, array("Volume")),
+            "post": operation("Create a volume, empty or as a clone", &[], Some("CreateVolume"), reference("Volume")),
+        },
+        "/v1/volumes/{name}": {
+            "get": operation("Show a volume", &[VOLUME], None, reference("Volume")),
+            "patch": operation("Rename or enlarge a volume", &[VOLUME], Some("ChangeVolume"), reference("Volume")),
+            "delete": operation("Delete a volume that no front-end is connected to", &[VOLUME], None, reference("Volume")),
+        },
+        "/v1/volumes/{name}/rollback": {
+            "post": operation("Make a volume read as one of its snapshots does", &[VOLUME], Some("Rollback"), reference("Volume")),
+        },
+        "/v1/volumes/{name}/snapshots": {
+            "get": operation("List a volume's snapshots, oldest first", &[VOLUME], None, array("Snapshot")),
+            "post": operation("Take a snapshot; answered when it is durable", &[VOLUME], Some("CreateSnapshot"), reference("SnapshotCreated")),
+        },
+        "/v1/snapshots/{snapshot}": {
+            "patch": operation("Label a snapshot", &[SNAPSHOT], Some("ChangeSnapshot"), reference("Snapshot")),
+            "delete": operation("Mark a snapshot deleted", &[SNAPSHOT], None, reference("Snapshot")),
+        },
+        "/v1/tree": {
+            "get": operation("Volumes and snapshots by descent", &[], None, reference("Tree")),
+        },
+        "/v1/stats": {
+            "get": operation("Counters since the start, and space", &[], None, reference("Stats")),
+        },
+        "/metrics": {
+            "get": {
+                "summary": "The counters as Prometheus text",
+                "responses": {
+                    "200": {
+                        "description": "Metrics",
+                        "content": { "text/plain": { "schema": { "type": "string" } } },
+                    },
+                    "default": refusal(),
+                },
+            },
+        },
+        "/openapi.json": {
+            "get": operation("This description", &[], None, json!({ "type": "object" })),
+        },
+    })
+}
+
+fn operation(summary: &str, parameters: &[&str], request: Option<&str>, answer: Value) -> Value {
+    let mut operation = json!({
+        "summary": summary,
+        "responses": {
+            "200": {
+                "description": "Done",
+                "content": { "application/json": { "schema": answer } },
+            },
+            "default": refusal(),
+        },
+    });
+    if !parameters.is_empty() {
+        operation["parameters"] = parameters.iter().copied().map(parameter).collect();
+    }
+    if let Some(request) = request {
+        operation["requestBody"] = json!({
+            "required": true,
+            "content": { "application/json": { "schema": reference(request) } },
+        });
+    }
+    operation
+}
+
+fn parameter(name: &str) -> Value {
+    let description = match name {
+        SNAPSHOT => "An id such as 3.17, or volume@label",
+        _ => "The volume's name",
+    };
+    json!({
+        "name": name,
+        "in": "path",
+        "required": true,
+        "description": description,
+        "schema": { "type": "string" },
+    })
+}
+
+fn refusal() -> Value {
+    json!({
+        "description": "Refused: 400 malformed, 404 no such thing, 405 no such method, 409 not in \
+            this state, 413 too long, 500 failed, 503 stopping, 507 store full",
+        "content": { "application/json": { "schema": reference("Error") } },
+    })
+}
+
+fn reference(schema: &str) -> Value {
+    json!({ "$ref": format!("#/components/schemas/{schema}") })
+}
+
+fn array(schema: &str) -> Value {
+    json!({ "type": "array", "items": reference(schema) })
+}
+
+/// An object: each field with its type. `name?` may be left out; a `type?` may be null; `[]` is an
+/// array of a schema; what is no basic type is a schema.
+fn object(fields: &[(&str, &str)]) -> Value {
+    let mut properties = Map::new();
+    let mut required = Vec::new();
+    for (name, kind) in fields {
+        let key = name.trim_end_matches('?');
+        if key == *name {
+            required.push(Value::from(key));
+        }
+        properties.insert(key.to_owned(), field(kind));
+    }
+    json!({ "type": "object", "properties": properties, "required": required })
+}
+
+fn field(kind: &str) -> Value {
+    if let Some(schema) = kind.strip_suffix("[]") {
+        return array(schema);
+    }
+    if let Some(kind) = kind.strip_suffix('?') {
+        return json!({ "type": [kind, "null"] });
+    }
+    match kind {
+        "cache" => json!({ "type": "string", "enum": ["writeback", "writethrough"] }),
+        "integer" => json!({ "type": "integer", "minimum": 0 }),
+        "string" | "boolean" => json!({ "type": kind }),
+        schema => reference(schema),
+    }
+}
+
+const SNAPSHOT_FIELDS: &[(&str, &str)] = &[
+    ("id", "string"),
+    ("volume", "string"),
+    ("label", "string?"),
+    ("time", "string"),
+    ("size_bytes", "integer"),
+    ("allocated_bytes", "integer"),
+    ("settling", "boolean"),
+    ("deleted", "boolean"),
+];
+
+fn schemas() -> Value {
+    let created: Vec<_> =
+        SNAPSHOT_FIELDS.iter().copied().chain([("latency_ns", "integer")]).collect();
+    json!({
+        "Error": object(&[("error", "string")]),
+        "CreateVolume": object(&[("name", "string"), ("size_bytes?", "integer"), ("from?", "string")]),
+        "ChangeVolume": object(&[("name?", "string"), ("size_bytes?", "integer")]),
+        "Rollback": object(&[("snapshot", "string")]),
+        "CreateSnapshot": object(&[("label?", "string")]),
+        "ChangeSnapshot": object(&[("label", "string?")]),
+        "Volume": object(&[
+            ("id", "integer"),
+            ("name", "string"),
+            ("size_bytes", "integer"),
+            ("cache", "cache"),
+            ("queues", "integer"),
+            ("socket", "string"),
+            ("reactor", "integer"),
+            ("connected", "boolean"),
+            ("origin", "string?"),
+            ("created", "string"),
+            ("latched", "string?"),
+            ("snapshots", "integer"),
+        ]),
+        "Snapshot": object(SNAPSHOT_FIELDS),
+        "SnapshotCreated": object(&created),
+        "Tree": object(&[("volumes", "TreeVolume[]")]),
+        "TreeVolume": object(&[
+            ("id", "integer"),
+            ("name", "string"),
+            ("size_bytes", "integer"),
+            ("origin", "string?"),
+            ("deleted", "boolean"),
+            ("snapshots", "Snapshot[]"),
+        ]),
+        "Stats": object(&[
+            ("uptime_ns", "integer"),
+            ("store", "Store"),
+            ("reactors", "Reactor[]"),
+            ("volumes", "VolumeStats[]"),
+            ("snapshot_latency", "Latency"),
+        ]),
+        "Store": object(&[
+            ("device", "string"),
+            ("uuid", "string"),
+            ("total_bytes", "integer"),
+            ("free_bytes", "integer"),
+            ("data_bytes", "integer"),
+            ("metadata_bytes", "integer"),
+        ]),
+        "Reactor": object(&[
+            ("index", "integer"),
+            ("core", "integer"),
+            ("turns", "integer"),
+            ("turns_busy", "integer"),
+            ("sleeps", "integer"),
+            ("asleep_ns", "integer"),
+            ("node_cache_hits", "integer"),
+            ("node_cache_misses", "integer"),
+            ("commits", "integer"),
+            ("device_reads", "integer"),
+            ("device_writes", "integer"),
+            ("device_flushes", "integer"),
+            ("no_space", "integer"),
+        ]),
+        "VolumeStats": object(&[
+            ("name", "string"),
+            ("reads", "integer"),
+            ("writes", "integer"),
+            ("flushes", "integer"),
+            ("discards", "integer"),
+            ("read_bytes", "integer"),
+            ("written_bytes", "integer"),
+            ("errors", "integer"),
+        ]),
+        "Latency": object(&[
+            ("count", "integer"),
+            ("p50_ns", "integer"),
+            ("p99_ns", "integer"),
+            ("max_ns", "integer"),
+        ]),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::types::*;
+    use super::*;
+    use serde::Serialize;
+
+    /// The description of `schema` has exactly the fields that `sample` serialises to, and allows
+    /// the type of each value.
+    fn describes<T: Serialize>(schema: &str, sample: T) {
+        let description = &schemas()[schema]["properties"];
+        let sample = serde_json::to_value(sample).unwrap();
+        let fields = |value: &Value| value.as_object().unwrap().keys().cloned().collect::<Vec<_>>();
+        assert_eq!(fields(description), fields(&sample), "{schema}");
+        for (name, value) in sample.as_object().unwrap() {
+            let kind = match value {
+                Value::Null => "null",
+                Value::Bool(_) => "boolean",
+                Value::Number(_) => "integer",
+                Value::String(_) => "string",
+                Value::Array(_) => "array",
+                Value::Object(_) => "$ref",
+            };
+            let described = description[name].to_string();
+            assert!(described.contains(kind), "{schema}.{name} is {kind}, described {described}");
+        }
+    }
+
+    fn snapshot() -> SnapshotView {
+        SnapshotView {
+            id: String::new(),
+            volume: String::new(),
+            label: None,
+            time: String::new(),
+            size_bytes: 0,
+            allocated_bytes: 0,
+            settling: false,
+            deleted: false,
+        }
+    }
+
+    #[test]
+    fn the_schemas_are_what_the_types_serialise_to() {
+        describes("Error", ErrorBody { error: String::new() });
+        describes(
+            "CreateVolume",
+            CreateVolume { name: String::new(), size_bytes: Some(0), from: Some(String::new()) },
+        );
+        describes("ChangeVolume", ChangeVolume { name: Some(String::new()), size_bytes: Some(0) });
+        describes("Rollback", Rollback { snapshot: String::new() });
+        describes("CreateSnapshot", CreateSnapshot { label: Some(String::new()) });
+        describes("ChangeSnapshot", ChangeSnapshot { label: None });
+        describes("Snapshot", snapshot());
+        describes("SnapshotCreated", SnapshotCreated { snapshot: snapshot(), latency_ns: 0 });
+        describes(
+            "Volume",
+            VolumeView {
+                id: 0,
+                name: String::new(),
+                size_bytes: 0,
+                cache: Cache::Writeback,
+                queues: 1,
+                socket: String::new(),
+                reactor: 0,
+                connected: false,
+                origin: None,
+                created: String::new(),
+                latched: None,
+                snapshots: 0,
+            },
+        );
+        describes("Tree", TreeView { volumes: Vec::new() });
+        describes(
+            "TreeVolume",
+            TreeVolume {
+                id: 0,
+                name: String::new(),
+                size_bytes: 0,
+                origin: None,
+                deleted: false,
+                snapshots: Vec::new(),
+            },
+        );
+        describes("Stats", StatsView::default());
+        describes("Store", StoreView::default());
+        describes("Reactor", ReactorView::default());
+        describes("VolumeStats", VolumeStatsView::default());
+        describes("Latency", LatencyView::default());
+    }
+}

@@ -1,0 +1,251 @@
+//! Every route: which method on which path does what. `openapi.rs` describes the same table.
+//!
+//! Whatever arrives is checked before the control plane hears of it: names and references by the
+//! extractors, bodies by [`parse`], their length by the server.
+
+use super::types::{
+    ChangeSnapshot, ChangeVolume, CreateSnapshot, CreateVolume, Rollback, SnapshotCreated,
+    SnapshotView, StatsView, TreeView, VolumeView,
+};
+use super::{Refusal, RefusalKind, metrics, openapi};
+use crate::control::Control;
+use crate::reference::{SnapshotReference, label, volume_name};
+use axum::body::Bytes;
+use axum::extract::rejection::BytesRejection;
+use axum::extract::{DefaultBodyLimit, FromRequestParts, Path, State};
+use axum::http::header::CONTENT_TYPE;
+use axum::http::request::Parts;
+use axum::response::IntoResponse;
+use axum::routing::{MethodRouter, get, patch, post};
+use axum::{Json, Router};
+use bessel_reactor::units::ByteCount;
+use serde::de::DeserializeOwned;
+
+/// Longest request body: the largest request is a name and a label of 64 bytes each.
+const BODY_BYTES_MAX: usize = 16 << 10;
+
+type Answer<T> = Result<Json<T>, Refusal>;
+
+/// Every path with its methods.
+fn table() -> Vec<(&'static str, MethodRouter<Control>)> {
+    vec![
+        ("/v1/volumes", get(list_volumes).post(create_volume)),
+        ("/v1/volumes/{name}", get(show_volume).patch(change_volume).delete(delete_volume)),
+        ("/v1/volumes/{name}/rollback", post(rollback_volume)),
+        ("/v1/volumes/{name}/snapshots", get(list_snapshots).post(create_snapshot)),
+        ("/v1/snapshots/{snapshot}", patch(change_snapshot).delete(delete_snapshot)),
+        ("/v1/tree", get(show_tree)),
+        ("/v1/stats", get(show_stats)),
+        ("/metrics", get(show_metrics)),
+        ("/openapi.json", get(show_openapi)),
+    ]
+}
+
+/// What the Unix socket serves.
+pub(super) fn router(control: Control) -> Router {
+    build(control, |_| true)
+}
+
+/// What the TCP listener serves: nothing that changes anything or names a path on this machine.
+pub(super) fn metrics_router(control: Control) -> Router {
+    build(control, |path| matches!(path, "/metrics" | "/openapi.json"))
+}
+
+fn build(control: Control, wanted: impl Fn(&str) -> bool) -> Router {
+    let mut router = Router::new();
+    for (path, methods) in table() {
+        if wanted(path) {
+            router = router.route(path, methods);
+        }
+    }
+    router
+        .fallback(|| async { Refusal::not_found("no such path; GET /openapi.json lists them") })
+        .method_not_allowed_fallback(|| async {
+            let message = "this path has other methods; GET /openapi.json lists them";
+            Refusal::new(RefusalKind::Method, message)
+        })
+        .layer(DefaultBodyLimit::max(BODY_BYTES_MAX))
+        .with_state(control)
+}
+
+/// The `{name}` of a path, checked.
+struct VolumeName(String);
+
+impl<S: Send + Sync> FromRequestParts<S> for VolumeName {
+    type Rejection = Refusal;
+
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Refusal> {
+        let Path(text) = Path::<String>::from_request_parts(parts, state)
+            .await
+            .map_err(|rejection| Refusal::malformed(rejection.body_text()))?;
+        volume_name(&text).map(Self).map_err(Refusal::malformed)
+    }
+}
+
+/// The `{snapshot}` of a path, checked.
+struct SnapshotName(SnapshotReference);
+
+impl<S: Send + Sync> FromRequestParts<S> for SnapshotName {
+    type Rejection = Refusal;
+
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Refusal> {
+        let Path(text) = Path::<String>::from_request_parts(parts, state)
+            .await
+            .map_err(|rejection| Refusal::malformed(rejection.body_text()))?;
+        text.parse().map(Self).map_err(Refusal::malformed)
+    }
+}
+
+/// A body as the request it should be.
+fn parse<T: DeserializeOwned>(body: Result<Bytes, BytesRejection>) -> Result<T, Refusal> {
+    let body = body.map_err(|_| {
+        let message = format!("the body is longer than {BODY_BYTES_MAX} bytes; send less");
+        Refusal::new(RefusalKind::TooLarge, message)
+    })?;
+    serde_json::from_slice(&body).map_err(|error| {
+        Refusal::malformed(format!(
+            "the body is not the JSON it should be: {error}; see /openapi.json"
+        ))
+    })
+}
+
+async fn list_volumes(State(control): State<Control>) -> Answer<Vec<VolumeView>> {
+    control.call(|plane| plane.list_volumes()).await.map(Json)
+}
+
+async fn create_volume(
+    State(control): State<Control>,
+    body: Result<Bytes, BytesRejection>,
+) -> Answer<VolumeView> {
+    let request: CreateVolume = parse(body)?;
+    let name = volume_name(&request.name).map_err(Refusal::malformed)?;
+    let size = request.size_bytes.map(ByteCount::new);
+    let from: Option<SnapshotReference> =
+        request.from.map(|text| text.parse()).transpose().map_err(Refusal::malformed)?;
+    control.call(move |plane| plane.create_volume(&name, size, from.as_ref())).await.map(Json)
+}
+
+async fn show_volume(
+    State(control): State<Control>,
+    VolumeName(name): VolumeName,
+) -> Answer<VolumeView> {
+    control.call(move |plane| plane.show_volume(&name)).await.map(Json)
+}
+
+async fn change_volume(
+    State(control): State<Control>,
+    VolumeName(name): VolumeName,
+    body: Result<Bytes, BytesRejection>,
+) -> Answer<VolumeView> {
+    let request: ChangeVolume = parse(body)?;
+    match (request.name, request.size_bytes) {
+        (Some(new_name), None) => {
+            let new_name = volume_name(&new_name).map_err(Refusal::malformed)?;
+            control.call(move |plane| plane.rename_volume(&name, &new_name)).await.map(Json)
+        }
+        (None, Some(size)) => {
+            let size = ByteCount::new(size);
+            control.call(move |plane| plane.resize_volume(&name, size)).await.map(Json)
+        }
+        _ => Err(Refusal::malformed("one change at a time; give either name or size_bytes")),
+    }
+}
+
+async fn delete_volume(
+    State(control): State<Control>,
+    VolumeName(name): VolumeName,
+) -> Answer<VolumeView> {
+    control.call(move |plane| plane.delete_volume(&name)).await.map(Json)
+}
+
+async fn rollback_volume(
+    State(control): State<Control>,
+    VolumeName(name): VolumeName,
+    body: Result<Bytes, BytesRejection>,
+) -> Answer<VolumeView> {
+    let request: Rollback = parse(body)?;
+    let snapshot: SnapshotReference = request.snapshot.parse().map_err(Refusal::malformed)?;
+    control.call(move |plane| plane.rollback_volume(&name, &snapshot)).await.map(Json)
+}
+
+async fn list_snapshots(
+    State(control): State<Control>,
+    VolumeName(name): VolumeName,
+) -> Answer<Vec<SnapshotView>> {
+    control.call(move |plane| plane.list_snapshots(&name)).await.map(Json)
+}
+
+async fn create_snapshot(
+    State(control): State<Control>,
+    VolumeName(name): VolumeName,
+    body: Result<Bytes, BytesRejection>,
+) -> Answer<SnapshotCreated> {
+    let request: CreateSnapshot = parse(body)?;
+    let label = request.label.as_deref().map(label).transpose().map_err(Refusal::malformed)?;
+    control.call(move |plane| plane.create_snapshot(&name, label)).await.map(Json)
+}
+
+async fn change_snapshot(
+    State(control): State<Control>,
+    SnapshotName(snapshot): SnapshotName,
+    body: Result<Bytes, BytesRejection>,
+) -> Answer<SnapshotView> {
+    let request: ChangeSnapshot = parse(body)?;
+    let label = request.label.as_deref().map(label).transpose().map_err(Refusal::malformed)?;
+    control.call(move |plane| plane.label_snapshot(&snapshot, label)).await.map(Json)
+}
+
+async fn delete_snapshot(
+    State(control): State<Control>,
+    SnapshotName(snapshot): SnapshotName,
+) -> Answer<SnapshotView> {
+    control.call(move |plane| plane.delete_snapshot(&snapshot)).await.map(Json)
+}
+
+async fn show_tree(State(control): State<Control>) -> Answer<TreeView> {
+    control.call(|plane| plane.tree()).await.map(Json)
+}
+
+async fn show_stats(State(control): State<Control>) -> Answer<StatsView> {
+    control.call(|plane| plane.stats()).await.map(Json)
+}
+
+async fn show_metrics(State(control): State<Control>) -> Result<impl IntoResponse, Refusal> {
+    let stats = control.call(|plane| plane.stats()).await?;
+    Ok(([(CONTENT_TYPE, metrics::CONTENT_TYPE)], metrics::prometheus(&stats)))
+}
+
+async fn show_openapi() -> Json<serde_json::Value> {
+    Json(openapi::document())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_description_lists_every_route_and_no_other() {
+        let document = openapi::document();
+        let described = document["paths"].as_object().unwrap();
+        let mut described: Vec<(String, String)> = described
+            .iter()
+            .flat_map(|(path, methods)| {
+                let methods = methods.as_object().unwrap().keys();
+                methods.map(|method| (path.clone(), method.to_uppercase()))
+            })
+            .collect();
+        let mut served: Vec<(String, String)> = Vec::new();
+        for (path, methods) in table() {
+            // `MethodRouter` shows its methods in its debug text only.
+            let shown = format!("{methods:?}");
+            for method in ["get", "post", "patch", "delete", "put"] {
+                if !shown.contains(&format!("{method}: None")) {
+                    served.push((path.to_owned(), method.to_uppercase()));
+                }
+            }
+        }
+        described.sort();
+        served.sort();
+        assert_eq!(described, served);
+    }
+}

@@ -1,0 +1,256 @@
+//! What the API says and understands: the JSON of `openapi.json`, shared by daemon and client.
+//!
+//! Units are in the field names. Unknown fields in requests are refused, so that a misspelt option
+//! is an error rather than a default. Fields are only ever added to responses.
+
+use serde::{Deserialize, Serialize};
+
+/// When a write counts as done.
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum Cache {
+    /// When its data is written; FLUSH makes it durable.
+    #[default]
+    Writeback,
+    /// When it is durable.
+    Writethrough,
+}
+
+/// Any refusal.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub(crate) struct ErrorBody {
+    /// One line: what is wrong and what to do.
+    pub(crate) error: String,
+}
+
+/// `POST /v1/volumes`
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct CreateVolume {
+    /// A name no other volume has.
+    pub(crate) name: String,
+    /// A multiple of 512. May be left out for a clone, which then has the size of its snapshot.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) size_bytes: Option<u64>,
+    /// The snapshot it starts from.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) from: Option<String>,
+}
+
+/// `PATCH /v1/volumes/{name}`: one change at a time.
+#[derive(Clone, Default, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct ChangeVolume {
+    /// A new name.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) name: Option<String>,
+    /// A new size, at least the present one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) size_bytes: Option<u64>,
+}
+
+/// `POST /v1/volumes/{name}/rollback`
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Rollback {
+    /// A snapshot of this volume.
+    pub(crate) snapshot: String,
+}
+
+/// `POST /v1/volumes/{name}/snapshots`
+#[derive(Clone, Default, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct CreateSnapshot {
+    /// A label no other snapshot of the volume has.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) label: Option<String>,
+}
+
+/// `PATCH /v1/snapshots/{snapshot}`
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct ChangeSnapshot {
+    /// The new label; null takes the label away.
+    pub(crate) label: Option<String>,
+}
+
+/// A volume.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub(crate) struct VolumeView {
+    /// Never reused in this store.
+    pub(crate) id: u64,
+    /// Unique among the volumes there are.
+    pub(crate) name: String,
+    /// What the guest sees.
+    pub(crate) size_bytes: u64,
+    /// The mode now; a guest may switch it.
+    pub(crate) cache: Cache,
+    /// Request queues offered.
+    pub(crate) queues: u16,
+    /// Where front-ends connect.
+    pub(crate) socket: String,
+    /// Index of the reactor that serves it.
+    pub(crate) reactor: usize,
+    /// A front-end is connected.
+    pub(crate) connected: bool,
+    /// Id of the snapshot it was cloned from.
+    pub(crate) origin: Option<String>,
+    /// RFC 3339, UTC.
+    pub(crate) created: String,
+    /// Why writes are refused, if they are.
+    pub(crate) latched: Option<String>,
+    /// Snapshots there are, deleted ones not counted.
+    pub(crate) snapshots: usize,
+}
+
+/// A snapshot.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub(crate) struct SnapshotView {
+    /// As in `3.17`; never reused.
+    pub(crate) id: String,
+    /// Name of the volume it was taken of.
+    pub(crate) volume: String,
+    /// Unique in the volume.
+    pub(crate) label: Option<String>,
+    /// RFC 3339, UTC.
+    pub(crate) time: String,
+    /// Size of the volume then.
+    pub(crate) size_bytes: u64,
+    /// Blocks allocated for the volume between the snapshot before and this one.
+    pub(crate) allocated_bytes: u64,
+    /// Writes in flight when it was taken have not drained; it cannot be cloned yet.
+    pub(crate) settling: bool,
+    /// Marked deleted; shown only where something descends from it.
+    pub(crate) deleted: bool,
+}
+
+/// A snapshot that has just become durable.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub(crate) struct SnapshotCreated {
+    /// What was taken.
+    #[serde(flatten)]
+    pub(crate) snapshot: SnapshotView,
+    /// From the moment the command reached the reactor until the snapshot was durable.
+    pub(crate) latency_ns: u64,
+}
+
+/// `GET /v1/tree`: volumes, each with its snapshots, oldest first. Edges are `origin`.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub(crate) struct TreeView {
+    /// By id. A deleted volume is here while a clone descends from it.
+    pub(crate) volumes: Vec<TreeVolume>,
+}
+
+/// A volume in the tree.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub(crate) struct TreeVolume {
+    /// Its id.
+    pub(crate) id: u64,
+    /// Its name.
+    pub(crate) name: String,
+    /// Its size.
+    pub(crate) size_bytes: u64,
+    /// Id of the snapshot it was cloned from.
+    pub(crate) origin: Option<String>,
+    /// Deleted; only its snapshots live on, in clones.
+    pub(crate) deleted: bool,
+    /// Its snapshots, oldest first.
+    pub(crate) snapshots: Vec<SnapshotView>,
+}
+
+/// `GET /v1/stats`: counters since the daemon started, and the space there is now.
+#[derive(Clone, PartialEq, Default, Debug, Serialize, Deserialize)]
+pub(crate) struct StatsView {
+    /// Since the daemon started.
+    pub(crate) uptime_ns: u64,
+    /// The store.
+    pub(crate) store: StoreView,
+    /// One for each core.
+    pub(crate) reactors: Vec<ReactorView>,
+    /// One for each volume, by name.
+    pub(crate) volumes: Vec<VolumeStatsView>,
+    /// Latencies of all snapshots taken.
+    pub(crate) snapshot_latency: LatencyView,
+}
+
+/// Space on the store.
+#[derive(Clone, PartialEq, Eq, Default, Debug, Serialize, Deserialize)]
+pub(crate) struct StoreView {
+    /// Path of the device.
+    pub(crate) device: String,
+    /// Identity of the store.
+    pub(crate) uuid: String,
+    /// The whole store.
+    pub(crate) total_bytes: u64,
+    /// Neither allocated nor claimed.
+    pub(crate) free_bytes: u64,
+    /// Allocated in data extents.
+    pub(crate) data_bytes: u64,
+    /// Allocated in metadata extents, the system extent included.
+    pub(crate) metadata_bytes: u64,
+}
+
+/// One reactor.
+#[derive(Clone, PartialEq, Eq, Default, Debug, Serialize, Deserialize)]
+pub(crate) struct ReactorView {
+    /// From 0.
+    pub(crate) index: usize,
+    /// The core it is pinned to.
+    pub(crate) core: usize,
+    /// Turns of the loop.
+    pub(crate) turns: u64,
+    /// Turns that found work.
+    pub(crate) turns_busy: u64,
+    /// Times it went to sleep.
+    pub(crate) sleeps: u64,
+    /// Time spent asleep.
+    pub(crate) asleep_ns: u64,
+    /// Nodes found in the cache.
+    pub(crate) node_cache_hits: u64,
+    /// Nodes loaded from the device.
+    pub(crate) node_cache_misses: u64,
+    /// Commits made durable.
+    pub(crate) commits: u64,
+    /// Reads sent to the device.
+    pub(crate) device_reads: u64,
+    /// Writes sent to the device.
+    pub(crate) device_writes: u64,
+    /// Flushes sent to the device.
+    pub(crate) device_flushes: u64,
+    /// Requests that found the store full.
+    pub(crate) no_space: u64,
+}
+
+/// What guests asked of a volume.
+#[derive(Clone, PartialEq, Eq, Default, Debug, Serialize, Deserialize)]
+pub(crate) struct VolumeStatsView {
+    /// The volume's name.
+    pub(crate) name: String,
+    /// Reads completed.
+    pub(crate) reads: u64,
+    /// Writes completed.
+    pub(crate) writes: u64,
+    /// Flushes completed.
+    pub(crate) flushes: u64,
+    /// Discards and write-zeroes completed.
+    pub(crate) discards: u64,
+    /// Bytes of the reads.
+    pub(crate) read_bytes: u64,
+    /// Bytes of the writes.
+    pub(crate) written_bytes: u64,
+    /// Requests that were answered with an error.
+    pub(crate) errors: u64,
+}
+
+/// A distribution of times.
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug, Serialize, Deserialize)]
+pub(crate) struct LatencyView {
+    /// How many.
+    pub(crate) count: u64,
+    /// Half were no longer than this.
+    pub(crate) p50_ns: u64,
+    /// 99 of 100 were no longer than this.
+    pub(crate) p99_ns: u64,
+    /// The longest.
+    pub(crate) max_ns: u64,
+}

@@ -1,0 +1,68 @@
+//! The control plane: one thread that owns names, placement and servers, and changes them one
+//! operation at a time.
+//!
+//! The API sends it closures and waits for their results, so each operation reads top down as a
+//! method of [`ControlPlane`] and never meets another half done. It reaches the reactors by
+//! messages only (see `attach`); a reactor never waits for it.
+
+use crate::api::Refusal;
+use crate::plane::ControlPlane;
+use std::sync::mpsc;
+use std::thread::JoinHandle;
+use tokio::sync::oneshot;
+
+type Job = Box<dyn FnOnce(&mut ControlPlane) + Send>;
+
+/// Sends operations to the control plane. Clones send to the same.
+#[derive(Clone)]
+pub(crate) struct Control {
+    jobs: mpsc::Sender<Job>,
+}
+
+/// The thread that carries them out.
+pub(crate) struct ControlThread {
+    thread: JoinHandle<ControlPlane>,
+}
+
+impl Control {
+    /// Starts the thread. It ends when the last clone of the `Control` is gone.
+    ///
+    /// # Errors
+    /// When the system has no thread for it.
+    pub(crate) fn start(mut plane: ControlPlane) -> std::io::Result<(Self, ControlThread)> {
+        let (jobs, inbox) = mpsc::channel::<Job>();
+        let thread =
+            std::thread::Builder::new().name("bessel-control".to_owned()).spawn(move || {
+                for job in inbox {
+                    job(&mut plane);
+                }
+                plane
+            })?;
+        Ok((Self { jobs }, ControlThread { thread }))
+    }
+
+    /// Runs `operation` after those that were sent before it. It is carried out also when the
+    /// asker has gone away meanwhile.
+    pub(crate) async fn call<T: Send + 'static>(
+        &self,
+        operation: impl FnOnce(&mut ControlPlane) -> Result<T, Refusal> + Send + 'static,
+    ) -> Result<T, Refusal> {
+        let (answer, answered) = oneshot::channel();
+        let job: Job = Box::new(move |plane| {
+            // The asker may have hung up; the operation has happened all the same.
+            let _ = answer.send(operation(plane));
+        });
+        self.jobs.send(job).map_err(|_| Refusal::stopping())?;
+        answered.await.unwrap_or_else(|_| Err(Refusal::stopping()))
+    }
+}
+
+impl ControlThread {
+    /// Waits for the operations that were sent and takes the control plane back.
+    ///
+    /// # Panics
+    /// With the thread's panic, if it panicked.
+    pub(crate) fn join(self) -> ControlPlane {
+        self.thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    }
+}
