@@ -1,0 +1,72 @@
+//! `bessel stats`: space, reactors, volumes, snapshot latencies.
+
+use super::output::{Table, duration, print_either};
+use super::{ApiArgs, Outcome};
+use crate::api::types::StatsView;
+use bessel_reactor::units::ByteCount;
+use clap::Args;
+
+/// `bessel stats`
+#[derive(Args, Debug)]
+pub(crate) struct StatsArgs {
+    #[command(flatten)]
+    api: ApiArgs,
+}
+
+/// Runs `bessel stats`.
+pub(crate) fn run(arguments: &StatsArgs) -> Outcome {
+    let stats: StatsView = arguments.api.client().get("/v1/stats")?;
+    print_either(arguments.api.json, &stats, text)
+}
+
+fn text(stats: &StatsView) -> String {
+    let bytes = |count: u64| ByteCount::new(count).human();
+    let store = &stats.store;
+    let latency = &stats.snapshot_latency;
+    let mut volumes = Table::new(&[
+        "VOLUME", "READS", "READ", "WRITES", "WRITTEN", "FLUSHES", "DISCARDS", "ERRORS",
+    ]);
+    for volume in &stats.volumes {
+        volumes.row(vec![
+            volume.name.clone(),
+            volume.reads.to_string(),
+            bytes(volume.read_bytes),
+            volume.writes.to_string(),
+            bytes(volume.written_bytes),
+            volume.flushes.to_string(),
+            volume.discards.to_string(),
+            volume.errors.to_string(),
+        ]);
+    }
+    let mut reactors = Table::new(&[
+        "REACTOR", "CORE", "TURNS", "BUSY", "SLEEPS", "ASLEEP", "HITS", "MISSES", "COMMITS",
+    ]);
+    for reactor in &stats.reactors {
+        reactors.row(vec![
+            reactor.index.to_string(),
+            reactor.core.to_string(),
+            reactor.turns.to_string(),
+            reactor.turns_busy.to_string(),
+            reactor.sleeps.to_string(),
+            duration(reactor.asleep_ns),
+            reactor.node_cache_hits.to_string(),
+            reactor.node_cache_misses.to_string(),
+            reactor.commits.to_string(),
+        ]);
+    }
+    format!(
+        "store {}: {} in all, {} free, {} data, {} metadata\n\
+         snapshots: {} taken, p50 {}, p99 {}, max {}\n\n{}\n{}",
+        store.device,
+        bytes(store.total_bytes),
+        bytes(store.free_bytes),
+        bytes(store.data_bytes),
+        bytes(store.metadata_bytes),
+        latency.count,
+        duration(latency.p50_ns),
+        duration(latency.p99_ns),
+        duration(latency.max_ns),
+        volumes.render(),
+        reactors.render(),
+    )
+}
