@@ -1,0 +1,27 @@
+# Each target is one line of a script; the work is in scripts/.
+# `target/` is source (the bessel program): cargo builds in build/, here as in .cargo/config.toml.
+export CARGO_TARGET_DIR := $(CURDIR)/build
+
+.PHONY: help build demo test bench fmt clean-guest
+
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 22
+
+build: ## the bessel program, in build/release
+	cargo build --locked --release
+
+demo: build ## a real guest on a Bessel disk: snapshots, a crash, a clone (about a minute)
+	@scripts/setup
+	@scripts/demo
+
+test: ## everything CI runs
+	@scripts/test
+
+bench: build ## measured beside qemu-storage-daemon
+	@scripts/bench
+
+fmt: ## format the code
+	cargo fmt --all
+
+clean-guest: ## forget the guest's kernel and image; the next run makes them anew
+	rm -rf build/guest build/demo build/test

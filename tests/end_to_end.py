@@ -1,0 +1,186 @@
+#!/usr/bin/env python3
+"""Promises that need a real kernel: guests under QEMU, and killed processes.
+
+  tests/end_to_end.py [--program BESSEL] [--bench BESSEL_BENCH] [NAME ...]
+
+Runs each test (or those whose name contains a NAME) in a directory of its own under build/test. Its logs stay there,
+and the store of a test that failed. Prints one line for each and then the summary that `cargo test` prints, so that scripts/test counts both alike.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+
+sys.dont_write_bytecode = True
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "scripts"))
+import vm  # noqa: E402
+
+VOLUME = "vm1"
+CRASHES = 3
+
+
+class World:
+    """What a test works with: a daemon with one volume, the accelerator for guests, and a way to boot them."""
+
+    def __init__(self, run, options, accelerator):
+        self.run, self._accelerator, self.bench = run, accelerator, options.bench
+        self.program = options.program
+        self.daemon = vm.Daemon(run, options.program, {VOLUME: "1GiB"})
+        self.daemon.start()
+
+    def guest(self, name, job, volume=VOLUME, **options):
+        return vm.Guest(self.run, name, self._accelerator, job, self.daemon.volume_socket(volume), **options)
+
+    def expect(self, condition, message):
+        if not condition:
+            raise vm.Failed(message, self.daemon.log)
+
+    def expect_acknowledged(self, acknowledged, found, when):
+        lost = [name for name in acknowledged if found.get(name) != acknowledged[name]]
+        self.expect(not lost, f"{when}: of {len(acknowledged)} fsynced files these are lost or changed: {lost[:5]}")
+
+    def check_store(self):
+        """`bessel check` on the store, which no daemon may be serving."""
+        done = subprocess.run([self.program, "check", self.daemon.store], capture_output=True, text=True, timeout=120, check=False)
+        self.expect(done.returncode == 0, f"bessel check exited {done.returncode}: {(done.stdout + done.stderr).strip()[:500]}")
+
+    def stop_cleanly(self):
+        status = self.daemon.stop()
+        self.expect(status == 0, f"the daemon exited {status} on SIGTERM")
+
+
+def collect(files):
+    """An event handler that notes what the guest says is safe."""
+    return lambda event, fields: files.update({fields["name"]: fields["sum"]}) if event in ("acked", "file") else None
+
+
+def a_guest_makes_writes_trims_and_checks_a_file_system(world):
+    files = {}
+    guest = world.guest("smoke", "smoke", fio=3, files=20)
+    disk = guest.wait_for("disk", 60)
+    world.expect(disk["sectors"] == str((1 << 30) // 512), f"the guest sees {disk['sectors']} sectors, not 1 GiB")
+    world.expect(disk["queues"] == "2", f"the guest sees {disk['queues']} queues, not 2")
+    world.expect(disk["cache"] == "write", f"the guest sees a cache of mode {disk['cache']}: FLUSH is not offered")
+    world.expect(int(disk["discard"]) > 0, "the guest is not offered DISCARD")
+    guest.wait_for("verified", 120, collect(files))
+    found = guest.check_files()
+    world.expect_acknowledged(files, found, "before a restart")
+    world.stop_cleanly()
+    world.check_store()
+    world.daemon.start()
+    world.expect_acknowledged(files, world.guest("again", "check").check_files(), "after a restart")
+    world.stop_cleanly()
+
+
+def fsynced_files_survive_killing_daemon_and_guest_again_and_again(world):
+    for crash in range(CRASHES):
+        files = {}
+        guest = world.guest(f"writer-{crash}", "write", fio=1, files=10)
+        guest.wait_for("fio", 120, collect(files))
+        # Not the same place each time: later crashes come further into the second fio.
+        while len(files) < 20 + 20 * crash:
+            world.daemon.command("snapshot", "create", VOLUME)
+            guest.wait_for("acked", 60, collect(files))
+        world.daemon.kill()
+        guest.kill()
+        while not guest.events.empty():
+            collect(files)(*guest.events.get()[:2])
+        world.check_store()
+        world.daemon.start()
+        found = world.guest(f"after-{crash}", "check").check_files()
+        world.expect_acknowledged(files, found, f"after crash {crash}")
+    world.stop_cleanly()
+    world.check_store()
+
+
+def a_guest_outlives_the_daemon_with_a_pause(world):
+    files = {}
+    guest = world.guest("writer", "write", reconnect=True, fio=1, files=10)
+    guest.wait_for("fio", 120, collect(files))
+    for _ in range(2):
+        world.daemon.kill()
+        world.daemon.start()
+        before = len(files)
+        # One may have been acknowledged before the kill and read only now; the second cannot have been.
+        while len(files) < before + 5:
+            guest.wait_for("acked", 60, collect(files))
+    guest.kill()
+    world.expect_acknowledged(files, world.guest("after", "check").check_files(), "after the daemon came back twice")
+    world.stop_cleanly()
+
+
+def a_clone_has_the_older_files_and_goes_its_own_way(world):
+    older, newer = {}, {}
+    guest = world.guest("writer", "write", fio=1, files=10)
+    while len(older) < 5:
+        guest.wait_for("acked", 60, collect(older))
+    world.daemon.command("snapshot", "create", VOLUME, "--label", "base")
+    guest.send("epoch 2")
+    guest.wait_for("epoch", 30, collect(newer))
+    guest.wait_for("fio", 120, collect(newer))
+    guest.kill()
+    world.daemon.command("volume", "create", "clone1", "--from", f"{VOLUME}@base")
+    vm.wait_until(lambda: os.path.exists(world.daemon.volume_socket("clone1")), 10, "the clone's socket appears", world.daemon.log)
+    # Over the clone a whole new file system is made; the volume it came from must not see any of it.
+    found = world.guest("clone", "check", volume="clone1").check_files()
+    world.expect_acknowledged(older, found, "in the clone")
+    world.expect(not [name for name in found if name.startswith("2-")], "the clone has files begun after its snapshot")
+    world.guest("clone-smoke", "smoke", volume="clone1", fio=1).check_files()
+    world.expect_acknowledged(older | newer, world.guest("origin", "check").check_files(), "in the volume cloned from")
+    world.stop_cleanly()
+    world.check_store()
+
+
+def the_load_generator_reads_back_what_it_wrote(world):
+    done = subprocess.run([world.bench, "load", "--socket", world.daemon.volume_socket(VOLUME), "--rw", "mix",
+                           "--requests", "20000", "--depth", "32", "--verify"],
+                          capture_output=True, text=True, timeout=120, check=False)
+    world.expect(done.returncode == 0, f"bessel-bench exited {done.returncode}: {done.stderr.strip()}")
+    world.stop_cleanly()
+    world.check_store()
+
+
+TESTS = [
+    a_guest_makes_writes_trims_and_checks_a_file_system,
+    fsynced_files_survive_killing_daemon_and_guest_again_and_again,
+    a_guest_outlives_the_daemon_with_a_pause,
+    a_clone_has_the_older_files_and_goes_its_own_way,
+    the_load_generator_reads_back_what_it_wrote,
+]
+
+
+def main():
+    release = os.path.join(vm.REPO, "build", "release")
+    parser = argparse.ArgumentParser(description="Promises that need a real kernel.")
+    parser.add_argument("--program", default=os.path.join(release, "bessel"), help="the bessel program")
+    parser.add_argument("--bench", default=os.path.join(release, "bessel-bench"), help="the load generator")
+    parser.add_argument("names", nargs="*", help="run only tests with one of these in their name")
+    options = parser.parse_args()
+    with vm.Run("test/accelerator") as run:
+        accelerator, reason = vm.choose_accelerator(run)
+    print(f"guests run under {accelerator.upper()}: {reason}", flush=True)
+    passed = failed = 0
+    for test in TESTS:
+        name = test.__name__
+        if options.names and not any(wanted in name for wanted in options.names):
+            continue
+        began = time.monotonic()
+        try:
+            with vm.Run(f"test/{name}") as run:
+                test(World(run, options, accelerator))
+                os.remove(run.path("store.img"))
+            passed += 1
+            print(f"test {name} ... ok ({time.monotonic() - began:.0f} s)", flush=True)
+        except (vm.Failed, OSError, subprocess.TimeoutExpired) as failure:
+            failed += 1
+            print(f"test {name} ... FAILED", flush=True)
+            vm.show_failure(failure)
+            print(f"all logs: build/test/{name}", file=sys.stderr)
+    print(f"test result: {'FAILED' if failed else 'ok'}. {passed} passed; {failed} failed; 0 ignored")
+    sys.exit(1 if failed else 0)
+
+
+if __name__ == "__main__":
+    main()
