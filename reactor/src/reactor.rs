@@ -17,6 +17,9 @@ use crate::poller::Poller;
 use crate::stats::ReactorStats;
 
 /// How long an adaptive reactor polls in vain before it sleeps.
+///
+/// A message to a sleeping reactor took 24 to 29 microseconds until it was seen (medians; virtual
+/// cores of an AMD EPYC, Linux 6.18, a loaded machine), 14 of which its sender spent ringing.
 const SPIN: Duration = Duration::from_micros(50);
 
 /// When a reactor sleeps.

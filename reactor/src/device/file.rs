@@ -211,7 +211,12 @@ fn alignments(file: &File, direct: bool, block_device: bool, sector: u32) -> (u3
         return (1, offset_least);
     }
     match sys::direct_alignment(file.as_fd()) {
-        Some(said) => (said.memory, said.offset.max(offset_least)),
+        // What is said of memory is about addresses alone. Kernels also want the length of each
+        // piece to be whole sectors, and one number stands for both here.
+        Some(said) => {
+            let offset = said.offset.max(offset_least);
+            (said.memory.max(offset), offset)
+        }
         None if block_device => (MEMORY_ALIGNMENT_UNKNOWN, offset_least),
         // The disk below a file may have 4096-byte sectors, and nobody says.
         None => (MEMORY_ALIGNMENT_UNKNOWN, OFFSET_ALIGNMENT_MAX),
