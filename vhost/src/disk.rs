@@ -3,7 +3,7 @@
 //! [`DiskInfo`] is what the caller says; [`Disk`] is the same, shared by a server and its queues,
 //! with the size as an atomic so that a volume can grow while it is served.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use bessel_reactor::units::{SECTOR_SIZE, Sector};
 
@@ -48,6 +48,8 @@ pub(crate) struct Disk {
     pub(crate) info: DiskInfo,
     pub(crate) id: [u8; ID_SIZE],
     capacity_sectors: AtomicU64,
+    /// The front-end has not been told the size yet.
+    resized: AtomicBool,
 }
 
 impl Disk {
@@ -64,7 +66,7 @@ impl Disk {
         let length = info.id.len().min(ID_SIZE);
         id[..length].copy_from_slice(&info.id.as_bytes()[..length]);
         let capacity_sectors = AtomicU64::new(info.capacity_sectors);
-        Self { info, id, capacity_sectors }
+        Self { info, id, capacity_sectors, resized: AtomicBool::new(false) }
     }
 
     /// The first sector that does not exist.
@@ -75,6 +77,12 @@ impl Disk {
     /// Changes the size; requests popped from now on are checked against it.
     pub(crate) fn set_capacity(&self, end: Sector) {
         self.capacity_sectors.store(end.get(), Ordering::Relaxed);
+        self.resized.store(true, Ordering::Release);
+    }
+
+    /// Whether the size has changed since the last call.
+    pub(crate) fn take_resized(&self) -> bool {
+        self.resized.swap(false, Ordering::AcqRel)
     }
 
     /// The configuration space as the guest reads it.

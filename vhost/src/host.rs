@@ -21,8 +21,9 @@ pub trait QueueHost: Send + Sync {
     /// already, and the kick that announced them may be gone.
     fn start(&self, index: usize, queue: Queue);
 
-    /// Stops popping from the queue, waits until every request popped from it has completed,
-    /// publishes, and gives the queue back with [`Queue::in_flight`] at zero.
+    /// Stops taking new requests from the queue, waits until every request popped from it has
+    /// completed (one that was put back included, see [`Queue::has_put_back`]), publishes, and
+    /// gives the queue back with [`Queue::in_flight`] at zero.
     ///
     /// Called only for an index that was started and not stopped since. A queue that has broken
     /// is stopped the same way.

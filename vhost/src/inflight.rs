@@ -54,7 +54,6 @@ pub(crate) struct InflightSpec {
 
 /// Why an in-flight region was refused.
 #[derive(Debug, thiserror::Error)]
-#[expect(missing_docs, reason = "the messages say it")]
 pub(crate) enum InflightError {
     #[error("in-flight region of {size} bytes is too small for {queues} queues of {entries}")]
     Small { size: u64, queues: u16, entries: u16 },

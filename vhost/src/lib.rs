@@ -14,19 +14,22 @@
 //! sender for configuration changes, and reads its socket blocking, without a way to stop between
 //! the halves of a message.
 
-#![allow(dead_code, reason = "the server that uses the rest is the next commit")]
-
+mod connection;
 mod disk;
 mod fds;
 mod features;
 mod host;
 mod inflight;
 mod memory;
+mod messages;
 mod queue;
 mod request;
+mod server;
+mod session;
 mod sigbus;
 
 pub use disk::DiskInfo;
 pub use host::{Connection, QueueHost};
 pub use queue::{BlockRequest, BrokenReason, Popped, Queue, QueueCounters};
 pub use request::{RequestKind, Status};
+pub use server::{BindError, Server, ServerHandle};

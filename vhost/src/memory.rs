@@ -46,7 +46,6 @@ pub(crate) struct RegionSpec {
 
 /// Why memory was refused.
 #[derive(Debug, thiserror::Error)]
-#[expect(missing_docs, reason = "the messages say it")]
 pub(crate) enum MemoryError {
     #[error("region at {guest:#x} of {size:#x} bytes wraps around the address space")]
     Wraps { guest: u64, size: u64 },
@@ -231,6 +230,11 @@ impl GuestMemory {
         })
     }
 
+    /// There is no memory yet.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.regions.is_empty()
+    }
+
     /// Some of it was truncated by its owner.
     fn poisoned(&self) -> bool {
         self.regions.iter().any(|region| region.mapping.poisoned())
@@ -261,18 +265,21 @@ pub(crate) struct Window {
 // SAFETY: `base` points into `mapping`, which is Send and Sync and is held alive.
 unsafe impl Send for Window {}
 
-macro_rules! window_access {
-    ($load:ident, $store:ident, $atomic:ty, $int:ty) => {
+macro_rules! window_load {
+    ($name:ident, $atomic:ty, $int:ty) => {
         /// Reads a little-endian integer.
         #[inline]
-        pub(crate) fn $load(&self, offset: usize, order: Ordering) -> $int {
+        pub(crate) fn $name(&self, offset: usize, order: Ordering) -> $int {
             <$int>::from_le(self.atomic::<$atomic>(offset).load(order))
         }
+    };
+}
 
+macro_rules! window_store {
+    ($name:ident, $atomic:ty, $int:ty) => {
         /// Writes a little-endian integer.
         #[inline]
-        #[allow(dead_code, reason = "not every width is both read and written")]
-        pub(crate) fn $store(&self, offset: usize, value: $int, order: Ordering) {
+        pub(crate) fn $name(&self, offset: usize, value: $int, order: Ordering) {
             self.atomic::<$atomic>(offset).store(value.to_le(), order);
         }
     };
@@ -307,10 +314,13 @@ impl Window {
         unsafe { address.as_ref() }
     }
 
-    window_access!(load_u8, store_u8, AtomicU8, u8);
-    window_access!(load_u16, store_u16, AtomicU16, u16);
-    window_access!(load_u32, store_u32, AtomicU32, u32);
-    window_access!(load_u64, store_u64, AtomicU64, u64);
+    window_load!(load_u8, AtomicU8, u8);
+    window_load!(load_u16, AtomicU16, u16);
+    window_load!(load_u64, AtomicU64, u64);
+    window_store!(store_u8, AtomicU8, u8);
+    window_store!(store_u16, AtomicU16, u16);
+    window_store!(store_u32, AtomicU32, u32);
+    window_store!(store_u64, AtomicU64, u64);
 
     /// Its owner truncated the file.
     pub(crate) fn poisoned(&self) -> bool {

@@ -136,7 +136,7 @@ impl QueueCounters {
     }
 }
 
-/// How a queue gets its control thread's attention: once, however much is wrong.
+/// How a queue gets its control thread's attention: once for each kind of trouble.
 #[derive(Debug)]
 pub(crate) struct Notice {
     pub(crate) event: Arc<OwnedFd>,
@@ -148,10 +148,15 @@ impl Notice {
         Self { event, raised: AtomicBool::new(false) }
     }
 
-    fn raise(&self) {
+    /// For what may happen any number of times.
+    fn raise_once(&self) {
         if !self.raised.swap(true, Relaxed) {
-            fds::signal(self.event.as_fd());
+            self.raise();
         }
+    }
+
+    fn raise(&self) {
+        fds::signal(self.event.as_fd());
     }
 }
 
@@ -307,7 +312,7 @@ pub(crate) struct QueueParts {
     /// Heads to pop again first, the first one last.
     pub(crate) recovered: Vec<u16>,
     pub(crate) counters: Arc<QueueCounters>,
-    pub(crate) notice: Arc<Notice>,
+    pub(crate) notice: Notice,
 }
 
 /// One virtqueue of a connected guest.
@@ -348,7 +353,7 @@ pub struct Queue {
     broken: Option<BrokenReason>,
     poisonings: u64,
     counters: Arc<QueueCounters>,
-    notice: Arc<Notice>,
+    notice: Notice,
 }
 
 impl Queue {
@@ -508,6 +513,12 @@ impl Queue {
         self.in_flight
     }
 
+    /// A request was put back: it is in flight, and the next pop gives it out again. Whoever stops
+    /// the queue pops it and sees it through.
+    pub fn has_put_back(&self) -> bool {
+        self.parked.is_some()
+    }
+
     /// Largest number of requests that can be in flight.
     pub fn size(&self) -> u16 {
         self.ring.size
@@ -620,16 +631,17 @@ impl Queue {
 
     #[cold]
     fn break_off(&mut self, reason: BrokenReason) -> BrokenReason {
-        self.broken = Some(reason);
-        self.counters.broken.store(reason as u8, Release);
-        self.notice.raise();
+        if self.broken.replace(reason).is_none() {
+            self.counters.broken.store(reason as u8, Release);
+            self.notice.raise();
+        }
         reason
     }
 
     #[cold]
     fn count_malformed(&self) {
         QueueCounters::bump(&self.counters.malformed);
-        self.notice.raise();
+        self.notice.raise_once();
     }
 
     /// Turns the chain at `head` into a request, or into the answer that refuses it.
