@@ -3,7 +3,7 @@
 //! The loop knows nothing of what it polls (see [`Poller`]). It reads the clock once a turn, keeps
 //! count, and decides on sleep. A turn that found nothing is not yet a reason to sleep: falling
 //! asleep and being woken costs two system calls, the sender's, and the scheduler's time, so the
-//! loop first spins for about as long as that takes ([`SPIN`]). At worst it then pays twice what
+//! loop first spins for about as long as that takes (`SPIN`). At worst it then pays twice what
 //! the best choice would have cost, and an idle core pays nothing at all.
 
 use std::sync::Arc;

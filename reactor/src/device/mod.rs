@@ -7,6 +7,7 @@
 mod file;
 mod lock;
 pub mod memory;
+#[expect(unsafe_code, reason = "the kernel reads and writes memory named in the ring")]
 pub mod uring;
 mod watch;
 

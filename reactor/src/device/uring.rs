@@ -10,8 +10,8 @@
 //! Hot path: `read`, `write`, `flush`, `submit`, `reap`. They allocate nothing; a turn costs one
 //! system call when something was queued and none otherwise, unless the kernel asks for one.
 //!
-//! A device may be opened on any thread; the first that submits, reaps or waits then owns it
-//! (`IORING_SETUP_SINGLE_ISSUER`; the ring is enabled at that moment).
+//! A device may be opened on any thread; the first that registers memory, submits or waits owns it
+//! from then on (`IORING_SETUP_SINGLE_ISSUER`; the ring is enabled at that moment).
 
 use std::fs::File;
 use std::io;
@@ -853,6 +853,27 @@ mod tests {
         let segment = pool.lend(&source);
         device.read(Token(3), ByteOffset::new(0), &[segment]);
         assert_eq!(finish_one(&mut device), Err(DeviceError::Os(libc::EFAULT)));
+    }
+
+    #[test]
+    fn a_dropped_device_finishes_what_it_was_given() {
+        let scratch = Scratch::new(&std::env::temp_dir(), "dropped");
+        let mut pool = BufferPool::new(32, BLOCK);
+        let buffers: Vec<Buffer> = (1..=32).map(|byte| filled(&mut pool, byte)).collect();
+        let mut device = open(&scratch, Engine::Uring, 32);
+        for (index, buffer) in buffers.iter().enumerate() {
+            let segment = pool.lend(buffer);
+            device.write(Token(0), ByteOffset::new((index * BLOCK) as u64), &[segment]);
+            if index == 15 {
+                device.submit();
+            }
+        }
+        drop(device);
+        drop(pool); // Would be the kernel's to read, were anything still in flight.
+        let bytes = std::fs::read(&scratch.0).unwrap();
+        for (index, block) in bytes.chunks(BLOCK).take(32).enumerate() {
+            assert_eq!(block, [index as u8 + 1; BLOCK]);
+        }
     }
 
     #[test]
