@@ -1,0 +1,858 @@
+//! The oracle: what each sector may hold, by the rules of DESIGN §4 and §5 and nothing else.
+//!
+//! For every sector it keeps the values that were written and when. A live read may return a value
+//! unless a later write that began after that value's own end has completed (per-sector
+//! linearizability). A power cut may bring back every value that no durable write has replaced.
+//! Once something has been seen, what it rules out is dropped: a sector never changes by itself.
+//! A snapshot is a read of the whole volume that lasts from its request to its reply.
+//!
+//! It knows nothing of blocks, nodes or devices: whatever the pipeline does, this must hold.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use bessel_mapping::request::{IoKind, IoStatus, SnapshotId, VolumeId, VolumeInfo};
+use bessel_reactor::units::{SECTOR_SIZE, SECTORS_PER_BLOCK};
+
+/// What a sector holds: the number of the write that filled it, or [`ZERO`].
+pub type Value = u64;
+
+/// A sector that reads as zeroes.
+pub const ZERO: Value = 0;
+
+/// Not ended yet.
+const NEVER: u64 = u64::MAX;
+
+const SECTOR: usize = SECTOR_SIZE as usize;
+const MAGIC: u64 = u64::from_le_bytes(*b"sector!\0");
+
+/// Fills `bytes` with what `value` looks like in `sector`.
+pub fn stamp(value: Value, sector: u64, bytes: &mut [u8]) {
+    if value == ZERO {
+        return bytes.fill(0);
+    }
+    let mut words = bytes.chunks_exact_mut(8);
+    let mut state = value ^ sector.rotate_left(32);
+    for word in [MAGIC, value, sector] {
+        words.next().expect("a sector has 64 words").copy_from_slice(&word.to_le_bytes());
+    }
+    for word in words {
+        state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+        word.copy_from_slice(&state.to_le_bytes());
+    }
+}
+
+/// What value `bytes`, read from `sector`, is; or what they look like instead.
+pub fn recognise(sector: u64, bytes: &[u8]) -> Result<Value, String> {
+    if bytes.iter().all(|byte| *byte == 0) {
+        return Ok(ZERO);
+    }
+    let word = |at: usize| u64::from_le_bytes(bytes[at..at + 8].try_into().expect("8 bytes"));
+    let mut expected = [0; SECTOR];
+    stamp(word(8), sector, &mut expected);
+    if word(8) != ZERO && bytes == expected {
+        return Ok(word(8));
+    }
+    if bytes.iter().all(|byte| *byte == bytes[0]) {
+        return Err(format!("bytes {:#04x} that no guest wrote: a leak of old contents", bytes[0]));
+    }
+    if word(0) == MAGIC {
+        return Err(format!("(torn?) value {} as written to sector {}", word(8), word(16)));
+    }
+    Err(format!("foreign bytes, starting {:02x?}", &bytes[..16]))
+}
+
+/// One write to one sector.
+#[derive(Clone, Debug)]
+struct Candidate {
+    value: Value,
+    op: u64,
+    submitted: u64,
+    ended: u64,
+    /// It ended well, so it happened, and whatever ended before it began is overwritten.
+    applied: bool,
+    /// No power cut can undo it.
+    durable: bool,
+    /// Only a power cut can bring it back.
+    gone: bool,
+}
+
+impl Candidate {
+    /// Something the device certainly holds since `time`.
+    fn settled(value: Value, time: u64) -> Self {
+        Self {
+            value,
+            op: 0,
+            submitted: time,
+            ended: time,
+            applied: true,
+            durable: true,
+            gone: false,
+        }
+    }
+}
+
+type ImageId = usize;
+
+/// What a snapshot holds, in sectors where it differs from `base`.
+#[derive(Clone, Debug)]
+struct Image {
+    base: Option<ImageId>,
+    sectors: BTreeMap<u64, Vec<Value>>,
+}
+
+/// What a volume holds, in sectors where it differs from `base`.
+#[derive(Clone, Default, Debug)]
+struct Content {
+    base: Option<ImageId>,
+    sectors: BTreeMap<u64, Vec<Candidate>>,
+    /// Sectors that a power cut might change.
+    unsettled: BTreeSet<u64>,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Existence {
+    Yes,
+    No,
+    /// Being made or deleted.
+    Maybe,
+}
+
+#[derive(Clone, Debug)]
+struct SnapshotModel {
+    time: u64,
+    labels: Vec<Option<String>>,
+    deleted: Vec<bool>,
+    image: ImageId,
+}
+
+#[derive(Clone, Debug)]
+struct PendingSnapshot {
+    submitted: u64,
+    time: u64,
+    label: Option<String>,
+    image: ImageId,
+}
+
+#[derive(Clone, Debug)]
+struct VolumeModel {
+    existence: Existence,
+    names: Vec<String>,
+    sizes: Vec<u64>,
+    /// More than one only between a power cut during a rollback and the reads after it.
+    contents: Vec<Content>,
+    rollback: Option<Content>,
+    snapshots: BTreeMap<u64, SnapshotModel>,
+    pending: Vec<PendingSnapshot>,
+    writethrough: bool,
+}
+
+#[derive(Clone, Debug)]
+struct Op {
+    volume: VolumeId,
+    kind: IoKind,
+    sector: u64,
+    sectors: u64,
+    submitted: u64,
+    value: Value,
+    writethrough: bool,
+    /// For a read: what each of its sectors may return.
+    allowed: Vec<Vec<Value>>,
+}
+
+impl Op {
+    fn covers(&self, sector: u64) -> bool {
+        (self.sector..self.sector + self.sectors).contains(&sector)
+    }
+
+    /// A discard promises zeroes for whole blocks only.
+    fn is_sure_of(&self, sector: u64) -> bool {
+        let block = sector / SECTORS_PER_BLOCK * SECTORS_PER_BLOCK;
+        self.kind != IoKind::Discard
+            || (self.covers(block) && self.covers(block + SECTORS_PER_BLOCK - 1))
+    }
+}
+
+/// The oracle. See the module's documentation.
+#[derive(Clone, Default, Debug)]
+pub struct Model {
+    clock: u64,
+    next_op: u64,
+    volumes: BTreeMap<VolumeId, VolumeModel>,
+    images: Vec<Image>,
+    ops: BTreeMap<u64, Op>,
+    /// Sectors compared so far: a harness that looks at nothing finds nothing.
+    pub sectors_checked: u64,
+}
+
+impl Model {
+    fn tick(&mut self) -> u64 {
+        self.clock += 1;
+        self.clock
+    }
+
+    fn volume(&mut self, id: VolumeId) -> &mut VolumeModel {
+        self.volumes.get_mut(&id).unwrap_or_else(|| panic!("the model has no volume {id}"))
+    }
+
+    // ---- guest requests ----
+
+    /// A request goes in. Returns its number, which for a write is its [`Value`].
+    pub fn begin(&mut self, volume: VolumeId, kind: IoKind, sector: u64, sectors: u64) -> u64 {
+        let submitted = self.tick();
+        self.next_op += 1;
+        let op_id = self.next_op;
+        let value = if kind == IoKind::Write { op_id } else { ZERO };
+        let writethrough = self.volume(volume).writethrough;
+        let mut op = Op {
+            volume,
+            kind,
+            sector,
+            sectors,
+            submitted,
+            value,
+            writethrough,
+            allowed: Vec::new(),
+        };
+        match kind {
+            IoKind::Read => {
+                let content = &self.volumes[&volume].contents[0];
+                let live = |sector| live_values(&self.images, content, sector);
+                op.allowed = (sector..sector + sectors).map(live).collect();
+            }
+            IoKind::Flush => {}
+            IoKind::Write => self.begin_change(op_id, &op, (sector..sector + sectors).collect()),
+            IoKind::Discard | IoKind::WriteZeroes => {
+                // A sector that nobody ever wrote is zero already, and there may be 2^39 of them.
+                let content = &self.volumes[&volume].contents[0];
+                let touched = touched(&self.images, content, sector..sector + sectors);
+                self.begin_change(op_id, &op, touched.into_iter().collect());
+            }
+        }
+        self.ops.insert(op_id, op);
+        op_id
+    }
+
+    fn begin_change(&mut self, op_id: u64, op: &Op, sectors: Vec<u64>) {
+        let zeroing: Vec<(u64, Op)> = self
+            .ops
+            .iter()
+            .filter(|(_, other)| other.volume == op.volume)
+            .filter(|(_, other)| matches!(other.kind, IoKind::Discard | IoKind::WriteZeroes))
+            .map(|(id, other)| (*id, other.clone()))
+            .collect();
+        let volume = self.volumes.get_mut(&op.volume).expect("looked up by the caller");
+        let content = &mut volume.contents[0];
+        for &sector in &sectors {
+            if !content.sectors.contains_key(&sector) {
+                let base = base_values(&self.images, content.base, sector);
+                let mut list: Vec<_> = base.iter().map(|v| Candidate::settled(*v, 0)).collect();
+                // Zeroing requests that passed over this sector because it held nothing.
+                let passed = zeroing.iter().filter(|(_, zero)| zero.covers(sector));
+                list.extend(passed.map(|(id, zero)| candidate(*id, zero)));
+                content.sectors.insert(sector, list);
+            }
+            let list = content.sectors.get_mut(&sector).expect("just inserted");
+            list.push(candidate(op_id, op));
+            content.unsettled.insert(sector);
+        }
+        // A snapshot that is being taken may or may not catch it.
+        for pending in &volume.pending {
+            for &sector in &sectors {
+                let base = self.images[pending.image].base;
+                let values = base_values(&self.images, base, sector);
+                let list = self.images[pending.image].sectors.entry(sector).or_insert(values);
+                if !list.contains(&op.value) {
+                    list.push(op.value);
+                }
+            }
+        }
+        for read in self.ops.values_mut() {
+            if read.kind == IoKind::Read && read.volume == op.volume {
+                for &sector in &sectors {
+                    let at = sector.wrapping_sub(read.sector) as usize;
+                    if let Some(allowed) = read.allowed.get_mut(at) {
+                        allowed.push(op.value);
+                    }
+                }
+            }
+        }
+    }
+
+    /// A request came back; `bytes` are what a read brought.
+    pub fn end(&mut self, op_id: u64, status: IoStatus, bytes: &[u8]) {
+        let now = self.tick();
+        let op = self.ops.remove(&op_id).expect("a request ends once");
+        let done = status == IoStatus::Done;
+        let volume = self.volumes.get_mut(&op.volume).expect("volumes go when quiet");
+        let content = &mut volume.contents[0];
+        match op.kind {
+            IoKind::Read if done => self.end_read(&op, bytes),
+            IoKind::Read => {}
+            IoKind::Flush if done => content.make_durable(op.submitted),
+            IoKind::Flush => {}
+            IoKind::Write | IoKind::Discard | IoKind::WriteZeroes => {
+                let durable = volume.writethrough && op.writethrough && op.kind != IoKind::Discard;
+                let range = op.sector..op.sector + op.sectors;
+                for (sector, list) in content.sectors.range_mut(range) {
+                    let applied = done && op.is_sure_of(*sector);
+                    end_candidate(list, op_id, now, applied, applied && durable);
+                }
+            }
+        }
+    }
+
+    fn end_read(&mut self, op: &Op, bytes: &[u8]) {
+        for ((sector, allowed), bytes) in
+            (op.sector..).zip(&op.allowed).zip(bytes.chunks_exact(SECTOR))
+        {
+            self.sectors_checked += 1;
+            let content = &self.volumes[&op.volume].contents[0];
+            let history = || content.sectors.get(&sector);
+            let value = match recognise(sector, bytes) {
+                Ok(value) if allowed.contains(&value) => value,
+                Ok(value) => panic!(
+                    "volume {} sector {sector} reads as value {value}, allowed {allowed:?}; \
+                     history {:#?}",
+                    op.volume,
+                    history()
+                ),
+                Err(what) => panic!(
+                    "volume {} sector {sector} holds {what}; allowed {allowed:?}; history {:#?}",
+                    op.volume,
+                    history()
+                ),
+            };
+            let volume = self.volumes.get_mut(&op.volume).expect("as above");
+            let content = &mut volume.contents[0];
+            match content.sectors.get_mut(&sector) {
+                Some(list) => seen(list, value, op.submitted),
+                None => pin_image(&mut self.images, content.base, sector, value),
+            }
+        }
+    }
+
+    // ---- snapshots ----
+
+    /// A snapshot is asked for. `time` identifies it: no two may have the same.
+    pub fn begin_snapshot(&mut self, id: VolumeId, time: u64, label: Option<String>) {
+        let submitted = self.tick();
+        let content = &self.volumes[&id].contents[0];
+        let sectors =
+            content.sectors.iter().map(|(sector, list)| (*sector, live_of(list))).collect();
+        self.images.push(Image { base: content.base, sectors });
+        let image = self.images.len() - 1;
+        self.volume(id).pending.push(PendingSnapshot { submitted, time, label, image });
+    }
+
+    /// The snapshot of `time` is durable, and with it every write that completed before it.
+    pub fn end_snapshot(&mut self, snapshot: SnapshotId, time: u64) {
+        self.tick();
+        let volume = self.volume(snapshot.volume);
+        let at = volume.pending.iter().position(|pending| pending.time == time);
+        let pending = volume.pending.remove(at.expect("a snapshot ends once"));
+        volume.contents[0].make_durable(pending.submitted);
+        let model = SnapshotModel {
+            time,
+            labels: vec![pending.label],
+            deleted: vec![false],
+            image: pending.image,
+        };
+        let old = volume.snapshots.insert(snapshot.sequence, model);
+        assert!(old.is_none(), "two snapshots {snapshot}");
+    }
+
+    /// A snapshot was refused; it must not turn up.
+    pub fn fail_snapshot(&mut self, id: VolumeId, time: u64) {
+        self.volume(id).pending.retain(|pending| pending.time != time);
+    }
+
+    /// A label or a delete mark may change from now on.
+    pub fn begin_mark(&mut self, snapshot: SnapshotId, label: Option<Option<String>>) {
+        let model = self.snapshot(snapshot);
+        match label {
+            Some(label) => model.labels.push(label),
+            None => model.deleted.push(true),
+        }
+    }
+
+    /// The label or delete mark is durable.
+    pub fn end_mark(&mut self, snapshot: SnapshotId, label: Option<Option<String>>) {
+        let model = self.snapshot(snapshot);
+        match label {
+            Some(label) => model.labels = vec![label],
+            None => model.deleted = vec![true],
+        }
+    }
+
+    fn snapshot(&mut self, snapshot: SnapshotId) -> &mut SnapshotModel {
+        let volume = self.volume(snapshot.volume);
+        volume.snapshots.get_mut(&snapshot.sequence).expect("the model knows the snapshot")
+    }
+
+    /// Snapshots of a volume that are certainly there and not deleted.
+    pub fn snapshots(&self, id: VolumeId) -> Vec<u64> {
+        let there = |model: &SnapshotModel| !model.deleted.contains(&true);
+        let all = self.volumes[&id].snapshots.iter();
+        all.filter(|(_, model)| there(model)).map(|(sequence, _)| *sequence).collect()
+    }
+
+    // ---- volumes ----
+
+    /// A volume is being made, blank or from a snapshot.
+    pub fn begin_create(&mut self, id: VolumeId, name: &str, size: u64, from: Option<SnapshotId>) {
+        let base = from.map(|snapshot| self.snapshot(snapshot).image);
+        let volume = VolumeModel {
+            existence: Existence::Maybe,
+            names: vec![name.to_owned()],
+            sizes: vec![size],
+            contents: vec![Content { base, ..Content::default() }],
+            rollback: None,
+            snapshots: BTreeMap::new(),
+            pending: Vec::new(),
+            writethrough: false,
+        };
+        let old = self.volumes.insert(id, volume);
+        assert!(old.is_none(), "two volumes {id}");
+    }
+
+    /// The volume is there, durably.
+    pub fn end_create(&mut self, id: VolumeId) {
+        self.volume(id).existence = Existence::Yes;
+    }
+
+    /// The volume may go from now on.
+    pub fn begin_delete(&mut self, id: VolumeId) {
+        self.volume(id).existence = Existence::Maybe;
+    }
+
+    /// The volume is gone, durably, or was never made.
+    pub fn end_delete(&mut self, id: VolumeId) {
+        self.volume(id).existence = Existence::No;
+    }
+
+    /// The volume may read as the snapshot does from now on. Nothing else of it is in flight.
+    pub fn begin_rollback(&mut self, snapshot: SnapshotId) {
+        let base = Some(self.snapshot(snapshot).image);
+        let volume = self.volume(snapshot.volume);
+        volume.rollback = Some(Content { base, ..Content::default() });
+    }
+
+    /// The rollback is durable.
+    pub fn end_rollback(&mut self, id: VolumeId) {
+        let volume = self.volume(id);
+        volume.contents = vec![volume.rollback.take().expect("a rollback ends once")];
+    }
+
+    /// The volume may have another size from now on.
+    pub fn begin_grow(&mut self, id: VolumeId, size: u64) {
+        self.volume(id).sizes.push(size);
+    }
+
+    /// The size is durable.
+    pub fn end_grow(&mut self, id: VolumeId, size: u64) {
+        self.volume(id).sizes = vec![size];
+    }
+
+    /// The volume may have another name from now on.
+    pub fn begin_rename(&mut self, id: VolumeId, name: &str) {
+        self.volume(id).names.push(name.to_owned());
+    }
+
+    /// The name is durable.
+    pub fn end_rename(&mut self, id: VolumeId, name: &str) {
+        self.volume(id).names = vec![name.to_owned()];
+    }
+
+    /// Whether writes that begin from now on are durable when they complete.
+    pub fn set_writethrough(&mut self, id: VolumeId, writethrough: bool) {
+        self.volume(id).writethrough = writethrough;
+    }
+
+    /// The store was closed in order: everything that completed is durable.
+    pub fn shut_down(&mut self) {
+        let now = self.tick();
+        assert!(self.ops.is_empty(), "the store was closed under requests in flight");
+        for volume in self.volumes.values_mut() {
+            volume.contents.iter_mut().for_each(|content| content.make_durable(now));
+        }
+    }
+
+    // ---- power cuts ----
+
+    /// The power went. What may be there afterwards is whatever no durable write had replaced.
+    pub fn crash(&mut self) {
+        let now = self.tick();
+        self.ops.clear();
+        for volume in self.volumes.values_mut() {
+            volume.contents.extend(volume.rollback.take());
+            for content in &mut volume.contents {
+                content.unsettled.clear();
+                for list in content.sectors.values_mut() {
+                    let values: BTreeSet<Value> = list.iter().map(|c| c.value).collect();
+                    *list = values.into_iter().map(|v| Candidate::settled(v, now)).collect();
+                }
+            }
+        }
+    }
+
+    /// Checks which volumes the store says there are, and believes it in what was open.
+    pub fn recover_volumes(&mut self, present: &BTreeSet<VolumeId>) {
+        for (id, volume) in &mut self.volumes {
+            let there = present.contains(id);
+            match volume.existence {
+                Existence::Yes => assert!(there, "volume {id} {:?} is gone", volume.names),
+                Existence::No => assert!(!there, "volume {id} {:?} is back", volume.names),
+                Existence::Maybe if there => volume.existence = Existence::Yes,
+                Existence::Maybe => volume.existence = Existence::No,
+            }
+        }
+        for id in present {
+            assert!(self.volumes.contains_key(id), "volume {id} appeared from nowhere");
+        }
+        // Snapshots of a deleted volume stay in the images for its clones.
+    }
+
+    /// Checks a volume's record and log against what they may say, and believes them.
+    pub fn recover_volume(&mut self, info: &VolumeInfo) {
+        let id = info.id;
+        let volume = self.volume(id);
+        assert!(volume.names.contains(&info.name), "{id}: {} of {:?}", info.name, volume.names);
+        volume.names = vec![info.name.clone()];
+        let size = info.size.get();
+        assert!(volume.sizes.contains(&size), "{id}: size {size} of {:?}", volume.sizes);
+        volume.sizes = vec![size];
+        for (sequence, shown) in (0..).zip(&info.snapshots) {
+            assert_eq!(shown.id, SnapshotId { volume: id, sequence }, "a gap in the log");
+            let time = shown.time.as_unix_nanos();
+            if let Some(known) = volume.snapshots.get_mut(&sequence) {
+                assert_eq!(known.time, time, "snapshot {} is another one now", shown.id);
+                let label = &shown.label;
+                assert!(known.labels.contains(label), "{label:?} of {:?}", known.labels);
+                assert!(known.deleted.contains(&shown.deleted), "{} deleted?", shown.id);
+                known.labels = vec![shown.label.clone()];
+                known.deleted = vec![shown.deleted];
+                continue;
+            }
+            // It became durable in the moment the power went.
+            let at = volume.pending.iter().position(|pending| pending.time == time);
+            let pending = volume.pending.remove(at.unwrap_or_else(|| {
+                panic!("snapshot {} at {time} appeared from nowhere", shown.id)
+            }));
+            assert_eq!(pending.label, shown.label, "label of snapshot {}", shown.id);
+            let model = SnapshotModel {
+                time,
+                labels: vec![pending.label],
+                deleted: vec![shown.deleted],
+                image: pending.image,
+            };
+            volume.snapshots.insert(sequence, model);
+        }
+        let shown = info.snapshots.len() as u64;
+        let lost = volume.snapshots.keys().find(|sequence| **sequence >= shown);
+        assert!(lost.is_none(), "snapshot {id}.{} is gone", lost.expect("just checked"));
+        volume.pending.clear();
+    }
+
+    /// Checks sectors that were read while nothing else went on, after a power cut.
+    pub fn observe(&mut self, id: VolumeId, first: u64, bytes: &[u8]) {
+        let images = &mut self.images;
+        let volume = self.volumes.get_mut(&id).expect("the model has the volume");
+        for (sector, bytes) in (first..).zip(bytes.chunks_exact(SECTOR)) {
+            self.sectors_checked += 1;
+            let allowed = |content: &Content| live_values(images, content, sector);
+            let all: Vec<_> = volume.contents.iter().map(allowed).collect();
+            let value = match recognise(sector, bytes) {
+                Ok(value) if all.iter().any(|values| values.contains(&value)) => value,
+                Ok(value) => panic!(
+                    "volume {id} sector {sector} came back as value {value}, allowed {all:?}"
+                ),
+                Err(what) => {
+                    panic!("volume {id} sector {sector} came back as {what}, allowed {all:?}")
+                }
+            };
+            let mut keep = all.iter().map(|values| values.contains(&value));
+            volume.contents.retain(|_| keep.next().expect("one for each"));
+            let only = volume.contents.len() == 1;
+            for content in &mut volume.contents {
+                match content.sectors.get_mut(&sector) {
+                    Some(list) => list.retain(|candidate| candidate.value == value),
+                    None if only => pin_image(images, content.base, sector, value),
+                    None => {}
+                }
+            }
+        }
+    }
+
+    /// Every sector of the volume has been observed: one history is left, or they are the same.
+    pub fn observed(&mut self, id: VolumeId) {
+        self.volume(id).contents.truncate(1);
+    }
+
+    /// Sectors of a volume that anybody ever wrote, in it or in what it was cloned from.
+    pub fn touched(&self, id: VolumeId) -> BTreeSet<u64> {
+        let contents = self.volumes[&id].contents.iter();
+        contents.flat_map(|content| touched(&self.images, content, 0..u64::MAX)).collect()
+    }
+}
+
+fn candidate(op_id: u64, op: &Op) -> Candidate {
+    Candidate {
+        value: op.value,
+        op: op_id,
+        submitted: op.submitted,
+        ended: NEVER,
+        applied: false,
+        durable: false,
+        gone: false,
+    }
+}
+
+/// Ends the request `op` in one sector, with all that follows for the others.
+fn end_candidate(list: &mut Vec<Candidate>, op: u64, now: u64, applied: bool, durable: bool) {
+    let Some(at) = list.iter().position(|candidate| candidate.op == op) else { return };
+    let ended = &mut list[at];
+    (ended.ended, ended.applied, ended.durable) = (now, applied, durable);
+    let began = ended.submitted;
+    if applied {
+        list.iter_mut().filter(|other| other.ended < began).for_each(|other| other.gone = true);
+    }
+    if durable {
+        list.retain(|other| other.ended >= began);
+    }
+}
+
+/// Draws the conclusions from a read, begun at `submitted`, that returned `value`.
+fn seen(list: &mut Vec<Candidate>, value: Value, submitted: u64) {
+    // With two candidates of one value nothing is certain; only zeroes can repeat.
+    let mut of_value = list.iter().filter(|candidate| candidate.value == value);
+    let (Some(found), None) = (of_value.next().cloned(), of_value.next()) else { return };
+    let settled = |candidate: &Candidate| candidate.op == 0;
+    for other in list.iter_mut().filter(|other| other.op != found.op || other.value != value) {
+        if other.ended < submitted || other.ended < found.submitted {
+            other.gone = true;
+        }
+    }
+    if settled(&found) {
+        list.retain(|other| other.value == value || !settled(other));
+    }
+}
+
+fn live_of(list: &[Candidate]) -> Vec<Value> {
+    list.iter().filter(|candidate| !candidate.gone).map(|candidate| candidate.value).collect()
+}
+
+fn live_values(images: &[Image], content: &Content, sector: u64) -> Vec<Value> {
+    match content.sectors.get(&sector) {
+        Some(list) => live_of(list),
+        None => base_values(images, content.base, sector),
+    }
+}
+
+fn base_values(images: &[Image], base: Option<ImageId>, sector: u64) -> Vec<Value> {
+    let mut next = base;
+    while let Some(id) = next {
+        if let Some(values) = images[id].sectors.get(&sector) {
+            return values.clone();
+        }
+        next = images[id].base;
+    }
+    vec![ZERO]
+}
+
+fn pin_image(images: &mut [Image], base: Option<ImageId>, sector: u64, value: Value) {
+    let mut next = base;
+    while let Some(id) = next {
+        if let Some(values) = images[id].sectors.get_mut(&sector) {
+            assert!(values.contains(&value), "the caller checked");
+            *values = vec![value];
+            return;
+        }
+        next = images[id].base;
+    }
+}
+
+fn touched(images: &[Image], content: &Content, range: std::ops::Range<u64>) -> BTreeSet<u64> {
+    let own = content.sectors.range(range.clone()).map(|(sector, _)| *sector);
+    let mut all: BTreeSet<u64> = own.collect();
+    let mut next = content.base;
+    while let Some(id) = next {
+        all.extend(images[id].sectors.range(range.clone()).map(|(sector, _)| *sector));
+        next = images[id].base;
+    }
+    all
+}
+
+impl Content {
+    /// Every write that completed before `time` can no longer be lost.
+    fn make_durable(&mut self, time: u64) {
+        let sectors = &mut self.sectors;
+        self.unsettled.retain(|sector| {
+            let list = sectors.get_mut(sector).expect("unsettled sectors were written");
+            let covered = |c: &&mut Candidate| c.applied && c.ended <= time;
+            list.iter_mut().filter(covered).for_each(|c| c.durable = true);
+            let newest = list.iter().filter(|c| c.durable).map(|c| c.submitted).max();
+            let newest = newest.unwrap_or(0);
+            list.retain(|c| c.ended >= newest);
+            list.len() > 1 || !list[0].durable
+        });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const ID: VolumeId = VolumeId(1);
+
+    fn model() -> Model {
+        let mut model = Model::default();
+        model.begin_create(ID, "v", 1 << 20, None);
+        model.end_create(ID);
+        model
+    }
+
+    fn write(model: &mut Model, sector: u64) -> Value {
+        let op = model.begin(ID, IoKind::Write, sector, 1);
+        model.end(op, IoStatus::Done, &[]);
+        op
+    }
+
+    fn flush(model: &mut Model) {
+        let op = model.begin(ID, IoKind::Flush, 0, 0);
+        model.end(op, IoStatus::Done, &[]);
+    }
+
+    fn bytes(value: Value, sector: u64) -> Vec<u8> {
+        let mut bytes = vec![0; SECTOR];
+        stamp(value, sector, &mut bytes);
+        bytes
+    }
+
+    fn read(model: &mut Model, sector: u64, value: Value) {
+        let op = model.begin(ID, IoKind::Read, sector, 1);
+        model.end(op, IoStatus::Done, &bytes(value, sector));
+    }
+
+    #[test]
+    fn a_completed_write_is_what_reads_return() {
+        let mut model = model();
+        read(&mut model, 3, ZERO);
+        write(&mut model, 3);
+        let value = write(&mut model, 3);
+        read(&mut model, 3, value);
+    }
+
+    #[test]
+    #[should_panic(expected = "reads as value 0")]
+    fn an_overwritten_value_is_not_read_again() {
+        let mut model = model();
+        write(&mut model, 3);
+        read(&mut model, 3, ZERO);
+    }
+
+    #[test]
+    #[should_panic(expected = "reads as value 0")]
+    fn once_a_write_in_flight_was_seen_the_old_value_is_gone() {
+        let mut model = model();
+        let op = model.begin(ID, IoKind::Write, 3, 1);
+        read(&mut model, 3, ZERO);
+        read(&mut model, 3, op);
+        read(&mut model, 3, ZERO);
+    }
+
+    #[test]
+    fn a_power_cut_may_undo_what_was_not_flushed() {
+        let mut model = model();
+        let first = write(&mut model, 3);
+        flush(&mut model);
+        let second = write(&mut model, 3);
+        let third = write(&mut model, 3);
+        for value in [first, second, third] {
+            let mut after = model.clone();
+            after.crash();
+            after.observe(ID, 3, &bytes(value, 3));
+        }
+    }
+
+    #[test]
+    #[should_panic(expected = "came back as value 0")]
+    fn a_flushed_write_survives() {
+        let mut model = model();
+        write(&mut model, 3);
+        flush(&mut model);
+        model.crash();
+        model.observe(ID, 3, &bytes(ZERO, 3));
+    }
+
+    #[test]
+    #[should_panic(expected = "came back as value 0")]
+    fn a_writethrough_write_survives() {
+        let mut model = model();
+        model.set_writethrough(ID, true);
+        write(&mut model, 3);
+        model.crash();
+        model.observe(ID, 3, &bytes(ZERO, 3));
+    }
+
+    #[test]
+    #[should_panic(expected = "came back as value")]
+    fn what_was_seen_after_a_power_cut_stays() {
+        let mut model = model();
+        let value = write(&mut model, 3);
+        model.crash();
+        model.observe(ID, 3, &bytes(ZERO, 3));
+        model.crash();
+        model.observe(ID, 3, &bytes(value, 3));
+    }
+
+    #[test]
+    fn a_write_in_flight_may_be_on_either_side_of_a_snapshot() {
+        let mut model = model();
+        let before = write(&mut model, 3);
+        let op = model.begin(ID, IoKind::Write, 3, 1);
+        model.begin_snapshot(ID, 77, None);
+        model.end(op, IoStatus::Done, &[]);
+        let snapshot = SnapshotId { volume: ID, sequence: 0 };
+        model.end_snapshot(snapshot, 77);
+        let after = write(&mut model, 3);
+        for value in [before, op, after] {
+            let mut clone = model.clone();
+            clone.begin_create(VolumeId(2), "c", 1 << 20, Some(snapshot));
+            let check = || clone.observe(VolumeId(2), 3, &bytes(value, 3));
+            let outcome = std::panic::catch_unwind(std::panic::AssertUnwindSafe(check));
+            assert_eq!(outcome.is_ok(), value != after);
+        }
+    }
+
+    #[test]
+    fn a_torn_or_foreign_sector_is_recognised() {
+        let mut sector = bytes(5, 9);
+        assert_eq!(recognise(9, &sector), Ok(5));
+        assert!(recognise(8, &sector).is_err(), "misplaced");
+        sector[511] ^= 1;
+        assert!(recognise(9, &sector).is_err(), "torn");
+        assert!(recognise(9, &[0xa5; SECTOR]).unwrap_err().contains("leak"));
+    }
+
+    #[test]
+    fn zeroing_races_with_a_first_write_of_a_sector() {
+        let mut model = model();
+        let zero = model.begin(ID, IoKind::WriteZeroes, 0, 8);
+        let value = write(&mut model, 3);
+        model.end(zero, IoStatus::Done, &[]);
+        let mut other = model.clone();
+        read(&mut model, 3, value);
+        read(&mut other, 3, ZERO);
+    }
+
+    #[test]
+    fn a_discard_promises_zeroes_for_whole_blocks_only() {
+        let mut model = model();
+        let edge = write(&mut model, 7);
+        write(&mut model, 8);
+        let op = model.begin(ID, IoKind::Discard, 7, 9);
+        model.end(op, IoStatus::Done, &[]);
+        read(&mut model, 7, edge);
+        read(&mut model, 8, ZERO);
+    }
+}
