@@ -1,8 +1,18 @@
 //! The volumes of a store: names, identities, registry slots.
+//!
+//! Control path. Filled by [`crate::store::open`], afterwards kept by whoever sends commands to
+//! shards: it plans a command here, sends it, and notes its outcome here. A plan reserves what it
+//! was given, so two commands on their way at once cannot get the same name, identity or slot.
 
-use bessel_reactor::units::BlockAddr;
+use std::collections::{BTreeMap, BTreeSet};
 
-use crate::format::{LogEntry, VolumeRecord};
+use bessel_reactor::clock::WallTime;
+use bessel_reactor::units::{BlockAddr, ByteCount, SECTOR_SIZE};
+
+use crate::format::{
+    LogEntry, NameError, VOLUME_SIZE_MAX, VOLUME_SIZE_MIN, VolumeRecord, check_name,
+};
+use crate::request::{CloneOrigin, CreatePlan, SnapshotId, VolumeId};
 
 /// A volume as the registry has it, with its snapshot log: all that a shard needs to open it.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -15,4 +25,431 @@ pub struct VolumeEntry {
     pub log: Vec<LogEntry>,
     /// The blocks its log lies in, oldest first: entry `n` is in block `n / 24`.
     pub log_blocks: Vec<BlockAddr>,
+}
+
+/// A volume in the directory.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct VolumeSummary {
+    /// Where its record lives in the registry.
+    pub slot: u32,
+    /// Its identity.
+    pub id: VolumeId,
+    /// Its name, unique among volumes that are not deleted.
+    pub name: String,
+    /// Its size.
+    pub size: ByteCount,
+    /// The snapshot it was cloned from.
+    pub origin: Option<SnapshotId>,
+    /// When it was made.
+    pub created: WallTime,
+    /// Marked deleted, awaiting the collector.
+    pub deleted: bool,
+    /// Why it cannot be opened, if it cannot.
+    pub fault: Option<String>,
+}
+
+/// Why a command on the directory is refused. Nothing has changed.
+#[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
+pub enum DirectoryError {
+    /// Not a name a volume can have.
+    #[error("bad volume name: {0}")]
+    Name(#[from] NameError),
+    /// Another volume has it, or is about to.
+    #[error("there is already a volume named {0:?}; choose another name or rename that one")]
+    NameTaken(String),
+    /// Not a size a volume can have.
+    #[error("bad volume size {}: must be a multiple of 512 bytes, from 4KiB to 256TiB", .0.human())]
+    Size(ByteCount),
+    /// A clone holds all that its snapshot does.
+    #[error(
+        "the clone's size {} is smaller than its snapshot's, {}; ask for at least that",
+        .asked.human(), .origin.human()
+    )]
+    SmallerThanOrigin {
+        /// The size asked for.
+        asked: ByteCount,
+        /// The snapshot's.
+        origin: ByteCount,
+    },
+    /// Every registry slot is taken.
+    #[error(
+        "the store's registry has room for {0} volumes and is full; slots of deleted volumes \
+         return when the collector has run"
+    )]
+    RegistryFull(u32),
+    /// The identities are used up: one of a volume in the registry is the largest there is.
+    #[error("the store has no volume identity left")]
+    IdentitiesUsedUp,
+    /// There is no volume with this identity, or it is deleted.
+    #[error("there is no volume {0}")]
+    NoSuchVolume(VolumeId),
+}
+
+/// All volumes of a store, deleted ones included.
+#[derive(Clone, Debug)]
+pub struct Directory {
+    volumes: BTreeMap<VolumeId, VolumeSummary>,
+    /// As read when the store was opened; out of date once a shard has opened the volume.
+    entries: BTreeMap<VolumeId, VolumeEntry>,
+    /// Registry slots that hold a record, readable or not, or are promised to a plan.
+    slots_taken: BTreeSet<u32>,
+    slots: u32,
+    /// Names promised to plans that have not ended.
+    names_reserved: BTreeSet<String>,
+    /// One above the largest identity seen; none when that is the largest there is.
+    id_next: Option<u64>,
+    /// Records that cannot be read. Identities are given out in order, so theirs are at most this
+    /// many above the largest that can be read, and the next volume's is chosen past them.
+    unreadable: u64,
+}
+
+impl Directory {
+    /// An empty directory of a registry with so many slots.
+    pub fn new(slots: u32) -> Self {
+        Self {
+            volumes: BTreeMap::new(),
+            entries: BTreeMap::new(),
+            slots_taken: BTreeSet::new(),
+            slots,
+            names_reserved: BTreeSet::new(),
+            id_next: Some(1),
+            unreadable: 0,
+        }
+    }
+
+    /// Every volume, by identity, deleted and faulted ones included.
+    pub fn volumes(&self) -> impl Iterator<Item = &VolumeSummary> {
+        self.volumes.values()
+    }
+
+    /// The volume with this identity, deleted or not.
+    pub fn get(&self, id: VolumeId) -> Option<&VolumeSummary> {
+        self.volumes.get(&id)
+    }
+
+    /// The volume with this name that is not deleted.
+    pub fn find(&self, name: &str) -> Option<&VolumeSummary> {
+        self.volumes.values().find(|volume| !volume.deleted && volume.name == name)
+    }
+
+    /// The volume as it was read when the store was opened, to hand to a shard. None when it could
+    /// not be read, or was made since.
+    pub fn entry(&self, id: VolumeId) -> Option<&VolumeEntry> {
+        self.entries.get(&id)
+    }
+
+    /// All volumes as they were read when the store was opened, deleted ones included.
+    pub fn entries(&self) -> impl Iterator<Item = &VolumeEntry> {
+        self.entries.values()
+    }
+
+    /// Notes a volume that was read whole.
+    ///
+    /// # Errors
+    /// Why it cannot be: another has its identity or name. The caller reports that.
+    pub(crate) fn add(&mut self, entry: VolumeEntry) -> Result<(), String> {
+        self.check_unique(&entry.record)?;
+        self.list(entry.slot, &entry.record, None);
+        self.entries.insert(entry.record.id, entry);
+        Ok(())
+    }
+
+    /// Notes a volume whose record was read and that cannot be opened. Its name, identity and slot
+    /// stay taken.
+    pub(crate) fn add_faulted(&mut self, slot: u32, record: &VolumeRecord, fault: String) {
+        if self.volumes.contains_key(&record.id) {
+            self.slots_taken.insert(slot);
+        } else {
+            self.list(slot, record, Some(fault));
+        }
+    }
+
+    /// Notes a slot whose record cannot be read.
+    pub(crate) fn add_unreadable(&mut self, slot: u32) {
+        self.slots_taken.insert(slot);
+        self.unreadable += 1;
+    }
+
+    fn check_unique(&self, record: &VolumeRecord) -> Result<(), String> {
+        if let Some(other) = self.volumes.get(&record.id) {
+            return Err(format!("registry slot {} has the same identity", other.slot));
+        }
+        match self.find(&record.name) {
+            Some(other) if !record.deleted => Err(format!("volume {} has the same name", other.id)),
+            _ => Ok(()),
+        }
+    }
+
+    fn list(&mut self, slot: u32, record: &VolumeRecord, fault: Option<String>) {
+        self.slots_taken.insert(slot);
+        let above = record.id.0.checked_add(1);
+        self.id_next = self.id_next.zip(above).map(|(next, above)| next.max(above));
+        let summary = VolumeSummary {
+            slot,
+            id: record.id,
+            name: record.name.clone(),
+            size: record.size,
+            origin: record.origin,
+            created: record.created,
+            deleted: record.deleted,
+            fault,
+        };
+        self.volumes.insert(record.id, summary);
+    }
+
+    /// Checks a new volume and gives it identity and slot. End the plan with
+    /// [`Directory::created`] or [`Directory::abandoned`].
+    ///
+    /// # Errors
+    /// Why there can be no such volume.
+    pub fn plan_create(
+        &mut self,
+        name: &str,
+        size: ByteCount,
+        origin: Option<CloneOrigin>,
+        time: WallTime,
+    ) -> Result<CreatePlan, DirectoryError> {
+        self.check_name_free(name)?;
+        check_size(size)?;
+        if let Some(origin) = origin.filter(|origin| origin.size > size) {
+            return Err(DirectoryError::SmallerThanOrigin { asked: size, origin: origin.size });
+        }
+        let free = (0..self.slots).find(|slot| !self.slots_taken.contains(slot));
+        let registry_slot = free.ok_or(DirectoryError::RegistryFull(self.slots))?;
+        let id = self.id_next.and_then(|id| id.checked_add(self.unreadable));
+        let id = id.ok_or(DirectoryError::IdentitiesUsedUp)?;
+        (self.id_next, self.unreadable) = (id.checked_add(1), 0);
+        self.slots_taken.insert(registry_slot);
+        self.names_reserved.insert(name.to_owned());
+        Ok(CreatePlan {
+            registry_slot,
+            id: VolumeId(id),
+            name: name.to_owned(),
+            size,
+            origin,
+            created: time,
+        })
+    }
+
+    /// Notes that a planned volume exists, durably.
+    ///
+    /// # Panics
+    /// When there was no such plan.
+    pub fn created(&mut self, plan: &CreatePlan) {
+        assert!(self.names_reserved.remove(&plan.name), "{:?} was not planned", plan.name);
+        let summary = VolumeSummary {
+            slot: plan.registry_slot,
+            id: plan.id,
+            name: plan.name.clone(),
+            size: plan.size,
+            origin: plan.origin.map(|origin| origin.snapshot),
+            created: plan.created,
+            deleted: false,
+            fault: None,
+        };
+        self.volumes.insert(plan.id, summary);
+    }
+
+    /// Notes that a planned volume was not made. Its identity is not used again: whether its record
+    /// reached the device is not known after every failure.
+    ///
+    /// # Panics
+    /// When there was no such plan.
+    pub fn abandoned(&mut self, plan: &CreatePlan) {
+        assert!(self.names_reserved.remove(&plan.name), "{:?} was not planned", plan.name);
+        self.slots_taken.remove(&plan.registry_slot);
+    }
+
+    /// Checks a new name and reserves it. End the plan with [`Directory::rename_ended`].
+    ///
+    /// # Errors
+    /// Why the volume cannot have it.
+    pub fn plan_rename(&mut self, id: VolumeId, name: &str) -> Result<(), DirectoryError> {
+        self.live(id)?;
+        self.check_name_free(name)?;
+        self.names_reserved.insert(name.to_owned());
+        Ok(())
+    }
+
+    /// Notes whether a planned rename is durable.
+    ///
+    /// # Panics
+    /// When there was no such plan.
+    pub fn rename_ended(&mut self, id: VolumeId, name: &str, done: bool) {
+        assert!(self.names_reserved.remove(name), "{name:?} was not planned");
+        if done && let Some(volume) = self.volumes.get_mut(&id) {
+            volume.name = name.to_owned();
+        }
+    }
+
+    /// Checks the new size of a volume that grows.
+    ///
+    /// # Errors
+    /// Why it cannot have it.
+    pub fn check_grow(&self, id: VolumeId, size: ByteCount) -> Result<(), DirectoryError> {
+        self.live(id)?;
+        check_size(size)
+    }
+
+    /// Notes that a volume has another size, durably.
+    pub fn grown(&mut self, id: VolumeId, size: ByteCount) {
+        if let Some(volume) = self.volumes.get_mut(&id) {
+            volume.size = size;
+        }
+    }
+
+    /// Notes that a volume is marked deleted, durably. Its slot stays taken until the collector has
+    /// reclaimed its tree.
+    pub fn removed(&mut self, id: VolumeId) {
+        if let Some(volume) = self.volumes.get_mut(&id) {
+            volume.deleted = true;
+        }
+    }
+
+    fn live(&self, id: VolumeId) -> Result<&VolumeSummary, DirectoryError> {
+        let volume = self.volumes.get(&id).filter(|volume| !volume.deleted);
+        volume.ok_or(DirectoryError::NoSuchVolume(id))
+    }
+
+    fn check_name_free(&self, name: &str) -> Result<(), DirectoryError> {
+        check_name(name)?;
+        if self.find(name).is_some() || self.names_reserved.contains(name) {
+            return Err(DirectoryError::NameTaken(name.to_owned()));
+        }
+        Ok(())
+    }
+}
+
+fn check_size(size: ByteCount) -> Result<(), DirectoryError> {
+    let whole = size.get().is_multiple_of(SECTOR_SIZE);
+    if whole && (VOLUME_SIZE_MIN..=VOLUME_SIZE_MAX).contains(&size) {
+        Ok(())
+    } else {
+        Err(DirectoryError::Size(size))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::request::CacheMode;
+
+    const GIB: ByteCount = ByteCount::new(1 << 30);
+    const NOW: WallTime = WallTime::from_unix_nanos(1);
+
+    fn entry(slot: u32, id: u64, name: &str, deleted: bool) -> VolumeEntry {
+        let record = VolumeRecord {
+            generation: 1,
+            id: VolumeId(id),
+            deleted,
+            size: GIB,
+            height: 3,
+            cache: CacheMode::Writeback,
+            root: BlockAddr::new(1000),
+            log_tail: None,
+            log_count: 0,
+            origin: None,
+            created: NOW,
+            owner_host: 0,
+            owner_epoch: 1,
+            blocks_allocated: 0,
+            name: name.into(),
+        };
+        VolumeEntry { slot, record, log: Vec::new(), log_blocks: Vec::new() }
+    }
+
+    fn plan(directory: &mut Directory, name: &str) -> Result<CreatePlan, DirectoryError> {
+        directory.plan_create(name, GIB, None, NOW)
+    }
+
+    #[test]
+    fn two_plans_at_once_share_nothing() {
+        let mut directory = Directory::new(2);
+        let first = plan(&mut directory, "a").unwrap();
+        let taken = DirectoryError::NameTaken("a".into());
+        assert_eq!(plan(&mut directory, "a"), Err(taken.clone()));
+        let second = plan(&mut directory, "b").unwrap();
+        assert_ne!(first.registry_slot, second.registry_slot);
+        assert_ne!(first.id, second.id);
+        assert_eq!(plan(&mut directory, "c"), Err(DirectoryError::RegistryFull(2)));
+        directory.abandoned(&first);
+        directory.created(&second);
+        let third = plan(&mut directory, "a").unwrap();
+        assert_eq!(third.registry_slot, first.registry_slot);
+        assert!(third.id > second.id, "an identity is not used twice");
+        directory.created(&third);
+        assert_eq!(directory.find("a").unwrap().id, third.id);
+        assert_eq!(plan(&mut directory, "a"), Err(taken));
+    }
+
+    #[test]
+    fn a_deleted_volume_frees_its_name_and_nothing_else() {
+        let mut directory = Directory::new(3);
+        directory.add(entry(0, 5, "old", true)).unwrap();
+        directory.add(entry(1, 7, "vm", false)).unwrap();
+        assert!(directory.find("old").is_none());
+        directory.removed(VolumeId(7));
+        let next = plan(&mut directory, "vm").unwrap();
+        assert_eq!((next.id, next.registry_slot), (VolumeId(8), 2));
+        assert_eq!(directory.volumes().count(), 2);
+    }
+
+    #[test]
+    fn identities_of_unreadable_volumes_are_not_given_out() {
+        let mut directory = Directory::new(8);
+        directory.add_unreadable(0);
+        directory.add(entry(1, 4, "vm", false)).unwrap();
+        directory.add_unreadable(2);
+        let next = plan(&mut directory, "new").unwrap();
+        assert!(next.id > VolumeId(6), "slots 0 and 2 may hold volumes 5 and 6: {next:?}");
+        assert_eq!(next.registry_slot, 3);
+    }
+
+    #[test]
+    fn doubles_in_the_registry_are_found() {
+        let mut directory = Directory::new(8);
+        directory.add(entry(0, 1, "vm", false)).unwrap();
+        assert!(directory.add(entry(1, 1, "other", false)).is_err());
+        assert!(directory.add(entry(1, 2, "vm", false)).is_err());
+        assert!(directory.add(entry(1, 2, "vm", true)).is_ok());
+    }
+
+    #[test]
+    fn bad_requests_say_why() {
+        let mut directory = Directory::new(8);
+        directory.add(entry(0, 1, "vm", false)).unwrap();
+        let mut create = |name: &str, size: u64, origin| {
+            directory.plan_create(name, ByteCount::new(size), origin, NOW).unwrap_err()
+        };
+        assert!(matches!(create("a/b", 1 << 30, None), DirectoryError::Name(_)));
+        for size in [0, 512, 4097, (256 << 40) + 512, u64::MAX] {
+            assert!(matches!(create("a", size, None), DirectoryError::Size(_)), "{size}");
+        }
+        let origin = CloneOrigin {
+            snapshot: SnapshotId { volume: VolumeId(1), sequence: 0 },
+            root: BlockAddr::new(1000),
+            height: 3,
+            size: GIB,
+        };
+        let small = create("a", 4096, Some(origin));
+        assert_eq!(
+            small.to_string(),
+            "the clone's size 4KiB is smaller than its snapshot's, 1GiB; ask for at least that"
+        );
+    }
+
+    #[test]
+    fn a_name_moves_when_its_rename_is_durable() {
+        let mut directory = Directory::new(8);
+        directory.add(entry(0, 1, "old", false)).unwrap();
+        directory.plan_rename(VolumeId(1), "new").unwrap();
+        assert!(plan(&mut directory, "new").is_err(), "promised");
+        directory.rename_ended(VolumeId(1), "new", false);
+        assert!(directory.find("old").is_some());
+        directory.plan_rename(VolumeId(1), "new").unwrap();
+        directory.rename_ended(VolumeId(1), "new", true);
+        assert!(directory.find("old").is_none() && directory.find("new").is_some());
+        let nobody = directory.plan_rename(VolumeId(9), "x");
+        assert_eq!(nobody, Err(DirectoryError::NoSuchVolume(VolumeId(9))));
+    }
 }

@@ -6,6 +6,9 @@
 
 #![forbid(unsafe_code)]
 
+pub mod blocking;
+pub mod check;
 pub mod directory;
 pub mod format;
 pub mod request;
+pub mod store;

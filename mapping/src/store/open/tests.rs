@@ -1,0 +1,340 @@
+//! Refusals, repairs and isolation, on a small store that is damaged behind its back.
+
+use super::*;
+use crate::format::{encode_catalogue_block, encode_log_block};
+use crate::request::{CacheMode, VolumeId};
+use crate::store::testing::{NOW, READ_WRITE, SECRET, disk, formatted};
+use bessel_reactor::device::sim::{Fault, Keep, SimDisk};
+
+fn open_it(disk: &SimDisk) -> Result<OpenedStore, OpenError> {
+    open(&mut disk.connect(), READ_WRITE)
+}
+
+/// Opening it is refused, and writes nothing.
+fn refused(disk: &SimDisk) -> OpenError {
+    let writes = disk.counters().writes;
+    let error = open_it(disk).unwrap_err();
+    assert_eq!(disk.counters().writes, writes, "{error}");
+    error
+}
+
+fn geometry() -> Geometry {
+    Geometry::plan(ByteCount::new(8 << 20), None).unwrap()
+}
+
+fn superblock(edit: impl FnOnce(&mut Superblock)) -> Superblock {
+    let disk = formatted(8 << 20);
+    let mut superblock =
+        Superblock::decode(&disk.peek(BlockAddr::new(0)), BlockAddr::new(0)).unwrap();
+    edit(&mut superblock);
+    superblock
+}
+
+fn poke_superblock(disk: &SimDisk, superblock: &Superblock, copies: &[BlockAddr]) {
+    for &copy in copies {
+        poke(disk, copy, |block| superblock.encode_block(block, copy));
+    }
+}
+
+fn poke(disk: &SimDisk, addr: BlockAddr, fill: impl FnOnce(&mut [u8; BLOCK])) {
+    let mut block = disk.peek(addr);
+    fill(&mut block);
+    disk.poke(addr, &block);
+}
+
+/// A formatted store whose extent 1 is metadata, with an empty bitmap.
+fn with_metadata() -> SimDisk {
+    let disk = formatted(8 << 20);
+    let geometry = geometry();
+    let mut entries = vec![CatalogueEntry::UNUSED; 8];
+    entries[0].kind = ExtentType::System;
+    entries[1].kind = ExtentType::Metadata;
+    let (addr, first) = geometry.catalogue_block_of(1);
+    poke(&disk, addr, |block| encode_catalogue_block(block, addr, first, &entries, SECRET));
+    let addr = geometry.bitmap_block(1, 0);
+    poke(&disk, addr, |block| geometry.fresh_bitmap(0).encode(block, addr, SECRET));
+    disk
+}
+
+fn record(id: u64, name: &str) -> VolumeRecord {
+    VolumeRecord {
+        generation: 1,
+        id: VolumeId(id),
+        deleted: false,
+        size: ByteCount::new(1 << 30),
+        height: 3,
+        cache: CacheMode::Writeback,
+        root: BlockAddr::new(257),
+        log_tail: None,
+        log_count: 0,
+        origin: None,
+        created: NOW,
+        owner_host: 0,
+        owner_epoch: 1,
+        blocks_allocated: 0,
+        name: name.to_owned(),
+    }
+}
+
+fn poke_record(disk: &SimDisk, slot: u32, record: &VolumeRecord) -> BlockAddr {
+    let addr = geometry().registry_slot(slot, record.generation);
+    poke(disk, addr, |block| record.encode_block(block, addr, SECRET));
+    addr
+}
+
+fn log_entry(sequence: u64) -> LogEntry {
+    LogEntry {
+        sequence,
+        root: BlockAddr::new(258),
+        time: NOW,
+        size: ByteCount::new(1 << 30),
+        blocks_allocated: 3,
+        height: 3,
+        deleted: false,
+        label: (sequence == 30).then(|| "thirty".to_owned()),
+    }
+}
+
+/// Writes a log of `count` entries of volume `id`, its blocks at 300, 301, ...
+fn poke_log(disk: &SimDisk, id: u64, count: u64) -> BlockAddr {
+    let mut previous = None;
+    for (first, addr) in (0..count).step_by(24).zip((300..).map(BlockAddr::new)) {
+        let entries: Vec<_> = (first..count.min(first + 24)).map(log_entry).collect();
+        poke(disk, addr, |block| {
+            encode_log_block(block, addr, previous, VolumeId(id), first, &entries, SECRET);
+        });
+        previous = Some(addr);
+    }
+    previous.unwrap()
+}
+
+#[test]
+fn each_life_has_an_epoch_and_an_orderly_one_ends_clean() {
+    let disk = formatted(8 << 20);
+    let first = open_it(&disk).unwrap();
+    assert_eq!((first.epoch, first.was_clean), (1, true));
+    disk.crash(Keep::Nothing);
+    let second = open_it(&disk).unwrap();
+    assert_eq!((second.epoch, second.was_clean), (2, false), "the epoch was durable");
+    close(&mut disk.connect(), &second, NOW).unwrap();
+    disk.crash(Keep::Nothing);
+    let third = open(&mut disk.connect(), OpenMode::ReadOnly).unwrap();
+    assert_eq!((third.epoch, third.was_clean), (2, true));
+}
+
+#[test]
+fn looking_writes_nothing() {
+    let disk = with_metadata();
+    poke(&disk, SUPERBLOCK_COPIES[2], |block| block[9] ^= 1);
+    let writes = disk.counters().writes;
+    let store = open(&mut disk.connect(), OpenMode::ReadOnly).unwrap();
+    assert_eq!(store.findings.len(), 1);
+    assert_eq!(disk.counters().writes, writes);
+}
+
+#[test]
+fn a_blank_device_and_a_foreign_one_are_no_stores() {
+    let blank = refused(&disk(8 << 20));
+    assert!(matches!(blank, OpenError::NotAStore(Found::Blank)));
+    let foreign = disk(8 << 20);
+    poke(&foreign, BlockAddr::new(0), |block| block[..4].copy_from_slice(b"XFSB"));
+    assert_eq!(
+        refused(&foreign).to_string(),
+        "the device holds an XFS file system, not a Bessel store; check the path, or make a store \
+         with `bessel format`"
+    );
+    assert!(matches!(refused(&disk(4096)), OpenError::NotAStore(Found::Blank)));
+}
+
+#[test]
+fn damaged_copies_are_named_and_renewed() {
+    for bad in 0..4 {
+        let disk = formatted(8 << 20);
+        for (index, &copy) in SUPERBLOCK_COPIES.iter().enumerate().filter(|(i, _)| *i != bad) {
+            let fill = |block: &mut [u8; BLOCK]| {
+                if index % 2 == 0 { block[50] ^= 1 } else { block.fill(0) }
+            };
+            poke(&disk, copy, fill);
+        }
+        let store = open_it(&disk).unwrap();
+        assert_eq!(store.findings.len(), 3);
+        assert!(store.findings.iter().all(|finding| finding.severity == Severity::Warning));
+        disk.crash(Keep::Nothing);
+        assert!(open_it(&disk).unwrap().findings.is_empty(), "renewed, durably");
+    }
+    let disk = formatted(8 << 20);
+    for copy in SUPERBLOCK_COPIES {
+        poke(&disk, copy, |block| block[200] ^= 1);
+    }
+    assert!(matches!(refused(&disk), OpenError::Corrupt(_)));
+}
+
+#[test]
+fn an_update_cut_short_between_the_halves_is_finished() {
+    let newer = superblock(|superblock| {
+        superblock.parent_checksum = superblock.checksum();
+        superblock.sequence = 2;
+        superblock.features_compatible = 1;
+    });
+    for half in [&SUPERBLOCK_COPIES[..2], &SUPERBLOCK_COPIES[..1], &SUPERBLOCK_COPIES[1..2]] {
+        let disk = formatted(8 << 20);
+        poke_superblock(&disk, &newer, half);
+        assert_eq!(open_it(&disk).unwrap().superblock, newer);
+        let again = open_it(&disk).unwrap();
+        assert!(again.findings.is_empty());
+        assert_eq!(again.superblock, newer);
+    }
+}
+
+#[test]
+fn copies_of_two_stores_are_not_mixed() {
+    let disk = formatted(8 << 20);
+    let other = superblock(|superblock| superblock.uuid[0] ^= 1);
+    poke_superblock(&disk, &other, &SUPERBLOCK_COPIES[2..]);
+    assert!(matches!(refused(&disk), OpenError::Corrupt(_)));
+}
+
+#[test]
+fn features_decide_who_may_do_what() {
+    let disk = formatted(8 << 20);
+    poke_superblock(&disk, &superblock(|s| s.features_compatible = 1 << 9), &SUPERBLOCK_COPIES);
+    assert!(open_it(&disk).is_ok());
+    poke_superblock(&disk, &superblock(|s| s.features_read_only = 2), &SUPERBLOCK_COPIES);
+    assert!(matches!(refused(&disk), OpenError::ReadOnlyFeatures { bits: 2 }));
+    assert!(open(&mut disk.connect(), OpenMode::ReadOnly).is_ok());
+    poke_superblock(&disk, &superblock(|s| s.features_incompatible = 4), &SUPERBLOCK_COPIES);
+    assert!(matches!(refused(&disk), OpenError::UnknownFeatures { bits: 4 }));
+    let read_only = open(&mut disk.connect(), OpenMode::ReadOnly);
+    assert!(matches!(read_only, Err(OpenError::UnknownFeatures { bits: 4 })));
+}
+
+#[test]
+fn a_truncated_device_is_refused_with_both_sizes() {
+    let disk = formatted(8 << 20);
+    let long = superblock(|s| {
+        s.geometry = Geometry::plan(ByteCount::new(16 << 20), None).unwrap();
+    });
+    poke_superblock(&disk, &long, &SUPERBLOCK_COPIES);
+    let error = refused(&disk);
+    assert!(matches!(error, OpenError::Truncated { .. }));
+    assert!(error.to_string().contains("16777216") && error.to_string().contains("8388608"));
+}
+
+#[test]
+fn a_damaged_catalogue_refuses_the_store() {
+    let disk = with_metadata();
+    poke(&disk, geometry().catalogue_start, |block| block[3] ^= 1);
+    assert!(matches!(refused(&disk), OpenError::Corrupt(_)));
+}
+
+#[test]
+fn a_damaged_bitmap_offers_nothing() {
+    let disk = with_metadata();
+    assert_eq!(open_it(&disk).unwrap().bitmap_free.get(1, 0), 255);
+    poke(&disk, geometry().bitmap_block(1, 0), |block| block[700] ^= 1);
+    let store = open_it(&disk).unwrap();
+    assert_eq!(store.bitmap_free.get(1, 0), 0);
+    assert_eq!(store.findings[0].severity, Severity::Corrupt);
+}
+
+#[test]
+fn volumes_come_back_with_their_logs() {
+    let disk = with_metadata();
+    poke_record(&disk, 0, &record(1, "one"));
+    let tail = poke_log(&disk, 2, 50);
+    let two =
+        VolumeRecord { log_tail: Some(tail), log_count: 50, generation: 4, ..record(2, "two") };
+    poke_record(&disk, 3, &VolumeRecord { generation: 3, name: "older".into(), ..record(2, "x") });
+    poke_record(&disk, 3, &two);
+    let store = open_it(&disk).unwrap();
+    assert_eq!(store.faults, Vec::<String>::new());
+    let entry = store.directory.entry(VolumeId(2)).unwrap();
+    assert_eq!((entry.slot, &entry.record), (3, &two));
+    assert_eq!(entry.log, (0..50).map(log_entry).collect::<Vec<_>>());
+    assert_eq!(entry.log_blocks, [300, 301, 302].map(BlockAddr::new));
+    assert_eq!(store.directory.find("one").unwrap().id, VolumeId(1));
+}
+
+/// Each damage takes its own volume out and no other.
+#[test]
+fn a_damaged_volume_fails_alone() {
+    type Damaging = fn(&SimDisk);
+    let damages: [(&str, Damaging); 7] = [
+        ("checksum", |disk| poke(disk, geometry().registry_slot(1, 1), |block| block[40] ^= 1)),
+        ("checksum", |disk| poke(disk, BlockAddr::new(300), |block| block[40] ^= 1)),
+        ("all zero", |disk| poke(disk, BlockAddr::new(300), |block| block.fill(0))),
+        ("outside metadata", |disk| {
+            let tail = Some(BlockAddr::new(5));
+            poke_record(
+                disk,
+                1,
+                &VolumeRecord { log_tail: tail, log_count: 30, ..record(2, "bad") },
+            );
+        }),
+        ("another place in the log", |disk| {
+            let tail = Some(BlockAddr::new(300));
+            poke_record(
+                disk,
+                1,
+                &VolumeRecord { log_tail: tail, log_count: 30, ..record(2, "bad") },
+            );
+        }),
+        ("root, block 99999", |disk| {
+            let root = BlockAddr::new(99999);
+            poke_record(disk, 1, &VolumeRecord { root, ..record(2, "bad") });
+        }),
+        ("same name", |disk| {
+            poke_record(disk, 1, &record(2, "good"));
+        }),
+    ];
+    for (expected, damage) in damages {
+        let disk = with_metadata();
+        poke_record(&disk, 0, &record(1, "good"));
+        let tail = Some(poke_log(&disk, 2, 30));
+        poke_record(&disk, 1, &VolumeRecord { log_tail: tail, log_count: 30, ..record(2, "bad") });
+        assert!(open_it(&disk).unwrap().faults.is_empty());
+        damage(&disk);
+        let mut store = open_it(&disk).unwrap();
+        assert_eq!(store.faults.len(), 1, "{expected}");
+        assert!(store.faults[0].contains(expected), "{} / {expected}", store.faults[0]);
+        assert!(store.directory.entry(VolumeId(1)).is_some());
+        assert!(store.directory.entry(VolumeId(2)).is_none());
+        let plan = store.directory.plan_create("new", ByteCount::new(4096), None, NOW).unwrap();
+        assert_eq!((plan.registry_slot, plan.id), (2, VolumeId(3)), "{expected}");
+    }
+}
+
+#[test]
+fn one_bad_slot_of_a_pair_leaves_the_other() {
+    let disk = with_metadata();
+    poke_record(&disk, 0, &VolumeRecord { generation: 2, ..record(1, "older") });
+    let newer = poke_record(&disk, 0, &VolumeRecord { generation: 3, ..record(1, "newer") });
+    assert!(open_it(&disk).unwrap().directory.find("newer").is_some());
+    poke(&disk, newer, |block| block[0] ^= 1);
+    let store = open_it(&disk).unwrap();
+    assert!(store.faults.is_empty() && store.directory.find("older").is_some());
+    assert_eq!(store.findings[0].severity, Severity::Warning);
+}
+
+#[test]
+fn an_epoch_that_cannot_be_read_is_not_guessed() {
+    let disk = formatted(8 << 20);
+    open_it(&disk).unwrap();
+    poke(&disk, geometry().host_slot(0, 1), |block| block[16] ^= 1);
+    assert!(matches!(refused(&disk), OpenError::Corrupt(_)));
+    assert!(open(&mut disk.connect(), OpenMode::ReadOnly).is_ok());
+}
+
+#[test]
+fn a_dying_device_is_an_error_and_not_a_panic() {
+    let good = with_metadata();
+    poke_record(&good, 0, &record(1, "vm"));
+    for after in 0.. {
+        let disk = good.fork(after);
+        disk.inject(Fault { kind: None, after, lasting: true });
+        match open_it(&disk) {
+            Ok(_) => return assert!(disk.counters().flushes > 0 && after > 5),
+            Err(error) => assert!(matches!(error, OpenError::Device { .. }), "{after}: {error}"),
+        }
+    }
+}
