@@ -12,3 +12,17 @@ pub mod directory;
 pub mod format;
 pub mod request;
 pub mod store;
+
+mod claims;
+mod commit;
+mod control;
+mod extents;
+mod flusher;
+pub mod message;
+pub mod nodes;
+mod pipeline;
+mod radix;
+pub mod shard;
+mod slab;
+mod snapshot_log;
+pub mod volume;

@@ -42,7 +42,11 @@ impl std::str::FromStr for SnapshotId {
     fn from_str(text: &str) -> Result<Self, ()> {
         let (volume, sequence) = text.split_once('.').ok_or(())?;
         let number = |digits: &str| {
-            if digits.bytes().all(|byte| byte.is_ascii_digit()) { digits.parse().ok() } else { None }
+            if digits.bytes().all(|byte| byte.is_ascii_digit()) {
+                digits.parse().ok()
+            } else {
+                None
+            }
         };
         Ok(Self {
             volume: VolumeId(number(volume).ok_or(())?),
@@ -180,12 +184,15 @@ pub enum Command {
         /// Position in its log.
         sequence: u64,
     },
-    /// Makes the volume read as the snapshot does. The caller has made sure no guest is connected.
+    /// Makes the volume read as the snapshot does. What it held is kept as a new snapshot, which is
+    /// the answer. The caller has made sure that no guest is connected.
     Rollback {
         /// Which volume.
         volume: VolumeHandle,
         /// Position in its log.
         sequence: u64,
+        /// For the log.
+        time: WallTime,
     },
     /// Gives the volume another name, checked for uniqueness by the directory.
     Rename {
@@ -213,6 +220,8 @@ pub enum Command {
         /// The new mode.
         cache: CacheMode,
     },
+    /// Counters of the shard.
+    Stats,
     /// What is there: the volume, its snapshots.
     Show {
         /// Which volume.
@@ -233,8 +242,52 @@ pub enum Reply {
     Snapshot(SnapshotInfo),
     /// The answer to [`Command::Show`].
     Volume(Box<VolumeInfo>),
+    /// The answer to [`Command::Stats`].
+    Stats(Box<ShardStats>),
     /// Refused or failed; nothing changed unless the message says so.
     Failed(CommandError),
+}
+
+/// Counters of a shard, since it was made.
+#[derive(Clone, PartialEq, Eq, Default, Debug)]
+pub struct ShardStats {
+    /// Commit rounds started.
+    pub rounds: u64,
+    /// Nodes, log blocks and records written.
+    pub metadata_writes: u64,
+    /// Device flushes started.
+    pub flushes: u64,
+    /// Data I/O that the device failed.
+    pub device_errors: u64,
+    /// Radix nodes that could not be read or were damaged.
+    pub node_errors: u64,
+    /// Times the store was found full.
+    pub store_full: u64,
+    /// The node cache.
+    pub cache: crate::nodes::cache::CacheCounters,
+    /// Blocks claimed or freed and ready for use by this shard.
+    pub claimed_data: u64,
+    /// The same, for metadata.
+    pub claimed_metadata: u64,
+    /// Free space as the bitmaps have it; only from shard 0.
+    pub space: Option<SpaceStats>,
+    /// Each open volume's counters.
+    pub volumes: Vec<(VolumeId, crate::volume::VolumeCounters)>,
+}
+
+/// Free space in the store, in blocks. What shards have claimed is not in it.
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
+pub struct SpaceStats {
+    /// Free in data extents.
+    pub free_data: u64,
+    /// Free in metadata extents.
+    pub free_metadata: u64,
+    /// Extents that can still become either.
+    pub unused_extents: u64,
+    /// Blocks in an extent.
+    pub extent_blocks: u64,
+    /// Extents in the store.
+    pub extent_count: u64,
 }
 
 /// Why a command was refused or failed.
@@ -247,7 +300,9 @@ pub enum CommandError {
     #[error("the device failed: {0}")]
     Device(bessel_reactor::device::DeviceError),
     /// The volume is latched after a failed flush or commit.
-    #[error("volume is latched after an error ({0}); stop the daemon, check the device, start again")]
+    #[error(
+        "volume is latched after an error ({0}); stop the daemon, check the device, start again"
+    )]
     Latched(String),
     /// A block on the device contradicts itself.
     #[error("{0}")]
@@ -309,6 +364,8 @@ pub struct VolumeInfo {
     pub created: WallTime,
     /// Why writes are refused, if they are.
     pub latched: Option<String>,
+    /// Metadata and data blocks allocated for it since its newest snapshot.
+    pub blocks_allocated: u64,
     /// Its snapshots, oldest first, deleted ones included.
     pub snapshots: Vec<SnapshotInfo>,
 }

@@ -1,0 +1,457 @@
+//! What may be written when, and why that order: commit rounds.
+//!
+//! A volume's changes reach the device in rounds, one in flight at a time (FORMAT.md, "The commit
+//! protocol"):
+//!
+//! 1. At one instant, an image of every changed node is taken. A mapping is installed only when
+//!    its data write has completed, so everything the images name has been written, or is itself a
+//!    node imaged at the same instant.
+//! 2. *Fresh* nodes, which no tree on the device reaches, are written. A snapshot's new root and
+//!    its log block are fresh too.
+//! 3. The device is flushed: data and fresh nodes are durable.
+//! 4. *Linked* nodes, the commit nodes, are written in place, and flushed.
+//! 5. A round that changes the volume's record writes it now, into its other slot, and flushes.
+//!
+//! A crash before 4 leaves the old tree; during 4 any mix of old and new entries, each of which
+//! leads to something durable; after it the new tree. Chains of dependency never exceed two, as
+//! with the paper's commit node inheritance (4.1.3): a node that is not yet reachable goes out in
+//! step 2, however often it has been changed. Requests that change nodes meanwhile gather for the
+//! next round, and none of them delays this one.
+//!
+//! What must not be broken:
+//! - Images and the list of what they need are taken together, never piecemeal.
+//! - Rounds of a volume end in the order they were sealed.
+//! - A failed write or flush here latches the volume: what is on the device is unknown.
+
+use bessel_reactor::buffer::Buffer;
+use bessel_reactor::device::Device;
+use bessel_reactor::units::BlockAddr;
+
+use crate::flusher::FlushWaiter;
+use crate::format::node_as_bytes;
+use crate::nodes::cache::FrameId;
+use crate::request::{CommandError, Reply, VolumeHandle};
+use crate::shard::{Shard, TokenKind};
+
+/// What to do when a round is durable.
+#[derive(Debug)]
+pub(crate) enum After {
+    Nothing,
+    /// Answer a command.
+    Reply(u64, Reply),
+    /// A snapshot has become durable.
+    Snapshot { ticket: u64, sequence: u64 },
+    /// The volume has its new size.
+    Grow { ticket: u64 },
+    /// The volume is deleted.
+    Close { ticket: u64 },
+}
+
+/// A round whose contents are fixed and that waits for its turn.
+#[derive(Debug)]
+pub(crate) struct Sealed {
+    pub(crate) round: u64,
+    /// Changed nodes of a tree that a snapshot has frozen: their images can wait, since nobody can
+    /// change them any more.
+    pub(crate) frozen: Vec<FrameId>,
+    /// A new root, whose image is among `images`.
+    pub(crate) root: Option<FrameId>,
+    /// Images taken already, of blocks that nothing reaches yet.
+    pub(crate) images: [Option<(BlockAddr, Buffer)>; 2],
+    /// The volume's record and the slot it goes to.
+    pub(crate) record: Option<(BlockAddr, Buffer)>,
+    pub(crate) after: After,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Phase {
+    WriteFresh,
+    FlushFresh,
+    WriteLinked,
+    FlushLinked,
+    WriteRecord,
+    FlushRecord,
+}
+
+/// The round in flight.
+#[derive(Debug)]
+pub(crate) struct Flight {
+    round: u64,
+    phase: Phase,
+    writes_in_flight: u32,
+    failed: Option<String>,
+    frames: Vec<FrameId>,
+    linked: Vec<(BlockAddr, Buffer)>,
+    record: Option<(BlockAddr, Buffer)>,
+    after: After,
+}
+
+impl Flight {
+    pub(crate) fn round(&self) -> u64 {
+        self.round
+    }
+}
+
+/// Where an image's buffer came from and goes back to.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum ImagePool {
+    /// Nodes at the start of a round.
+    Round,
+    /// What a command fixed when it sealed its round.
+    Sealed,
+}
+
+/// An image being written.
+#[derive(Debug)]
+pub(crate) struct ImageWrite {
+    volume: VolumeHandle,
+    buffer: Buffer,
+    pool: ImagePool,
+}
+
+impl<D: Device> Shard<D> {
+    /// Asks for a round that covers everything changed so far.
+    pub(crate) fn want_commit(&mut self, handle: VolumeHandle) {
+        self.volume_mut(handle).commit_wanted = true;
+        self.queue_round(handle);
+    }
+
+    /// Adds a round with fixed contents behind those that the volume has.
+    pub(crate) fn push_sealed(&mut self, handle: VolumeHandle, sealed: Sealed) {
+        self.volume_mut(handle).sealed.push_back(sealed);
+        self.queue_round(handle);
+    }
+
+    fn queue_round(&mut self, handle: VolumeHandle) {
+        let volume = self.volume_mut(handle);
+        if !volume.queued_for_round && volume.flight.is_none() {
+            volume.queued_for_round = true;
+            self.round_queue.push_back(handle);
+        }
+    }
+
+    /// Starts the rounds that can be started, first come, first served: a large round is not
+    /// starved of image buffers by small ones behind it.
+    pub(crate) fn start_rounds(&mut self) {
+        while let Some(handle) = self.round_queue.pop_front() {
+            let Some(volume) = self.volume_if_open(handle) else { continue };
+            volume.queued_for_round = false;
+            if !self.start_round(handle) {
+                self.volume_mut(handle).queued_for_round = true;
+                self.round_queue.push_front(handle);
+                return;
+            }
+        }
+    }
+
+    /// Starts the volume's next round, if it has one. False when image buffers are lacking.
+    fn start_round(&mut self, handle: VolumeHandle) -> bool {
+        let volume = self.volume_mut(handle);
+        if volume.flight.is_some() {
+            return true;
+        }
+        if volume.latched.is_some() {
+            self.fail_sealed(handle);
+            return true;
+        }
+        let needed = match volume.sealed.front() {
+            Some(sealed) => sealed.frozen.len(),
+            None if volume.commit_wanted => volume.dirty.len(),
+            None => return true,
+        };
+        if self.images.available() < needed {
+            return false;
+        }
+        let sealed = match self.volume_mut(handle).sealed.pop_front() {
+            Some(sealed) => sealed,
+            None => match self.seal_changes(handle) {
+                Some(sealed) => sealed,
+                None => return true,
+            },
+        };
+        self.launch(handle, sealed);
+        true
+    }
+
+    /// Seals everything changed so far into a round that is launched at once.
+    fn seal_changes(&mut self, handle: VolumeHandle) -> Option<Sealed> {
+        let spare = self.frame_lists.pop().unwrap_or_default();
+        let volume = self.volume_mut(handle);
+        volume.commit_wanted = false;
+        volume.dirty_since = None;
+        if volume.dirty.is_empty() {
+            self.frame_lists.push(spare);
+            return None;
+        }
+        let round = volume.next_round;
+        volume.next_round += 1;
+        Some(Sealed {
+            round,
+            frozen: std::mem::replace(&mut volume.dirty, spare),
+            root: None,
+            images: [None, None],
+            record: None,
+            after: After::Nothing,
+        })
+    }
+
+    /// Takes the images and writes the fresh ones.
+    fn launch(&mut self, handle: VolumeHandle, sealed: Sealed) {
+        self.counters.rounds += 1;
+        let mut flight = Flight {
+            round: sealed.round,
+            phase: Phase::WriteFresh,
+            writes_in_flight: 0,
+            failed: None,
+            frames: self.frame_lists.pop().unwrap_or_default(),
+            linked: self.image_lists.pop().unwrap_or_default(),
+            record: sealed.record,
+            after: sealed.after,
+        };
+        let mut frozen = sealed.frozen;
+        for id in frozen.drain(..) {
+            self.dirty_nodes -= 1;
+            self.cache.frame_mut(id).dirty = false;
+            if self.cache.frame(id).dropped {
+                continue; // No image names it; its block is freed when this round is durable.
+            }
+            let (addr, buffer) = self.take_image(id);
+            let frame = self.cache.frame_mut(id);
+            frame.in_rounds += 1;
+            flight.frames.push(id);
+            if frame.fresh {
+                self.write_image(handle, addr, buffer, ImagePool::Round);
+                flight.writes_in_flight += 1;
+            } else {
+                flight.linked.push((addr, buffer));
+            }
+        }
+        self.frame_lists.push(frozen);
+        flight.frames.extend(sealed.root);
+        for (addr, buffer) in sealed.images.into_iter().flatten() {
+            self.write_image(handle, addr, buffer, ImagePool::Sealed);
+            flight.writes_in_flight += 1;
+        }
+        self.volume_mut(handle).flight = Some(flight);
+        self.released = true; // Changes have room again.
+        self.advance_round(handle);
+    }
+
+    /// Copies a node as it may go to the device now, having checked it once more.
+    fn take_image(&mut self, id: FrameId) -> (BlockAddr, Buffer) {
+        let addr = self.cache.frame(id).addr;
+        let entries = self.cache.entries(id);
+        for (slot, entry) in entries.iter().enumerate() {
+            assert!(
+                self.key.verify(*entry, addr, slot),
+                "node {addr} slot {slot} holds {entry:?} with a wrong tag: memory is damaged"
+            );
+        }
+        let mut buffer = self.images.take().expect("the round started with enough buffers");
+        self.images.bytes_mut(&mut buffer).copy_from_slice(node_as_bytes(entries));
+        (addr, buffer)
+    }
+
+    fn write_image(
+        &mut self,
+        handle: VolumeHandle,
+        addr: BlockAddr,
+        buffer: Buffer,
+        pool: ImagePool,
+    ) {
+        let segment = match pool {
+            ImagePool::Round => self.images.lend(&buffer),
+            ImagePool::Sealed => self.sealed_images.lend(&buffer),
+        };
+        let write = self.image_writes.insert(ImageWrite { volume: handle, buffer, pool });
+        self.counters.metadata_writes += 1;
+        self.device.write(TokenKind::Image.token(write), addr.offset(), &[segment]);
+    }
+
+    /// Takes in the end of an image's write.
+    pub(crate) fn image_written(
+        &mut self,
+        write: u32,
+        result: Result<(), bessel_reactor::device::DeviceError>,
+    ) {
+        let ImageWrite { volume: handle, buffer, pool } = self.image_writes.remove(write);
+        let pool = match pool {
+            ImagePool::Round => &mut self.images,
+            ImagePool::Sealed => &mut self.sealed_images,
+        };
+        pool.returned(&buffer);
+        pool.put(buffer);
+        let volume = self.volume_mut(handle);
+        let flight = volume.flight.as_mut().expect("images are written by a round in flight");
+        flight.writes_in_flight -= 1;
+        if let Err(error) = result {
+            flight.failed.get_or_insert_with(|| format!("writing metadata: {error}"));
+        }
+        self.advance_round(handle);
+    }
+
+    /// Takes in the end of the flush that the round in flight asked for.
+    pub(crate) fn round_flushed(&mut self, handle: VolumeHandle, success: bool) {
+        let volume = self.volume_mut(handle);
+        let flight = volume.flight.as_mut().expect("flushes are asked for by a round in flight");
+        if !success {
+            flight.failed.get_or_insert_with(|| "the device failed to flush".to_owned());
+        }
+        flight.phase = match flight.phase {
+            Phase::FlushFresh => Phase::WriteLinked,
+            Phase::FlushLinked => Phase::WriteRecord,
+            Phase::FlushRecord => {
+                self.end_round(handle);
+                return;
+            }
+            phase => unreachable!("no flush was asked for in {phase:?}"),
+        };
+        self.enter_phase(handle);
+    }
+
+    /// Goes on when every write of the phase has ended.
+    fn advance_round(&mut self, handle: VolumeHandle) {
+        let volatile = self.flusher.volatile;
+        let mark = self.flusher.mark();
+        let flight = self.volume_mut(handle).flight.as_mut().expect("a round is in flight");
+        if flight.writes_in_flight > 0 {
+            return;
+        }
+        if flight.failed.is_some() {
+            self.end_round(handle);
+            return;
+        }
+        flight.phase = match flight.phase {
+            Phase::WriteFresh => Phase::FlushFresh,
+            Phase::WriteLinked => Phase::FlushLinked,
+            Phase::WriteRecord => Phase::FlushRecord,
+            phase => unreachable!("no write was in flight in {phase:?}"),
+        };
+        if volatile {
+            self.flusher.want(mark, FlushWaiter::Round(handle));
+        } else {
+            self.round_flushed(handle, true);
+        }
+    }
+
+    /// Starts the writes of the phase just entered, or skips it when it has none.
+    fn enter_phase(&mut self, handle: VolumeHandle) {
+        let flight = self.volume_mut(handle).flight.as_mut().expect("a round is in flight");
+        if flight.failed.is_some() {
+            self.end_round(handle);
+            return;
+        }
+        if flight.phase == Phase::WriteLinked && !flight.linked.is_empty() {
+            let mut linked = std::mem::take(&mut flight.linked);
+            flight.writes_in_flight = linked.len() as u32;
+            for (addr, buffer) in linked.drain(..) {
+                self.write_image(handle, addr, buffer, ImagePool::Round);
+            }
+            self.image_lists.push(linked);
+            return;
+        }
+        if flight.record.is_none() {
+            self.end_round(handle);
+            return;
+        }
+        flight.phase = Phase::WriteRecord;
+        flight.writes_in_flight = 1;
+        let (addr, buffer) = flight.record.take().expect("checked above");
+        self.write_image(handle, addr, buffer, ImagePool::Sealed);
+    }
+
+    /// The round is durable, or has failed.
+    fn end_round(&mut self, handle: VolumeHandle) {
+        let mut flight = self.volume_mut(handle).flight.take().expect("a round is in flight");
+        for (_, buffer) in flight.linked.drain(..) {
+            self.images.put(buffer); // Only after a failure.
+        }
+        self.image_lists.push(flight.linked);
+        if let Some((_, buffer)) = flight.record {
+            self.sealed_images.put(buffer); // Only after a failure.
+        }
+        self.released = true;
+        if let Some(why) = flight.failed {
+            // The frames stay as they are: memory is newer than the device, so they must never be
+            // evicted and read again.
+            flight.frames.clear();
+            self.frame_lists.push(flight.frames);
+            self.latch(handle, &why);
+            self.fail_after(handle, flight.after);
+            self.fail_sealed(handle);
+            return;
+        }
+        for id in flight.frames.drain(..) {
+            let frame = self.cache.frame_mut(id);
+            frame.in_rounds -= 1;
+            frame.fresh = false;
+        }
+        self.frame_lists.push(flight.frames);
+        let volume = self.volume_mut(handle);
+        volume.durable_round = volume.durable_round.max(flight.round);
+        self.release_unlinked(handle);
+        self.wake_committing(handle);
+        self.finish_after(handle, flight.after);
+        if let Some(volume) = self.volume_if_open(handle)
+            && (volume.commit_wanted || !volume.sealed.is_empty())
+        {
+            self.queue_round(handle);
+        }
+    }
+
+    /// Lets requests go on whose round is durable, or that will never be.
+    fn wake_committing(&mut self, handle: VolumeHandle) {
+        let mut waiting = std::mem::take(&mut self.volume_mut(handle).committing);
+        let durable = self.volume_mut(handle).durable_round;
+        let latched = self.volume_mut(handle).latched.is_some();
+        waiting.retain(|request| {
+            let ready = latched || self.requests[*request].commit_round <= durable;
+            if ready {
+                self.runnable.push_back(crate::pipeline::Work::Request(*request));
+            }
+            !ready
+        });
+        self.volume_mut(handle).committing = waiting;
+    }
+
+    /// Stops the volume from changing anything on the device: what is there is unknown, and only
+    /// detaching and recovering it makes it known again (DESIGN §4).
+    pub(crate) fn latch(&mut self, handle: VolumeHandle, why: &str) {
+        let volume = self.volume_mut(handle);
+        if volume.latched.is_none() {
+            tracing::error!(
+                volume = volume.record.name,
+                "{why}: the volume refuses writes and flushes until the daemon is restarted"
+            );
+            volume.latched = Some(why.to_owned());
+        }
+        // The nodes stay dirty, so that they are never evicted, but nobody waits for them any more.
+        self.dirty_nodes -= std::mem::take(&mut volume.dirty).len();
+        self.wake_committing(handle);
+        self.released = true;
+    }
+
+    fn fail_sealed(&mut self, handle: VolumeHandle) {
+        while let Some(mut sealed) = self.volume_mut(handle).sealed.pop_front() {
+            for (_, buffer) in sealed.images.into_iter().chain([sealed.record]).flatten() {
+                self.sealed_images.put(buffer);
+            }
+            self.dirty_nodes -= sealed.frozen.len();
+            sealed.frozen.clear();
+            self.frame_lists.push(sealed.frozen);
+            self.fail_after(handle, sealed.after);
+        }
+    }
+
+    fn fail_after(&mut self, handle: VolumeHandle, after: After) {
+        let ticket = match after {
+            After::Nothing => return,
+            After::Reply(ticket, _)
+            | After::Snapshot { ticket, .. }
+            | After::Grow { ticket }
+            | After::Close { ticket } => ticket,
+        };
+        let why = self.volume_mut(handle).latched.clone().unwrap_or_default();
+        self.reply(ticket, Reply::Failed(CommandError::Latched(why)));
+    }
+}

@@ -1,0 +1,3 @@
+//! Radix nodes in memory.
+
+pub mod cache;

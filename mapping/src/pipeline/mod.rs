@@ -1,0 +1,591 @@
+//! A request's life: `lookup → (load nodes) → (allocate) → data I/O → install → (commit) →
+//! complete` (DESIGN §4).
+//!
+//! A request is cut into *pieces*, each one I/O over physically contiguous blocks; holes and
+//! unmapping need no piece. A step that cannot go on parks its context, on the node it needs or on
+//! "something was released", and is run again from its start: until a step can finish it changes
+//! nothing that running it again would change twice.
+//!
+//! What must not be broken:
+//! - A context is in one place: running, parked once, or waiting for its pieces.
+//! - A piece holds its lock from before it reads old contents until its mapping is installed.
+//! - Waiting pieces wait for I/O, memory or blocks, never for another piece's lock.
+
+mod flush;
+mod read;
+mod unmap;
+mod write;
+
+use bessel_reactor::buffer::{Buffer, Segment};
+use bessel_reactor::device::{Device, DeviceError, SEGMENTS_MAX};
+use bessel_reactor::units::{BLOCK_SIZE, BlockAddr, SECTOR_SIZE, Sector, VolumeBlock};
+
+use crate::nodes::cache::{FrameId, FrameState};
+use crate::radix::Located;
+use crate::request::{Busy, CacheMode, IoCompletion, IoKind, IoRequest, IoStatus, VolumeHandle};
+use crate::shard::{Shard, TokenKind};
+use crate::volume::NO_REQUEST;
+
+/// Most bytes in one device I/O.
+pub(crate) const IO_BYTES_MAX: u64 = 1 << 20;
+/// Bytes in a bounce buffer: what one unaligned piece carries.
+pub(crate) const BOUNCE_BYTES: usize = 64 << 10;
+/// Steps of one request in a turn, so that a discard of terabytes lets others in between.
+const STEPS_PER_TURN: u32 = 32;
+
+/// Something to be run, now or when what it waits for is there.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Work {
+    /// Go on with a guest's request.
+    Request(u32),
+    /// Install the mapping of a piece whose data is written.
+    Piece(u32),
+    /// Try the command with this ticket again.
+    Command(u64),
+}
+
+/// A guest's request, in its slot until it is complete.
+#[derive(Debug)]
+pub(crate) struct Request {
+    tag: u64,
+    pub(crate) volume: VolumeHandle,
+    kind: IoKind,
+    first: Sector,
+    sectors: u64,
+    /// Sectors whose I/O has been started, or that needed none.
+    started: u64,
+    /// Where the next byte of guest memory is.
+    place: GuestPlace,
+    pieces: u32,
+    parked: bool,
+    status: IoStatus,
+    /// The request's number in its volume.
+    pub(crate) stamp: u64,
+    previous: u32,
+    next: u32,
+    /// It is durable once this round is.
+    pub(crate) commit_round: u64,
+    /// And once a flush covers this mark.
+    flush_mark: Option<u64>,
+}
+
+/// A position in a request's guest memory.
+#[derive(Clone, Copy, Default, Debug)]
+struct GuestPlace {
+    segment: usize,
+    offset: usize,
+}
+
+/// One I/O of a request.
+#[derive(Debug)]
+pub(crate) struct Piece {
+    request: u32,
+    kind: PieceKind,
+    /// The blocks of the volume it covers, all below one leaf.
+    first: VolumeBlock,
+    count: u32,
+    /// Where they lie, or will lie, in the store.
+    home: BlockAddr,
+    /// Bytes of the request in it, from `offset` in the first block on.
+    offset: usize,
+    bytes: usize,
+    /// Where the request's bytes start in guest memory.
+    place: GuestPlace,
+    bounce: Option<Buffer>,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum PieceKind {
+    Read,
+    /// Overwrites blocks that are this volume's alone.
+    WriteInPlace,
+    /// Writes a merged block back to where it was. Holds a lock.
+    Rewrite,
+    /// Writes whole blocks, or merged ones, to new homes. Holds a lock.
+    Allocate,
+    /// Reads the block that the write covers in part. Holds a lock.
+    MergeRead { target: MergeTarget },
+}
+
+/// Where a merged block goes.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum MergeTarget {
+    /// To this new home.
+    NewHome(BlockAddr),
+    /// Back: the device cannot write less than a block.
+    SameHome,
+}
+
+/// What became of one step of a request.
+enum Step {
+    /// Go on with the next.
+    On,
+    /// It will be run again.
+    Parked,
+    /// The request ends with this status.
+    Failed(IoStatus),
+}
+
+impl Request {
+    fn left_bytes(&self) -> u64 {
+        (self.sectors - self.started) * SECTOR_SIZE
+    }
+
+    fn next_sector(&self) -> Sector {
+        self.first.add(self.started)
+    }
+
+    fn dispatched(&self) -> bool {
+        self.started == self.sectors || self.status != IoStatus::Done
+    }
+}
+
+impl<D: Device> Shard<D> {
+    /// Takes a guest's request. Its end comes out of [`Shard::pop_completion`], also when it is
+    /// refused. Hot path.
+    ///
+    /// # Errors
+    /// [`Busy`] when every context is in use; nothing was taken.
+    pub fn submit(&mut self, request: &IoRequest<'_>) -> Result<(), Busy> {
+        if self.requests.is_full() {
+            return Err(Busy);
+        }
+        if let Err(status) = self.check(request) {
+            self.done.push_back(IoCompletion { tag: request.tag, status });
+            return Ok(());
+        }
+        let volume = self.volumes[request.volume.0 as usize].as_mut().expect("checked above");
+        volume.last_stamp += 1;
+        let is_flush = request.kind == IoKind::Flush;
+        let index = self.requests.insert(Request {
+            tag: request.tag,
+            volume: request.volume,
+            kind: request.kind,
+            first: request.sector,
+            sectors: if is_flush { 0 } else { request.sectors },
+            started: 0,
+            place: GuestPlace::default(),
+            pieces: 0,
+            parked: false,
+            status: IoStatus::Done,
+            stamp: volume.last_stamp,
+            previous: volume.active_tail,
+            next: NO_REQUEST,
+            commit_round: 0,
+            flush_mark: None,
+        });
+        match volume.active_tail {
+            NO_REQUEST => volume.active_head = index,
+            tail => self.requests[tail].next = index,
+        }
+        volume.active_tail = index;
+        let segments = &mut self.segments[index as usize];
+        segments.clear();
+        segments.extend_from_slice(request.segments);
+        if is_flush {
+            self.note_what_a_flush_covers(index);
+        }
+        self.runnable.push_back(Work::Request(index));
+        Ok(())
+    }
+
+    /// Checks what the submitter vouches for only in part: places and lengths come from a guest.
+    fn check(&self, request: &IoRequest<'_>) -> Result<(), IoStatus> {
+        let volume = self.volumes.get(request.volume.0 as usize).and_then(Option::as_ref);
+        let volume = volume.filter(|volume| !volume.closing).ok_or(IoStatus::Refused)?;
+        if request.kind != IoKind::Read && volume.latched.is_some() {
+            return Err(IoStatus::Failed);
+        }
+        if request.kind == IoKind::Flush {
+            return Ok(());
+        }
+        let end = request.sector.get().checked_add(request.sectors).ok_or(IoStatus::Refused)?;
+        if end > volume.sectors || request.sectors == 0 {
+            return Err(IoStatus::Refused);
+        }
+        if matches!(request.kind, IoKind::Read | IoKind::Write) {
+            let total: u64 = request.segments.iter().map(|segment| segment.len() as u64).sum();
+            if total != request.sectors * SECTOR_SIZE {
+                return Err(IoStatus::Refused);
+            }
+        }
+        Ok(())
+    }
+
+    /// Runs one piece of work.
+    pub(crate) fn run(&mut self, work: Work) {
+        match work {
+            Work::Request(index) => {
+                self.requests[index].parked = false;
+                self.advance(index);
+            }
+            Work::Piece(index) => self.install(index),
+            Work::Command(_) => self.commands_ready = true,
+        }
+    }
+
+    /// The node that `work` waited for cannot be had.
+    pub(crate) fn fail_work(&mut self, work: Work, why: &crate::request::CommandError) {
+        match work {
+            Work::Request(index) => {
+                let request = &mut self.requests[index];
+                request.parked = false;
+                request.status = IoStatus::Failed;
+                self.finish(index);
+            }
+            Work::Piece(index) => self.abandon(index, IoStatus::Failed),
+            Work::Command(ticket) => self.fail_command(ticket, why.clone()),
+        }
+    }
+
+    /// Starts as much of the request's I/O as can be started.
+    fn advance(&mut self, index: u32) {
+        for _ in 0..STEPS_PER_TURN {
+            let request = &self.requests[index];
+            if request.dispatched() {
+                self.finish(index);
+                return;
+            }
+            let step = match request.kind {
+                IoKind::Read => self.read_step(index),
+                IoKind::Write => self.write_step(index),
+                IoKind::Discard | IoKind::WriteZeroes => self.unmap_step(index),
+                IoKind::Flush => unreachable!("a flush has no sectors to start"),
+            };
+            match step {
+                Step::On => {}
+                Step::Parked => {
+                    self.requests[index].parked = true;
+                    return;
+                }
+                Step::Failed(status) => self.requests[index].status = status,
+            }
+        }
+        self.requests[index].parked = true;
+        self.deferred.push(Work::Request(index));
+    }
+
+    /// Parks the request until something is released.
+    fn park(&mut self, index: u32) -> Step {
+        self.parked.push(Work::Request(index));
+        Step::Parked
+    }
+
+    /// Completes the request if nothing is left to wait for.
+    fn finish(&mut self, index: u32) {
+        let request = &self.requests[index];
+        if request.pieces > 0 || request.parked {
+            return;
+        }
+        let handle = request.volume;
+        if request.status == IoStatus::Done && request.kind != IoKind::Read {
+            let volume = self.volume(handle);
+            if volume.latched.is_some() {
+                self.requests[index].status = IoStatus::Failed;
+            } else if request.kind == IoKind::Flush || volume.cache == CacheMode::Writethrough {
+                if self.waits_for_durability(index) {
+                    self.requests[index].parked = true;
+                    return;
+                }
+            }
+        }
+        self.complete(index);
+    }
+
+    fn complete(&mut self, index: u32) {
+        let request = self.requests.remove(index);
+        self.done.push_back(IoCompletion { tag: request.tag, status: request.status });
+        match request.previous {
+            NO_REQUEST => self.volume_mut(request.volume).active_head = request.next,
+            previous => self.requests[previous].next = request.next,
+        }
+        match request.next {
+            NO_REQUEST => self.volume_mut(request.volume).active_tail = request.previous,
+            next => self.requests[next].previous = request.previous,
+        }
+        self.released = true;
+        let oldest = self.oldest_stamp(request.volume);
+        let volume = self.volume_mut(request.volume);
+        let counters = &mut volume.counters;
+        let bytes = request.sectors * SECTOR_SIZE;
+        match (request.status, request.kind) {
+            (IoStatus::Done, IoKind::Read) => {
+                counters.reads += 1;
+                counters.read_bytes += bytes;
+            }
+            (IoStatus::Done, IoKind::Write) => {
+                counters.writes += 1;
+                counters.write_bytes += bytes;
+            }
+            (IoStatus::Done, IoKind::Flush) => counters.flushes += 1,
+            (IoStatus::Done, _) => counters.unmaps += 1,
+            _ => counters.errors += 1,
+        }
+        while let Some((stamp, _)) = volume.settling.front().copied()
+            && oldest.is_none_or(|oldest| oldest > stamp)
+        {
+            volume.settling.pop_front();
+        }
+        if !volume.unlinked.is_empty() {
+            self.release_unlinked(request.volume);
+        }
+    }
+
+    /// Stamp of the volume's oldest request that is not complete.
+    pub(crate) fn oldest_stamp(&self, handle: VolumeHandle) -> Option<u64> {
+        match self.volume(handle).active_head {
+            NO_REQUEST => None,
+            head => Some(self.requests[head].stamp),
+        }
+    }
+
+    /// Ends a piece and gives back what it held. Returns its request, which may be complete now.
+    fn end_piece(&mut self, index: u32) -> u32 {
+        let piece = self.pieces.remove(index);
+        if let Some(bounce) = piece.bounce {
+            self.bounces.put(bounce);
+        }
+        self.released = true;
+        let request = &mut self.requests[piece.request];
+        request.pieces -= 1;
+        let handle = request.volume;
+        if !matches!(piece.kind, PieceKind::Read | PieceKind::WriteInPlace) {
+            self.volume_mut(handle).unlock(index);
+        }
+        piece.request
+    }
+
+    /// Takes in the end of a piece's I/O.
+    pub(crate) fn piece_completed(&mut self, index: u32, result: Result<(), DeviceError>) {
+        if let Some(bounce) = &self.pieces[index].bounce {
+            self.bounces.returned(bounce);
+        }
+        if let Err(error) = result {
+            self.data_error(index, error);
+            return;
+        }
+        match self.pieces[index].kind {
+            PieceKind::Read => self.read_completed(index),
+            PieceKind::WriteInPlace | PieceKind::Rewrite => self.overwrite_completed(index),
+            PieceKind::Allocate => self.install(index),
+            PieceKind::MergeRead { target } => self.merge(index, target),
+        }
+    }
+
+    fn data_error(&mut self, index: u32, error: DeviceError) {
+        self.counters.device_errors += 1;
+        if self.may_log() {
+            let volume = self.requests[self.pieces[index].request].volume;
+            let name = &self.volume(volume).record.name;
+            tracing::error!(volume = name, home = %self.pieces[index].home, "data I/O: {error}");
+        }
+        self.abandon(index, IoStatus::Failed);
+    }
+
+    /// Ends a piece that failed; its new blocks go back, nothing was installed.
+    fn abandon(&mut self, index: u32, status: IoStatus) {
+        let piece = &self.pieces[index];
+        let home = match piece.kind {
+            PieceKind::Allocate => Some((piece.home, piece.count)),
+            PieceKind::MergeRead { target: MergeTarget::NewHome(home) } => Some((home, 1)),
+            _ => None,
+        };
+        if let Some((start, count)) = home {
+            let run = crate::message::BlockRun { start, count };
+            self.claims.put(crate::message::BlockKind::Data, run);
+        }
+        let request = self.end_piece(index);
+        self.requests[request].status = status;
+        self.finish(request);
+    }
+
+    /// Reads a node unless somebody does already, and parks `work` until it is there.
+    pub(crate) fn wait_for_node(&mut self, missing: crate::radix::Missing, work: Work) {
+        if let Some(frame) = self.cache.find(missing.addr) {
+            assert_eq!(self.cache.frame(frame).state, FrameState::Loading, "present nodes are found");
+            self.parked_on_nodes.push((frame, work));
+            return;
+        }
+        let Some(buffer) = self.loads.take() else {
+            self.parked.push(work);
+            return;
+        };
+        let Some(frame) = self.cache.insert(missing.addr, missing.level, missing.parent) else {
+            self.loads.put(buffer);
+            self.want_all_commits();
+            self.parked.push(work);
+            return;
+        };
+        self.cache.counters.misses += 1;
+        let segment = self.loads.lend(&buffer);
+        self.loading[frame.0 as usize] = Some(buffer);
+        self.device.read(TokenKind::Node.token(frame.0), missing.addr.offset(), &[segment]);
+        self.parked_on_nodes.push((frame, work));
+    }
+
+    /// Takes in the end of a node's read: checks it, and lets go on who waited for it.
+    pub(crate) fn node_loaded(&mut self, frame: FrameId, result: Result<(), DeviceError>) {
+        let buffer = self.loading[frame.0 as usize].take().expect("the node was being read");
+        self.loads.returned(&buffer);
+        let (addr, level) = (self.cache.frame(frame).addr, self.cache.frame(frame).level);
+        let checked = result.map_err(crate::request::CommandError::Device).and_then(|()| {
+            let node = crate::format::node_from_bytes(self.loads.bytes(&buffer));
+            crate::format::check_node(node, addr, level, self.key, &self.extents)
+                .map(|()| *node)
+                .map_err(|fault| crate::request::CommandError::Corrupt(fault.to_string()))
+        });
+        self.loads.put(buffer);
+        self.released = true;
+        match checked {
+            Ok(node) => {
+                *self.cache.entries_mut(frame) = node;
+                self.cache.frame_mut(frame).state = FrameState::Present;
+                let runnable = &mut self.runnable;
+                self.parked_on_nodes.retain(|(waited_for, work)| {
+                    if *waited_for == frame {
+                        runnable.push_back(*work);
+                    }
+                    *waited_for != frame
+                });
+            }
+            Err(error) => {
+                self.counters.node_errors += 1;
+                if self.may_log() {
+                    tracing::error!("radix node {addr}: {error}");
+                }
+                self.cache.remove(frame);
+                let waiting = std::mem::take(&mut self.parked_on_nodes);
+                for (waited_for, work) in waiting {
+                    if waited_for == frame {
+                        self.fail_work(work, &error);
+                    } else {
+                        self.parked_on_nodes.push((waited_for, work));
+                    }
+                }
+            }
+        }
+    }
+
+    /// Collects up to `wanted` bytes of the request's guest memory into `scratch`, from where it
+    /// stands, for an I/O that starts `offset` bytes into a block. Returns how many bytes, always up
+    /// to the end of a block or of what was wanted; `None` when the memory needs a bounce buffer.
+    fn gather(&mut self, index: u32, wanted: usize, offset: usize) -> Option<usize> {
+        let segments = &self.segments[index as usize];
+        let place = self.requests[index].place;
+        self.scratch.clear();
+        let mut total = 0;
+        let mut skip = place.offset;
+        for segment in &segments[place.segment..] {
+            if total == wanted || self.scratch.len() == SEGMENTS_MAX {
+                break;
+            }
+            let part = segment.part(skip, (segment.len() - skip).min(wanted - total));
+            skip = 0;
+            if part.is_empty() {
+                continue;
+            }
+            if !part.is_aligned(self.memory_alignment) {
+                return None;
+            }
+            total += part.len();
+            self.scratch.push(part);
+        }
+        if total < wanted {
+            let surplus = (offset + total) % BLOCK_SIZE as usize;
+            if surplus >= total {
+                return None;
+            }
+            self.trim(surplus);
+            total -= surplus;
+        }
+        Some(total)
+    }
+
+    /// Takes `bytes` off the end of what was gathered.
+    fn trim(&mut self, mut bytes: usize) {
+        while bytes > 0 {
+            let last = self.scratch.pop().expect("no more is trimmed than was gathered");
+            if last.len() > bytes {
+                self.scratch.push(last.part(0, last.len() - bytes));
+                return;
+            }
+            bytes -= last.len();
+        }
+    }
+
+    /// Notes that the next `bytes` of the request are being taken care of.
+    fn consume(&mut self, index: u32, bytes: u64) {
+        let request = &mut self.requests[index];
+        request.started += bytes / SECTOR_SIZE;
+        if matches!(request.kind, IoKind::Read | IoKind::Write) {
+            request.place = advance_place(&self.segments[index as usize], request.place, bytes);
+        }
+    }
+
+    /// Where the request goes on: sector, its block, bytes into the block, bytes left.
+    fn position(&self, index: u32) -> (VolumeHandle, VolumeBlock, usize, u64) {
+        let request = &self.requests[index];
+        let sector = request.next_sector();
+        (request.volume, sector.block(), sector.offset_in_block() as usize, request.left_bytes())
+    }
+
+    /// Looks the request's next block up, parking the request when a node is missing.
+    fn locate_or_park(&mut self, index: u32, block: VolumeBlock) -> Option<Located> {
+        let handle = self.requests[index].volume;
+        match self.locate(handle, block) {
+            Located::Absent(missing) => {
+                self.wait_for_node(missing, Work::Request(index));
+                None
+            }
+            located => Some(located),
+        }
+    }
+}
+
+/// The place `bytes` further on.
+fn advance_place(segments: &[Segment], mut place: GuestPlace, mut bytes: u64) -> GuestPlace {
+    while bytes > 0 {
+        let room = (segments[place.segment].len() - place.offset) as u64;
+        if bytes < room {
+            place.offset += bytes as usize;
+            return place;
+        }
+        bytes -= room;
+        place = GuestPlace { segment: place.segment + 1, offset: 0 };
+    }
+    place
+}
+
+/// Calls `each` with the parts of guest memory that make up `bytes` from `place` on.
+fn for_each_part(
+    segments: &[Segment],
+    mut place: GuestPlace,
+    mut bytes: usize,
+    mut each: impl FnMut(Segment),
+) {
+    while bytes > 0 {
+        let segment = segments[place.segment];
+        let length = (segment.len() - place.offset).min(bytes);
+        each(segment.part(place.offset, length));
+        bytes -= length;
+        place = GuestPlace { segment: place.segment + 1, offset: 0 };
+    }
+}
+
+/// Copies guest memory into `target`.
+fn copy_from_guest(segments: &[Segment], place: GuestPlace, target: &mut [u8]) {
+    let mut at = 0;
+    for_each_part(segments, place, target.len(), |part| {
+        part.read(&mut target[at..at + part.len()]);
+        at += part.len();
+    });
+}
+
+/// Copies `source` into guest memory.
+fn copy_to_guest(segments: &[Segment], place: GuestPlace, source: &[u8]) {
+    let mut at = 0;
+    for_each_part(segments, place, source.len(), |part| {
+        part.write(&source[at..at + part.len()]);
+        at += part.len();
+    });
+}

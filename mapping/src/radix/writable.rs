@@ -1,0 +1,241 @@
+//! Copy on write: making the path from the root to a node writable, and changing entries.
+
+use bessel_reactor::device::Device;
+use bessel_reactor::units::{BlockAddr, VolumeBlock};
+
+use super::lookup::Missing;
+use super::slot_at;
+use crate::claims::Taken;
+use crate::format::{Entry, EntryKind};
+use crate::message::{BlockKind, BlockRun};
+use crate::nodes::cache::{FrameId, FrameState};
+use crate::request::VolumeHandle;
+use crate::shard::Shard;
+
+/// Nodes that one change may make dirty: a path of four levels, and a new root above it.
+const DIRTY_PER_CHANGE: usize = 5;
+
+/// How far a writable path has come.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Path {
+    /// This node may be changed.
+    Writable(FrameId),
+    /// A node must be read first.
+    Absent(Missing),
+    /// Frames, blocks, or room for changes are lacking for the moment.
+    Wait,
+    /// The store has no metadata block left.
+    Full,
+}
+
+impl<D: Device> Shard<D> {
+    /// Makes the path from the root down to the node of `level` above `block` writable: read-only
+    /// nodes are copied, holes become nodes. Each step leaves a tree that reads the same, so it can
+    /// stop and be called again.
+    pub(crate) fn make_writable(
+        &mut self,
+        handle: VolumeHandle,
+        block: VolumeBlock,
+        level: u8,
+    ) -> Path {
+        if !self.has_room_for_changes(handle) {
+            return Path::Wait;
+        }
+        let mut frame = self.volume(handle).root;
+        let mut at = self.cache.frame(frame).level;
+        while at > level {
+            let slot = slot_at(block, at);
+            let entry = self.cache.entries(frame)[slot];
+            at -= 1;
+            let step = match entry.kind() {
+                EntryKind::Node(_) => {
+                    let child = self.cache.find(entry.block());
+                    match child {
+                        Some(child) if self.cache.frame(child).state == FrameState::Present => {
+                            if entry.read_only() {
+                                self.copy_node(handle, frame, slot, child)
+                            } else {
+                                Path::Writable(child)
+                            }
+                        }
+                        _ => {
+                            let addr = entry.block();
+                            return Path::Absent(Missing { addr, level: at, parent: Some(frame) });
+                        }
+                    }
+                }
+                _ => self.new_node(handle, frame, slot, at, entry.untagged()),
+            };
+            match step {
+                Path::Writable(child) => {
+                    self.cache.touch(child);
+                    frame = child;
+                }
+                other => return other,
+            }
+        }
+        Path::Writable(frame)
+    }
+
+    /// False, with a commit on its way, when too much is changed and not yet on the device.
+    fn has_room_for_changes(&mut self, handle: VolumeHandle) -> bool {
+        if self.volume(handle).dirty.len() + DIRTY_PER_CHANGE > self.dirty_max {
+            self.want_commit(handle);
+            return false;
+        }
+        if self.dirty_nodes + DIRTY_PER_CHANGE > self.dirty_nodes_max {
+            self.want_all_commits();
+            return false;
+        }
+        true
+    }
+
+    /// Copies read-only `child` and links the copy, writable, into `slot` of `parent`. All links of
+    /// the copy are read-only: what they lead to is shared (Parallax 3.3.2).
+    fn copy_node(
+        &mut self,
+        handle: VolumeHandle,
+        parent: FrameId,
+        slot: usize,
+        child: FrameId,
+    ) -> Path {
+        let level = self.cache.frame(child).level;
+        self.cache.pin(child);
+        let made = self.new_frame(level, Some(parent));
+        self.cache.unpin(child);
+        let Path::Writable(copy) = made else { return made };
+        let source = *self.cache.entries(child);
+        self.fill_read_only(copy, &source);
+        self.link_fresh(handle, parent, slot, copy);
+        Path::Writable(copy)
+    }
+
+    /// Fills a node with the entries of another, all read-only, sealed for their new place.
+    pub(crate) fn fill_read_only(&mut self, target: FrameId, source: &[Entry; 512]) {
+        let addr = self.cache.frame(target).addr;
+        let key = self.key;
+        let entries = self.cache.entries_mut(target);
+        for (slot, entry) in source.iter().enumerate() {
+            entries[slot] = key.seal(entry.to_read_only(), addr, slot);
+        }
+    }
+
+    /// Makes a node of holes and links it into `slot` of `parent`.
+    fn new_node(
+        &mut self,
+        handle: VolumeHandle,
+        parent: FrameId,
+        slot: usize,
+        level: u8,
+        hole: Entry,
+    ) -> Path {
+        assert!(hole.is_hole(), "only a hole becomes a node, not {hole:?}");
+        let made = self.new_frame(level, Some(parent));
+        let Path::Writable(node) = made else { return made };
+        self.fill_with(node, hole);
+        self.link_fresh(handle, parent, slot, node);
+        made
+    }
+
+    /// Fills a node with one entry, sealed for each slot.
+    pub(crate) fn fill_with(&mut self, target: FrameId, entry: Entry) {
+        let addr = self.cache.frame(target).addr;
+        let key = self.key;
+        for (slot, place) in self.cache.entries_mut(target).iter_mut().enumerate() {
+            *place = key.seal(entry, addr, slot);
+        }
+    }
+
+    /// A frame with a new block for a node of `level`; its entries are still to be filled in.
+    pub(crate) fn new_frame(&mut self, level: u8, parent: Option<FrameId>) -> Path {
+        let run = match self.claims.take(BlockKind::Metadata, 1, self.now) {
+            Taken::Run(run) => run,
+            Taken::Wait => return Path::Wait,
+            Taken::Full => return Path::Full,
+        };
+        let Some(frame) = self.cache.insert(run.start, level, parent) else {
+            self.claims.put(BlockKind::Metadata, run);
+            self.want_all_commits(); // Only nodes that are on the device can make room.
+            return Path::Wait;
+        };
+        let made = self.cache.frame_mut(frame);
+        made.state = FrameState::Present;
+        made.fresh = true;
+        Path::Writable(frame)
+    }
+
+    fn link_fresh(&mut self, handle: VolumeHandle, parent: FrameId, slot: usize, child: FrameId) {
+        let (level, addr) = (self.cache.frame(child).level, self.cache.frame(child).addr);
+        let volume = self.volume_mut(handle);
+        volume.counters.nodes_allocated += 1;
+        volume.record.blocks_allocated += 1;
+        self.mark_dirty(handle, child);
+        self.set_entry(handle, parent, slot, Entry::node(level, addr));
+    }
+
+    /// Changes one entry of a writable node. Data that only this volume reached is unlinked.
+    pub(crate) fn set_entry(
+        &mut self,
+        handle: VolumeHandle,
+        frame: FrameId,
+        slot: usize,
+        entry: Entry,
+    ) {
+        let addr = self.cache.frame(frame).addr;
+        let sealed = self.key.seal(entry, addr, slot);
+        let old = std::mem::replace(&mut self.cache.entries_mut(frame)[slot], sealed);
+        if old.kind() == EntryKind::Data && !old.read_only() {
+            self.volume_mut(handle).unlink_block(BlockKind::Data, old.block());
+        }
+        self.mark_dirty(handle, frame);
+    }
+
+    /// Notes that a node has changed; the volume's next round writes it.
+    pub(crate) fn mark_dirty(&mut self, handle: VolumeHandle, frame: FrameId) {
+        let now = self.now;
+        let volume = self.volumes[handle.0 as usize].as_mut().expect("the volume is open");
+        let changed = self.cache.frame_mut(frame);
+        changed.change_round = volume.next_round;
+        if !changed.dirty {
+            changed.dirty = true;
+            volume.dirty.push(frame);
+            self.dirty_nodes += 1;
+        }
+        if volume.dirty_since.is_none() {
+            volume.dirty_since = Some(now);
+            self.background_due(now);
+        }
+    }
+
+    /// Takes a leaf that only this volume reaches out of the tree: nothing below it is left.
+    pub(crate) fn drop_leaf(&mut self, handle: VolumeHandle, leaf: FrameId) {
+        let frame = self.cache.frame_mut(leaf);
+        assert!(!frame.dropped, "node {} dropped twice", frame.addr);
+        frame.dropped = true;
+        let addr = frame.addr;
+        self.volume_mut(handle).unlink_block(BlockKind::Metadata, addr);
+    }
+
+    /// Hands unlinked blocks back to the claims, as far as nobody can still use them.
+    pub(crate) fn release_unlinked(&mut self, handle: VolumeHandle) {
+        let oldest = self.oldest_stamp(handle);
+        while let Some(unlinked) = self.volume_mut(handle).release(oldest) {
+            if unlinked.kind == BlockKind::Metadata {
+                self.forget_nodes(unlinked.run);
+            }
+            self.claims.put(unlinked.kind, unlinked.run);
+            self.released = true;
+        }
+    }
+
+    /// Removes the frames of freed nodes, so that their addresses can get new ones.
+    fn forget_nodes(&mut self, run: BlockRun) {
+        for index in 0..u64::from(run.count) {
+            let addr: BlockAddr = run.start.add(index);
+            if let Some(frame) = self.cache.find(addr) {
+                assert!(self.cache.frame(frame).dropped, "node {addr} was freed while linked");
+                self.cache.remove(frame);
+            }
+        }
+    }
+}

@@ -1,0 +1,503 @@
+//! A shard: the volumes of one reactor, and the turn that moves all of them.
+//!
+//! It owns no thread, clock, file or socket. Requests and commands go in, completions and replies
+//! come out, and in between [`Shard::poll`] reaps the device, runs what can be run, and submits.
+//! The reactor calls it with a real device and clock; the simulator with a simulated disk and the
+//! time its seed says. Nothing here runs inside the reaping of completions: they are collected
+//! first, then acted on.
+
+use std::collections::VecDeque;
+use std::time::Duration;
+
+use bessel_reactor::buffer::{Buffer, BufferPool, Segment};
+use bessel_reactor::clock::Instant;
+use bessel_reactor::device::{Completion, Device, DeviceError, SEGMENTS_MAX, Token};
+use bessel_reactor::units::{BLOCK_SIZE, BlockAddr, ByteCount};
+
+use crate::claims::Claims;
+use crate::commit::ImageWrite;
+use crate::control::Pending;
+use crate::extents::{Authority, Step};
+use crate::flusher::{FlushWaiter, Flusher};
+use crate::format::{ExtentMap, Geometry, TagKey};
+use crate::message::Message;
+use crate::nodes::cache::{FrameId, NodeCache};
+use crate::pipeline::{BOUNCE_BYTES, Piece, Request, Work};
+use crate::request::{IoCompletion, Reply, ShardStats, VolumeHandle};
+use crate::slab::Slab;
+use crate::store::OpenedStore;
+use crate::volume::Volume;
+
+/// How long a change may wait in writeback mode before a round takes it to the device.
+const COMMIT_INTERVAL: Duration = Duration::from_millis(200);
+/// Least time between two log lines about failing I/O.
+const LOG_INTERVAL: Duration = Duration::from_secs(1);
+/// Node reads in flight.
+const LOADS_MAX: usize = 64;
+/// Image buffers for what commands seal: three for a snapshot, so about 80 of those in flight.
+const SEALED_IMAGES: usize = 256;
+/// Bounce buffers: unaligned or partial pieces in flight.
+const BOUNCES: usize = 64;
+/// Segments of a request for which room is made at start.
+const SEGMENTS_EXPECTED: usize = 130;
+
+/// What a shard is made with.
+#[derive(Clone, Debug)]
+pub struct ShardConfig {
+    /// Its number; shard 0 is the allocation authority.
+    pub index: usize,
+    /// Bound of its node cache.
+    pub node_cache: ByteCount,
+    /// Most guest requests at once; more are refused as busy.
+    pub requests_max: usize,
+}
+
+impl ShardConfig {
+    /// Device operations that the shard may have in flight: open its device with this depth.
+    pub fn device_depth(&self) -> usize {
+        let images = images_for(self.node_cache);
+        // Pieces, node loads, images of rounds and of commands, the authority, a flush.
+        self.pieces_max() + LOADS_MAX + images + SEALED_IMAGES + 2
+    }
+
+    fn pieces_max(&self) -> usize {
+        self.requests_max * 2
+    }
+}
+
+/// Image buffers for rounds: an eighth of the cache, so that a round takes its images at once.
+fn images_for(node_cache: ByteCount) -> usize {
+    (node_cache.blocks_floor() as usize / 8).clamp(32, 1024)
+}
+
+/// What a device operation is part of; the upper half of its token.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[repr(u32)]
+pub(crate) enum TokenKind {
+    /// A piece of a guest's request.
+    Piece,
+    /// The read of a node into a frame.
+    Node,
+    /// The write of an image.
+    Image,
+    /// The shared flush.
+    Flush,
+    /// The allocation authority's one I/O.
+    Authority,
+}
+
+impl TokenKind {
+    const ALL: [Self; 5] = [Self::Piece, Self::Node, Self::Image, Self::Flush, Self::Authority];
+
+    pub(crate) const fn token(self, index: u32) -> Token {
+        Token((self as u64) << 32 | index as u64)
+    }
+
+    fn of(token: Token) -> (Self, u32) {
+        (Self::ALL[(token.0 >> 32) as usize], token.0 as u32)
+    }
+}
+
+/// See the module's documentation.
+///
+/// Hot path, owned by one reactor: after [`Shard::new`] the steady state allocates nothing.
+#[derive(Debug)]
+pub struct Shard<D: Device> {
+    pub(crate) index: usize,
+    pub(crate) device: D,
+    pub(crate) geometry: Geometry,
+    pub(crate) key: TagKey,
+    pub(crate) secret: u64,
+    pub(crate) epoch: u64,
+    pub(crate) extents: ExtentMap,
+    pub(crate) offset_alignment: usize,
+    pub(crate) memory_alignment: usize,
+    pub(crate) now: Instant,
+
+    pub(crate) volumes: Vec<Option<Volume>>,
+    pub(crate) cache: NodeCache,
+    pub(crate) claims: Claims,
+    pub(crate) authority: Option<Authority>,
+    pub(crate) flusher: Flusher,
+
+    pub(crate) requests: Slab<Request>,
+    /// Guest memory of each request, by its slot.
+    pub(crate) segments: Vec<Vec<Segment>>,
+    pub(crate) pieces: Slab<Piece>,
+    pub(crate) bounces: BufferPool,
+    /// Segments of the I/O being built.
+    pub(crate) scratch: Vec<Segment>,
+
+    pub(crate) loads: BufferPool,
+    /// The buffer each loading frame is read into.
+    pub(crate) loading: Vec<Option<Buffer>>,
+    pub(crate) parked_on_nodes: Vec<(FrameId, Work)>,
+
+    pub(crate) images: BufferPool,
+    pub(crate) sealed_images: BufferPool,
+    pub(crate) image_writes: Slab<ImageWrite>,
+    pub(crate) round_queue: VecDeque<VolumeHandle>,
+    /// Empty lists kept for reuse.
+    pub(crate) frame_lists: Vec<Vec<FrameId>>,
+    pub(crate) image_lists: Vec<Vec<(BlockAddr, Buffer)>>,
+    /// Nodes changed and not imaged, of all volumes.
+    pub(crate) dirty_nodes: usize,
+    pub(crate) dirty_nodes_max: usize,
+    /// The same bound for one volume.
+    pub(crate) dirty_max: usize,
+    background_at: Option<Instant>,
+
+    /// To be run in this turn.
+    pub(crate) runnable: VecDeque<Work>,
+    /// To be run in the next turn.
+    pub(crate) deferred: Vec<Work>,
+    /// To be run when something was released.
+    pub(crate) parked: Vec<Work>,
+    /// Something that parked work may wait for has been given back.
+    pub(crate) released: bool,
+    pub(crate) commands: VecDeque<Pending>,
+    pub(crate) commands_ready: bool,
+
+    pub(crate) done: VecDeque<IoCompletion>,
+    pub(crate) replies: VecDeque<(u64, Reply)>,
+    outbox: VecDeque<(usize, Message)>,
+    completions: Vec<Completion>,
+    pub(crate) counters: ShardStats,
+    logged_at: Option<Instant>,
+}
+
+impl<D: Device> Shard<D> {
+    /// A shard with no volume open. The device must have been opened with
+    /// [`ShardConfig::device_depth`].
+    pub fn new(config: &ShardConfig, device: D, store: &OpenedStore) -> Self {
+        let properties = device.properties();
+        let cache = NodeCache::new(config.node_cache);
+        let images = images_for(config.node_cache);
+        let frames = cache.capacity();
+        let pieces_max = config.pieces_max();
+        let authority = (config.index == 0)
+            .then(|| Authority::new(store, TokenKind::Authority.token(0)));
+        let list = || Vec::with_capacity(images);
+        Self {
+            index: config.index,
+            geometry: store.geometry.clone(),
+            key: store.key,
+            secret: store.secret,
+            epoch: store.epoch,
+            extents: store.extents.clone(),
+            offset_alignment: properties.offset_alignment as usize,
+            memory_alignment: properties.memory_alignment as usize,
+            now: Instant::default(),
+            volumes: Vec::new(),
+            claims: Claims::new(store.geometry.extent_blocks),
+            authority,
+            flusher: Flusher::new(properties.volatile_cache, config.requests_max + 64),
+            requests: Slab::new(config.requests_max),
+            segments: (0..config.requests_max)
+                .map(|_| Vec::with_capacity(SEGMENTS_EXPECTED))
+                .collect(),
+            pieces: Slab::new(pieces_max),
+            bounces: BufferPool::new(BOUNCES, BOUNCE_BYTES),
+            scratch: Vec::with_capacity(SEGMENTS_MAX),
+            loads: BufferPool::new(LOADS_MAX, BLOCK_SIZE as usize),
+            loading: (0..frames).map(|_| None).collect(),
+            parked_on_nodes: Vec::with_capacity(config.requests_max + pieces_max),
+            images: BufferPool::new(images, BLOCK_SIZE as usize),
+            sealed_images: BufferPool::new(SEALED_IMAGES, BLOCK_SIZE as usize),
+            image_writes: Slab::new(images + SEALED_IMAGES),
+            round_queue: VecDeque::with_capacity(64),
+            frame_lists: (0..8).map(|_| Vec::with_capacity(images)).collect(),
+            image_lists: (0..4).map(|_| list()).collect(),
+            dirty_nodes: 0,
+            dirty_nodes_max: frames / 4,
+            dirty_max: images / 2,
+            background_at: None,
+            runnable: VecDeque::with_capacity(config.requests_max + pieces_max),
+            deferred: Vec::with_capacity(config.requests_max),
+            parked: Vec::with_capacity(config.requests_max + pieces_max),
+            released: false,
+            commands: VecDeque::new(),
+            commands_ready: false,
+            done: VecDeque::with_capacity(config.requests_max),
+            replies: VecDeque::new(),
+            outbox: VecDeque::new(),
+            completions: Vec::with_capacity(config.device_depth()),
+            counters: ShardStats::default(),
+            logged_at: None,
+            cache,
+            device,
+        }
+    }
+
+    /// The device, for what the reactor does with it besides I/O.
+    pub fn device_mut(&mut self) -> &mut D {
+        &mut self.device
+    }
+
+    /// The pools that data goes through, to register with the device; set the registration on each.
+    pub fn buffer_pools(&mut self) -> [&mut BufferPool; 4] {
+        [&mut self.bounces, &mut self.loads, &mut self.images, &mut self.sealed_images]
+    }
+
+    /// One turn. True when anything was done.
+    pub fn poll(&mut self, now: Instant) -> bool {
+        self.now = now;
+        let mut progress = self.take_completions();
+        self.runnable.extend(self.deferred.drain(..));
+        progress |= self.run_all();
+        if self.commands_ready {
+            progress = true;
+            self.try_commands();
+            self.run_all();
+        }
+        if self.background_at.is_some_and(|due| due <= now) {
+            self.commit_in_background();
+        }
+        self.start_rounds();
+        self.send_claims();
+        self.poll_authority();
+        if self.flusher.start() {
+            self.counters.flushes += 1;
+            self.device.flush(TokenKind::Flush.token(0));
+        }
+        self.device.submit();
+        progress
+    }
+
+    /// When [`Shard::poll`] must be called at the latest, if nothing else happens.
+    pub fn deadline(&self) -> Option<Instant> {
+        self.background_at
+    }
+
+    /// A guest request that has ended.
+    pub fn pop_completion(&mut self) -> Option<IoCompletion> {
+        self.done.pop_front()
+    }
+
+    /// A command that has been answered: its ticket and the answer.
+    pub fn pop_reply(&mut self) -> Option<(u64, Reply)> {
+        self.replies.pop_front()
+    }
+
+    /// A message for another shard.
+    pub fn pop_message(&mut self) -> Option<(usize, Message)> {
+        self.outbox.pop_front()
+    }
+
+    /// Takes a message from another shard.
+    pub fn deliver(&mut self, message: Message) {
+        match message {
+            Message::Granted { kind, runs } => {
+                if self.claims.granted(kind, &runs, self.now) {
+                    self.counters.store_full += 1;
+                    if self.may_log() {
+                        tracing::error!(
+                            "the store is full: no free {} block; writes that need one fail until \
+                             space is freed (discard in a guest, delete volumes) or the store grows",
+                            kind.name()
+                        );
+                    }
+                }
+                self.released = true;
+            }
+            request => {
+                let authority = self.authority.as_mut();
+                authority.expect("claims and returns go to shard 0").accept(request);
+            }
+        }
+    }
+
+    pub(crate) fn volume(&self, handle: VolumeHandle) -> &Volume {
+        self.volumes[handle.0 as usize].as_ref().expect("the volume is open")
+    }
+
+    pub(crate) fn volume_mut(&mut self, handle: VolumeHandle) -> &mut Volume {
+        self.volumes[handle.0 as usize].as_mut().expect("the volume is open")
+    }
+
+    pub(crate) fn volume_if_open(&mut self, handle: VolumeHandle) -> Option<&mut Volume> {
+        self.volumes.get_mut(handle.0 as usize)?.as_mut()
+    }
+
+    pub(crate) fn open_volumes(&self) -> impl Iterator<Item = VolumeHandle> {
+        self.volumes.iter().flatten().map(|volume| volume.handle)
+    }
+
+    /// True at most once a second: failing I/O must not flood the log.
+    pub(crate) fn may_log(&mut self) -> bool {
+        let due = self.logged_at.is_none_or(|at| self.now.since(at) >= LOG_INTERVAL);
+        if due {
+            self.logged_at = Some(self.now);
+        }
+        due
+    }
+
+    fn take_completions(&mut self) -> bool {
+        let mut completions = std::mem::take(&mut self.completions);
+        self.device.reap(&mut completions);
+        let progress = !completions.is_empty();
+        self.released |= progress;
+        for Completion { token, result } in completions.drain(..) {
+            self.completed(token, result);
+        }
+        self.completions = completions;
+        progress
+    }
+
+    fn completed(&mut self, token: Token, result: Result<(), DeviceError>) {
+        let (kind, index) = TokenKind::of(token);
+        match kind {
+            TokenKind::Piece => self.piece_completed(index, result),
+            TokenKind::Node => self.node_loaded(FrameId(index), result),
+            TokenKind::Image => self.image_written(index, result),
+            TokenKind::Flush => self.flush_completed(result),
+            TokenKind::Authority => {
+                let authority = self.authority.as_mut().expect("it submitted the I/O");
+                let step = authority.completed(result, &mut self.device);
+                self.authority_step(step);
+            }
+        }
+    }
+
+    /// Serves everyone whose flush has ended. After a failed one, what any volume has written since
+    /// the last good one is unknown (DESIGN §4).
+    fn flush_completed(&mut self, result: Result<(), DeviceError>) {
+        self.flusher.completed(result.is_ok());
+        if let Err(error) = result {
+            self.counters.device_errors += 1;
+            let flusher = &self.flusher;
+            let unsure = self.volumes.iter().flatten().filter(|volume| {
+                volume.write_mark.is_some_and(|mark| !flusher.covers(mark))
+            });
+            let unsure: Vec<VolumeHandle> = unsure.map(|volume| volume.handle).collect();
+            for handle in unsure {
+                self.latch(handle, &format!("the device failed to flush ({error})"));
+            }
+        }
+        while let Some(waiter) = self.flusher.served() {
+            match waiter {
+                FlushWaiter::Round(handle) => self.round_flushed(handle, result.is_ok()),
+                FlushWaiter::Request(index) => {
+                    if let Err(error) = result {
+                        self.fail_work(Work::Request(index), &crate::request::CommandError::Device(error));
+                    } else {
+                        self.runnable.push_back(Work::Request(index));
+                    }
+                }
+                FlushWaiter::Authority => {
+                    let authority = self.authority.as_mut().expect("it asked for the flush");
+                    let step = authority.flushed(result, &mut self.device);
+                    self.authority_step(step);
+                }
+            }
+        }
+    }
+
+    /// Runs what is runnable, and what was parked for as long as something is released.
+    fn run_all(&mut self) -> bool {
+        let mut progress = false;
+        loop {
+            while let Some(work) = self.runnable.pop_front() {
+                progress = true;
+                self.run(work);
+            }
+            if !std::mem::take(&mut self.released) {
+                return progress;
+            }
+            self.commands_ready |= !self.commands.is_empty();
+            self.runnable.extend(self.parked.drain(..));
+            if self.runnable.is_empty() {
+                return progress;
+            }
+        }
+    }
+
+    /// Asks for rounds of every volume: only they make room for more changed nodes.
+    pub(crate) fn want_all_commits(&mut self) {
+        for index in 0..self.volumes.len() {
+            if let Some(volume) = &self.volumes[index]
+                && !volume.dirty.is_empty()
+            {
+                self.want_commit(VolumeHandle(index as u32));
+            }
+        }
+    }
+
+    /// Makes sure that a change made now reaches the device in time.
+    pub(crate) fn background_due(&mut self, now: Instant) {
+        if self.background_at.is_none() {
+            self.background_at = Some(now.after(COMMIT_INTERVAL));
+        }
+    }
+
+    fn commit_in_background(&mut self) {
+        let (now, mut next) = (self.now, None);
+        for index in 0..self.volumes.len() {
+            let Some(since) = self.volumes[index].as_ref().and_then(|volume| volume.dirty_since)
+            else {
+                continue;
+            };
+            let due = since.after(COMMIT_INTERVAL);
+            if due <= now {
+                self.want_commit(VolumeHandle(index as u32));
+                // Should the round have to wait, it is queued; look again all the same.
+                next = Some(now.after(COMMIT_INTERVAL));
+            } else {
+                next = Some(next.map_or(due, |next: Instant| next.min(due)));
+            }
+        }
+        self.background_at = next;
+    }
+
+    fn send_claims(&mut self) {
+        while let Some((kind, count)) = self.claims.wanted() {
+            let shard = self.index;
+            self.to_authority(Message::Claim { shard, kind, count });
+        }
+        let surplus = self.claims.surplus(false);
+        if !surplus.is_empty() {
+            self.to_authority(Message::Return { runs: surplus });
+        }
+    }
+
+    pub(crate) fn to_authority(&mut self, message: Message) {
+        match &mut self.authority {
+            Some(authority) => authority.accept(message),
+            None => self.outbox.push_back((0, message)),
+        }
+    }
+
+    fn poll_authority(&mut self) {
+        if let Some(authority) = &mut self.authority {
+            authority.poll(&mut self.device);
+            self.send_grants();
+        }
+    }
+
+    fn authority_step(&mut self, step: Step) {
+        match step {
+            Step::Wait => {}
+            Step::Flush if self.flusher.volatile => {
+                self.flusher.want(self.flusher.mark(), FlushWaiter::Authority);
+            }
+            Step::Flush => {
+                let authority = self.authority.as_mut().expect("it asked for the flush");
+                let step = authority.flushed(Ok(()), &mut self.device);
+                self.authority_step(step);
+            }
+        }
+        self.send_grants();
+    }
+
+    fn send_grants(&mut self) {
+        let Some(authority) = &mut self.authority else { return };
+        let grants: Vec<(usize, Message)> = authority.grants().collect();
+        for (shard, grant) in grants {
+            if shard == self.index {
+                self.deliver(grant);
+            } else {
+                self.outbox.push_back((shard, grant));
+            }
+        }
+    }
+}

@@ -1,0 +1,222 @@
+//! An open volume: its tree's root, its commit rounds, and who is using what.
+//!
+//! Owned by its home shard; nobody else changes its mapping (DESIGN §7).
+
+use std::collections::VecDeque;
+
+use bessel_reactor::clock::Instant;
+use bessel_reactor::units::{BlockAddr, VolumeBlock};
+
+use crate::commit::{Flight, Sealed};
+use crate::format::VolumeRecord;
+use crate::message::{BlockKind, BlockRun};
+use crate::nodes::cache::FrameId;
+use crate::request::{CacheMode, VolumeHandle};
+use crate::snapshot_log::SnapshotLog;
+
+/// "No request" in the list of active ones.
+pub(crate) const NO_REQUEST: u32 = u32::MAX;
+
+/// Blocks that the tree in memory no longer names.
+///
+/// They come back to the claims when `round`, which unlinks them on the device, is durable, and
+/// every request up to number `stamp` has finished: one of those may still read or write them.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Unlinked {
+    pub(crate) round: u64,
+    pub(crate) stamp: u64,
+    pub(crate) kind: BlockKind,
+    pub(crate) run: BlockRun,
+}
+
+/// Blocks of the volume that one piece of I/O is giving a new home or merging.
+///
+/// While it stands, nobody else allocates, merges, overwrites in place, or unmaps there: the merge
+/// of a small write has read the rest of the block and will write it back.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct RangeLock {
+    pub(crate) first: VolumeBlock,
+    pub(crate) count: u64,
+    pub(crate) piece: u32,
+}
+
+/// What guests did to a volume since it was opened.
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
+pub struct VolumeCounters {
+    /// Reads completed.
+    pub reads: u64,
+    /// Bytes read.
+    pub read_bytes: u64,
+    /// Writes completed.
+    pub writes: u64,
+    /// Bytes written.
+    pub write_bytes: u64,
+    /// Flushes completed.
+    pub flushes: u64,
+    /// Discards and write-zeroes completed.
+    pub unmaps: u64,
+    /// Requests that ended in an error status.
+    pub errors: u64,
+    /// Data blocks given to it.
+    pub data_allocated: u64,
+    /// Nodes given to it, snapshots' roots included.
+    pub nodes_allocated: u64,
+}
+
+#[derive(Debug)]
+pub(crate) struct Volume {
+    pub(crate) handle: VolumeHandle,
+    pub(crate) slot: u32,
+    /// As the next record to be written would say it.
+    pub(crate) record: VolumeRecord,
+    pub(crate) log: SnapshotLog,
+    pub(crate) cache: CacheMode,
+    /// Sectors a guest may address. Follows the record once that is durable.
+    pub(crate) sectors: u64,
+    /// Pinned.
+    pub(crate) root: FrameId,
+
+    /// Nodes changed since the last round was sealed; their changes go into `next_round`.
+    pub(crate) dirty: Vec<FrameId>,
+    pub(crate) dirty_since: Option<Instant>,
+    pub(crate) commit_wanted: bool,
+    pub(crate) next_round: u64,
+    pub(crate) durable_round: u64,
+    /// Rounds whose contents are fixed, oldest first, behind the one in flight.
+    pub(crate) sealed: VecDeque<Sealed>,
+    pub(crate) flight: Option<Flight>,
+    /// In the shard's queue of volumes that have a round to start.
+    pub(crate) queued_for_round: bool,
+    /// Requests that wait for a round.
+    pub(crate) committing: Vec<u32>,
+    pub(crate) unlinked: VecDeque<Unlinked>,
+
+    /// Requests in the order they arrived, as a list through their slots.
+    pub(crate) active_head: u32,
+    pub(crate) active_tail: u32,
+    pub(crate) last_stamp: u64,
+    pub(crate) locks: Vec<RangeLock>,
+    /// The last flush that had been started when a write of this volume last completed.
+    pub(crate) write_mark: Option<u64>,
+    /// Snapshots that wait for the requests up to a stamp: (stamp, sequence).
+    pub(crate) settling: VecDeque<(u64, u64)>,
+    /// Snapshot log entries that the device has.
+    pub(crate) durable_snapshots: u64,
+
+    pub(crate) latched: Option<String>,
+    pub(crate) closing: bool,
+    pub(crate) counters: VolumeCounters,
+}
+
+impl Volume {
+    pub(crate) fn new(
+        handle: VolumeHandle,
+        slot: u32,
+        record: VolumeRecord,
+        log: SnapshotLog,
+        root: FrameId,
+    ) -> Self {
+        Self {
+            handle,
+            slot,
+            cache: record.cache,
+            sectors: record.size.sectors(),
+            durable_snapshots: record.log_count,
+            record,
+            log,
+            root,
+            dirty: Vec::with_capacity(256),
+            dirty_since: None,
+            commit_wanted: false,
+            next_round: 1,
+            durable_round: 0,
+            sealed: VecDeque::with_capacity(16),
+            flight: None,
+            queued_for_round: false,
+            committing: Vec::with_capacity(256),
+            unlinked: VecDeque::with_capacity(4096),
+            active_head: NO_REQUEST,
+            active_tail: NO_REQUEST,
+            last_stamp: 0,
+            locks: Vec::with_capacity(256),
+            write_mark: None,
+            settling: VecDeque::new(),
+            latched: None,
+            closing: false,
+            counters: VolumeCounters::default(),
+        }
+    }
+
+    /// True when somebody holds one of these blocks of the volume.
+    pub(crate) fn is_locked(&self, first: VolumeBlock, count: u64) -> bool {
+        let end = first.get() + count;
+        let overlaps = |lock: &RangeLock| {
+            lock.first.get() < end && first.get() < lock.first.get() + lock.count
+        };
+        self.locks.iter().any(overlaps)
+    }
+
+    pub(crate) fn lock(&mut self, first: VolumeBlock, count: u64, piece: u32) {
+        assert!(!self.is_locked(first, count), "blocks {first}+{count} locked twice");
+        self.locks.push(RangeLock { first, count, piece });
+    }
+
+    pub(crate) fn unlock(&mut self, piece: u32) {
+        let held = self.locks.iter().position(|lock| lock.piece == piece);
+        self.locks.swap_remove(held.expect("a piece that unlocks has locked"));
+    }
+
+    /// Notes that the tree in memory no longer names these blocks.
+    pub(crate) fn unlink(&mut self, kind: BlockKind, run: BlockRun) {
+        let freed = u64::from(run.count);
+        self.record.blocks_allocated = self.record.blocks_allocated.saturating_sub(freed);
+        let (round, stamp) = (self.next_round, self.last_stamp);
+        if let Some(last) = self.unlinked.back_mut()
+            && (last.round, last.stamp, last.kind) == (round, stamp, kind)
+            && last.run.start.add(u64::from(last.run.count)) == run.start
+        {
+            last.run.count += run.count;
+            return;
+        }
+        self.unlinked.push_back(Unlinked { round, stamp, kind, run });
+    }
+
+    /// Unlinks one block.
+    pub(crate) fn unlink_block(&mut self, kind: BlockKind, block: BlockAddr) {
+        self.unlink(kind, BlockRun { start: block, count: 1 });
+    }
+
+    /// The next unlinked run that may be handed out again. `oldest` is the stamp of the oldest
+    /// request that is still active.
+    pub(crate) fn release(&mut self, oldest: Option<u64>) -> Option<Unlinked> {
+        let first = self.unlinked.front()?;
+        let finished = oldest.is_none_or(|oldest| oldest > first.stamp);
+        if first.round > self.durable_round || !finished {
+            return None;
+        }
+        self.unlinked.pop_front()
+    }
+
+    /// The newest round that some change waits for; 0 when every change is durable.
+    pub(crate) fn newest_change_round(&self) -> u64 {
+        if !self.dirty.is_empty() {
+            return self.next_round;
+        }
+        let sealed = self.sealed.back().map(|sealed| sealed.round);
+        let in_flight = self.flight.as_ref().map(Flight::round);
+        sealed.or(in_flight).unwrap_or(0)
+    }
+
+    /// True when nothing is under way: no request, no round, nothing to commit.
+    pub(crate) fn is_quiet(&self) -> bool {
+        self.active_head == NO_REQUEST
+            && self.flight.is_none()
+            && self.sealed.is_empty()
+            && self.dirty.is_empty()
+    }
+
+    /// True while writes that were in flight at the snapshot may still land in its blocks.
+    pub(crate) fn is_settling(&self, sequence: u64) -> bool {
+        self.settling.iter().any(|(_, settling)| *settling == sequence)
+    }
+}
