@@ -14,7 +14,9 @@
 //! sender for configuration changes, and reads its socket blocking, without a way to stop between
 //! the halves of a message.
 
+mod chain;
 mod connection;
+mod counters;
 mod disk;
 mod fds;
 mod features;
@@ -24,12 +26,14 @@ mod memory;
 mod messages;
 mod queue;
 mod request;
+mod ring;
 mod server;
 mod session;
 mod sigbus;
 
+pub use counters::{BrokenReason, QueueCounters};
 pub use disk::DiskInfo;
 pub use host::{Connection, QueueHost};
-pub use queue::{BlockRequest, BrokenReason, Popped, Queue, QueueCounters};
+pub use queue::{BlockRequest, Popped, Queue};
 pub use request::{RequestKind, Status};
 pub use server::{BindError, Server, ServerHandle};

@@ -462,7 +462,7 @@ mod tests {
             state
         };
         let mut accepted = 0;
-        for _ in 0..20_000 {
+        for _ in 0..100_000 {
             let request = (next() % 48) as u32;
             let length = (next() % 80) as usize;
             let bytes: Vec<u8> = (0..length).map(|_| next() as u8).collect();

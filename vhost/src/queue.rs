@@ -11,31 +11,24 @@
 
 #![forbid(unsafe_code)]
 
-use std::fmt;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
-use std::sync::atomic::Ordering::{Acquire, Relaxed, Release, SeqCst};
-use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, fence};
+use std::sync::atomic::Ordering::{Relaxed, Release, SeqCst};
+use std::sync::atomic::fence;
 
 use bessel_reactor::buffer::Segment;
 use bessel_reactor::units::Sector;
 
-use crate::disk::{Disk, ID_SIZE, SEG_MAX};
+use crate::chain::{Chain, NoEnd};
+use crate::counters::{BrokenReason, Notice, QueueCounters};
+use crate::disk::Disk;
 use crate::fds::{self, CallFd};
 use crate::features::VirtioFeatures;
 use crate::inflight::InflightQueue;
-use crate::memory::{AddressMap, Window};
+use crate::memory::AddressMap;
 use crate::request::{self, HEADER_SIZE, Payload, RANGE_SIZE, RequestKind, Rules, Status, Verdict};
+use crate::ring::{AVAIL_NO_INTERRUPT, Descriptor, Ring, USED_NO_NOTIFY, crossed};
 use crate::sigbus;
-
-const DESCRIPTOR_SIZE: usize = 16;
-const DESC_NEXT: u16 = 1;
-const DESC_WRITE: u16 = 2;
-const DESC_INDIRECT: u16 = 4;
-/// Available-ring flag: no interrupt wanted.
-const AVAIL_NO_INTERRUPT: u16 = 1;
-/// Used-ring flag: no kick wanted.
-const USED_NO_NOTIFY: u16 = 1;
 
 /// What [`Queue::pop`] found.
 #[derive(Debug)]
@@ -67,176 +60,6 @@ pub struct BlockRequest<'a> {
     pub segments: &'a [Segment],
 }
 
-/// Why a ring cannot be served on.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-#[repr(u8)]
-pub enum BrokenReason {
-    /// The available index is further ahead than the ring is long.
-    AvailableIndex = 1,
-    /// A head is no descriptor of the ring.
-    HeadOutOfRange = 2,
-    /// A head is in flight already.
-    HeadInFlight = 3,
-    /// The front-end truncated its memory.
-    MemoryTruncated = 4,
-}
-
-impl BrokenReason {
-    fn from_code(code: u8) -> Option<Self> {
-        [Self::AvailableIndex, Self::HeadOutOfRange, Self::HeadInFlight, Self::MemoryTruncated]
-            .into_iter()
-            .find(|reason| *reason as u8 == code)
-    }
-}
-
-impl fmt::Display for BrokenReason {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::AvailableIndex => "its available index is further ahead than the ring is long",
-            Self::HeadOutOfRange => "its available ring names a descriptor outside the table",
-            Self::HeadInFlight => "its available ring names a descriptor that is in flight",
-            Self::MemoryTruncated => "its memory was truncated",
-        })
-    }
-}
-
-/// Counters of one queue: written by its poller, read by anyone.
-#[derive(Debug, Default)]
-pub struct QueueCounters {
-    requests: AtomicU64,
-    malformed: AtomicU64,
-    calls: AtomicU64,
-    broken: AtomicU8,
-}
-
-impl QueueCounters {
-    /// Chains popped, malformed ones included.
-    pub fn requests(&self) -> u64 {
-        self.requests.load(Relaxed)
-    }
-
-    /// Chains that were no valid descriptor chain or had no room for header and status.
-    pub fn malformed(&self) -> u64 {
-        self.malformed.load(Relaxed)
-    }
-
-    /// Interrupts sent.
-    pub fn calls(&self) -> u64 {
-        self.calls.load(Relaxed)
-    }
-
-    /// Why the queue is broken, if it is.
-    pub fn broken(&self) -> Option<BrokenReason> {
-        BrokenReason::from_code(self.broken.load(Acquire))
-    }
-
-    /// Adds one; only the poller writes, so a load and a store do.
-    fn bump(counter: &AtomicU64) {
-        counter.store(counter.load(Relaxed) + 1, Relaxed);
-    }
-}
-
-/// How a queue gets its control thread's attention: once for each kind of trouble.
-#[derive(Debug)]
-pub(crate) struct Notice {
-    pub(crate) event: Arc<OwnedFd>,
-    raised: AtomicBool,
-}
-
-impl Notice {
-    pub(crate) fn new(event: Arc<OwnedFd>) -> Self {
-        Self { event, raised: AtomicBool::new(false) }
-    }
-
-    /// For what may happen any number of times.
-    fn raise_once(&self) {
-        if !self.raised.swap(true, Relaxed) {
-            self.raise();
-        }
-    }
-
-    fn raise(&self) {
-        fds::signal(self.event.as_fd());
-    }
-}
-
-/// The three parts of a split ring.
-#[derive(Debug)]
-pub(crate) struct Ring {
-    pub(crate) descriptors: Window,
-    pub(crate) available: Window,
-    pub(crate) used: Window,
-    /// Descriptors, a power of two.
-    pub(crate) size: u16,
-}
-
-impl Ring {
-    /// Bytes of the three parts. The event indexes at the end exist only when negotiated.
-    pub(crate) fn lengths(size: u16, event_idx: bool) -> [usize; 3] {
-        let (size, event) = (usize::from(size), if event_idx { 2 } else { 0 });
-        [DESCRIPTOR_SIZE * size, 4 + 2 * size + event, 4 + 8 * size + event]
-    }
-
-    fn slot(&self, index: u16) -> usize {
-        usize::from(index & (self.size - 1))
-    }
-
-    fn available_index(&self) -> u16 {
-        // Pairs with the guest's release of its ring entries and descriptors.
-        self.available.load_u16(2, Acquire)
-    }
-
-    fn available_head(&self, index: u16) -> u16 {
-        self.available.load_u16(4 + 2 * self.slot(index), Relaxed)
-    }
-
-    pub(crate) fn used_index(&self) -> u16 {
-        self.used.load_u16(2, Relaxed)
-    }
-
-    fn put_used(&self, index: u16, head: u16, length: u32) {
-        let at = 4 + 8 * self.slot(index);
-        self.used.store_u32(at, head.into(), Relaxed);
-        self.used.store_u32(at + 4, length, Relaxed);
-    }
-
-    /// The index at which the guest wants its next interrupt.
-    fn used_event(&self) -> u16 {
-        self.available.load_u16(4 + 2 * usize::from(self.size), Relaxed)
-    }
-
-    /// Sets the index at which we want the next kick.
-    fn set_available_event(&self, index: u16) {
-        self.used.store_u16(4 + 8 * usize::from(self.size), index, Relaxed);
-    }
-
-    fn descriptor(&self, index: u16) -> Descriptor {
-        let at = DESCRIPTOR_SIZE * usize::from(index);
-        let address = self.descriptors.load_u64(at, Relaxed);
-        let rest = self.descriptors.load_u64(at + 8, Relaxed);
-        Descriptor::from_words(address, rest)
-    }
-}
-
-/// A descriptor, copied out of guest memory once.
-#[derive(Clone, Copy, Debug)]
-struct Descriptor {
-    address: u64,
-    length: u32,
-    flags: u16,
-    next: u16,
-}
-
-impl Descriptor {
-    fn from_words(address: u64, rest: u64) -> Self {
-        Self { address, length: rest as u32, flags: (rest >> 32) as u16, next: (rest >> 48) as u16 }
-    }
-
-    fn has(&self, flag: u16) -> bool {
-        self.flags & flag != 0
-    }
-}
-
 /// What we keep of a request in flight.
 #[derive(Clone, Copy, Debug)]
 struct Head {
@@ -257,44 +80,12 @@ struct Parsed {
     end: usize,
 }
 
-/// A chain while it is walked. `segments[..readable]` the guest gives, the rest it takes.
-#[derive(Clone, Copy, Debug)]
-struct Walk {
-    /// Descriptors that may still come.
-    budget: usize,
-    readable: usize,
-    /// The last writable descriptor: its last byte is the status.
-    writable: Option<Descriptor>,
-    /// No legal chain. It is walked on only to find its status byte.
-    wrong: bool,
-}
-
-/// A chain that goes no further and does not end: there is no telling where its status byte is.
-#[derive(Clone, Copy, Debug)]
-struct NoEnd;
-
 /// What a request that never reaches the volume is told.
 #[derive(Clone, Copy, Debug)]
 struct Answer {
     /// `None` when the chain has no status byte.
     status: Option<Status>,
     written: u32,
-}
-
-/// Most descriptors in a chain: the ring's size (virtio 1.2, 2.7.5.3.1), or what `seg_max` invites
-/// a driver with a small ring to put into an indirect table.
-fn chain_max(ring_size: u16) -> usize {
-    usize::from(ring_size).max(SEG_MAX as usize + 2)
-}
-
-/// Most segments of a chain: each descriptor is one, and a few cross from one range to the next.
-fn segments_max(ring_size: u16) -> usize {
-    chain_max(ring_size) + 64
-}
-
-/// Whether an index that moves from `old` to `new` passes `event` (virtio 1.2, 2.7.10).
-fn crossed(event: u16, old: u16, new: u16) -> bool {
-    new.wrapping_sub(event).wrapping_sub(1) < new.wrapping_sub(old)
 }
 
 /// What a queue is made of. The control path fills it in.
@@ -322,8 +113,6 @@ pub(crate) struct QueueParts {
 #[derive(Debug)]
 pub struct Queue {
     ring: Ring,
-    map: AddressMap,
-    indirect: bool,
     event_idx: bool,
     rules: Rules,
     disk: Arc<Disk>,
@@ -345,8 +134,8 @@ pub struct Queue {
     in_flight: u32,
     /// Heads completed since the last publish.
     batch: Vec<u16>,
-    /// Segments of the request popped last.
-    segments: Vec<Segment>,
+    /// The request popped last.
+    chain: Chain,
     last: Option<Parsed>,
     /// Put back by the poller, given out again first.
     parked: Option<Parsed>,
@@ -362,7 +151,6 @@ impl Queue {
         let features = parts.features;
         let no_kick = if parts.kick.is_none() { Some(fds::eventfd()?.into()) } else { None };
         let queue = Self {
-            indirect: features.indirect(),
             event_idx: features.event_idx(),
             rules: Rules {
                 capacity: parts.disk.capacity(),
@@ -383,7 +171,7 @@ impl Queue {
             heads: vec![Head { status: None, written: 0, busy: false }; size].into(),
             in_flight: 0,
             batch: Vec::with_capacity(size),
-            segments: Vec::with_capacity(segments_max(parts.ring.size)),
+            chain: Chain::new(parts.map, features.indirect(), parts.ring.size),
             last: None,
             parked: None,
             broken: None,
@@ -391,7 +179,6 @@ impl Queue {
             counters: parts.counters,
             notice: parts.notice,
             ring: parts.ring,
-            map: parts.map,
         };
         queue.ring.used.store_u16(0, 0, Relaxed);
         Ok(queue)
@@ -531,12 +318,12 @@ impl Queue {
 
     /// Guest memory as ranges of at most 1 GiB, in a fixed order, to register with a device.
     pub fn memory_ranges(&self) -> impl Iterator<Item = Segment> + '_ {
-        self.map.ranges()
+        self.chain.map().ranges()
     }
 
     /// Notes that range `index` of [`Queue::memory_ranges`] is registered buffer `registration`.
     pub fn register_range(&mut self, index: usize, registration: u32) {
-        self.map.register(index, registration);
+        self.chain.map_mut().register(index, registration);
     }
 
     /// The next entry of the available ring, for GET_VRING_BASE.
@@ -551,7 +338,7 @@ impl Queue {
             kind: parsed.kind,
             sector: parsed.sector,
             sectors: parsed.sectors,
-            segments: &self.segments[parsed.first..parsed.end],
+            segments: self.chain.segments(parsed.first..parsed.end),
         }
     }
 
@@ -588,7 +375,7 @@ impl Queue {
         if self.poisonings != sigbus::events() {
             self.poisonings = sigbus::events();
             let inflight = self.inflight.as_ref().is_some_and(InflightQueue::poisoned);
-            if inflight || self.map.poisoned() {
+            if inflight || self.chain.map().poisoned() {
                 return Err(BrokenReason::MemoryTruncated);
             }
         }
@@ -646,37 +433,39 @@ impl Queue {
 
     /// Turns the chain at `head` into a request, or into the answer that refuses it.
     fn parse(&mut self, head: u16) -> Result<Parsed, Answer> {
-        let walk = self.collect(head);
-        let readable = match walk {
-            Ok(Walk { wrong: false, readable, .. }) if readable < self.segments.len() => readable,
-            Ok(Walk { writable, .. }) => return Err(self.answer_malformed(head, writable)),
+        let readable = match self.chain.collect(&self.ring, head) {
+            Ok(walk) if !walk.wrong && walk.readable < self.chain.len() => walk.readable,
+            Ok(walk) => return Err(self.answer_malformed(head, walk.writable)),
             Err(NoEnd) => return Err(self.answer_malformed(head, None)),
         };
-        let written = total(&self.segments[readable..]).min(u32::MAX.into()) as u32;
-        let end = self.take_status(head);
-        self.heads[usize::from(head)].written = written;
+        let writable = self.chain.bytes(readable..self.chain.len());
+        let written = writable.min(u32::MAX.into()) as u32;
+        let entry = &mut self.heads[usize::from(head)];
+        (entry.status, entry.written) = (Some(self.chain.take_status()), written);
+        let answer = |status| Answer { status: Some(status), written };
+
+        let end = self.chain.len();
         let mut header = [0; HEADER_SIZE];
-        let Some(first) = self.take_readable(0, readable, &mut header) else {
+        let Some(first) = self.chain.take_readable(0, readable, &mut header) else {
             self.count_malformed();
-            return Err(Answer { status: Some(Status::IoError), written });
+            return Err(answer(Status::IoError));
         };
-        let payload = Payload {
-            readable: total(&self.segments[first..readable]),
-            writable: total(&self.segments[readable..end]),
-        };
+        let payload =
+            Payload { readable: self.chain.bytes(first..readable), writable: writable - 1 };
         let mut verdict = request::judge(&header, payload, self.rules);
         if let Verdict::NeedsRange { kind } = verdict {
             let mut range = [0; RANGE_SIZE];
-            self.take_readable(first, readable, &mut range).expect("`judge` checked the length");
+            let taken = self.chain.take_readable(first, readable, &mut range);
+            taken.expect("`judge` checked the length");
             verdict = request::judge_range(kind, &range, self.rules);
         }
         let (kind, sector, sectors) = match verdict {
             Verdict::Forward { kind, sector, sectors } => (kind, sector, sectors),
             Verdict::GetId => {
                 self.write_id(readable, end);
-                return Err(Answer { status: Some(Status::Done), written });
+                return Err(answer(Status::Done));
             }
-            Verdict::Answer(status) => return Err(Answer { status: Some(status), written }),
+            Verdict::Answer(status) => return Err(answer(status)),
             Verdict::NeedsRange { .. } => unreachable!("a range was judged above"),
         };
         let (first, end) = match kind {
@@ -691,135 +480,14 @@ impl Queue {
     #[cold]
     fn answer_malformed(&mut self, head: u16, writable: Option<Descriptor>) -> Answer {
         self.count_malformed();
-        let mut place = None;
-        if let Some(last) = writable {
-            let address = last.address.wrapping_add(u64::from(last.length) - 1);
-            // An unmapped status byte leaves `place` empty, which is the answer to that.
-            let _ = self.map.segments(address, 1, |segment| place = Some(segment));
-        }
+        let place = writable.and_then(|last| self.chain.find_status(last));
         self.heads[usize::from(head)].status = place;
-        let written = u32::from(place.is_some());
-        Answer { status: place.map(|_| Status::IoError), written }
-    }
-
-    /// Walks a chain into `segments`, each descriptor read once.
-    fn collect(&mut self, head: u16) -> Result<Walk, NoEnd> {
-        self.segments.clear();
-        let budget = chain_max(self.ring.size);
-        let mut walk = Walk { budget, readable: 0, writable: None, wrong: false };
-        let mut index = head;
-        loop {
-            if walk.budget == 0 || index >= self.ring.size {
-                return Err(NoEnd);
-            }
-            let descriptor = self.ring.descriptor(index);
-            if descriptor.has(DESC_INDIRECT) {
-                return self.collect_indirect(descriptor, walk);
-            }
-            self.take_descriptor(descriptor, &mut walk);
-            if !descriptor.has(DESC_NEXT) {
-                return Ok(walk);
-            }
-            index = descriptor.next;
-        }
-    }
-
-    /// Walks on in an indirect table.
-    fn collect_indirect(&mut self, table: Descriptor, mut walk: Walk) -> Result<Walk, NoEnd> {
-        let whole = table.length.is_multiple_of(DESCRIPTOR_SIZE as u32);
-        if !self.indirect || table.has(DESC_NEXT) || !whole {
-            return Err(NoEnd);
-        }
-        let entries = table.length / DESCRIPTOR_SIZE as u32;
-        let mut index = 0;
-        loop {
-            if walk.budget == 0 || u32::from(index) >= entries {
-                return Err(NoEnd);
-            }
-            let offset = u64::from(index) * DESCRIPTOR_SIZE as u64;
-            let address = table.address.checked_add(offset).ok_or(NoEnd)?;
-            let descriptor = self.read_descriptor(address)?;
-            if descriptor.has(DESC_INDIRECT) {
-                return Err(NoEnd);
-            }
-            self.take_descriptor(descriptor, &mut walk);
-            if !descriptor.has(DESC_NEXT) {
-                return Ok(walk);
-            }
-            index = descriptor.next;
-        }
-    }
-
-    fn read_descriptor(&mut self, address: u64) -> Result<Descriptor, NoEnd> {
-        let mut words = [[0; 8]; 2];
-        self.map.read(address, words.as_flattened_mut()).map_err(|_| NoEnd)?;
-        // The guest may change the table while we look: the copy is what counts, and must be one.
-        let [address, rest] = std::hint::black_box(words).map(u64::from_le_bytes);
-        Ok(Descriptor::from_words(address, rest))
-    }
-
-    /// Adds one descriptor's memory to the chain.
-    fn take_descriptor(&mut self, descriptor: Descriptor, walk: &mut Walk) {
-        walk.budget -= 1;
-        if descriptor.length == 0 {
-            return;
-        }
-        if descriptor.has(DESC_WRITE) {
-            walk.writable = Some(descriptor);
-        } else {
-            // Readable after writable is no legal order.
-            walk.wrong |= walk.writable.is_some();
-        }
-        let segments = &mut self.segments;
-        let found = self.map.segments(descriptor.address, descriptor.length, |segment| {
-            if segments.len() < segments.capacity() {
-                segments.push(segment);
-            } else {
-                walk.wrong = true;
-            }
-        });
-        walk.wrong |= found.is_err();
-        if walk.writable.is_none() {
-            walk.readable = self.segments.len();
-        }
-    }
-
-    /// Takes the last byte of the chain for the status; gives the end of the data segments.
-    fn take_status(&mut self, head: u16) -> usize {
-        let last = self.segments.last_mut().expect("the caller saw a writable segment");
-        let rest = last.len() - 1;
-        self.heads[usize::from(head)].status = Some(last.part(rest, 1));
-        *last = last.part(0, rest);
-        if rest == 0 {
-            self.segments.pop();
-        }
-        self.segments.len()
-    }
-
-    /// Copies the first bytes of `segments[first..end]` out and takes them off; gives where the
-    /// rest begins. `None` when there are not enough.
-    fn take_readable(&mut self, first: usize, end: usize, bytes: &mut [u8; 16]) -> Option<usize> {
-        let mut done = 0;
-        for index in first..end {
-            let segment = &mut self.segments[index];
-            let part = segment.len().min(bytes.len() - done);
-            segment.read(&mut bytes[done..done + part]);
-            done += part;
-            let emptied = part == segment.len();
-            *segment = segment.part(part, segment.len() - part);
-            if done == bytes.len() {
-                // As in `read_descriptor`: one copy, judged as it is.
-                *bytes = std::hint::black_box(*bytes);
-                return Some(if emptied { index + 1 } else { index });
-            }
-        }
-        None
+        Answer { status: place.map(|_| Status::IoError), written: u32::from(place.is_some()) }
     }
 
     fn write_id(&self, first: usize, end: usize) {
         let mut left: &[u8] = &self.disk.id;
-        debug_assert_eq!(left.len(), ID_SIZE);
-        for segment in &self.segments[first..end] {
+        for segment in self.chain.segments(first..end) {
             let (now, later) = left.split_at(left.len().min(segment.len()));
             segment.write(now);
             left = later;
@@ -831,13 +499,9 @@ impl Drop for Queue {
     fn drop(&mut self) {
         if self.in_flight > 0 {
             // Devices may still write to this memory. Leaking it is the lesser harm.
-            self.map.leak();
+            self.chain.map().leak();
             let requests = self.in_flight;
             tracing::error!(requests, "a queue was dropped with requests in flight");
         }
     }
-}
-
-fn total(segments: &[Segment]) -> u64 {
-    segments.iter().map(|segment| segment.len() as u64).sum()
 }

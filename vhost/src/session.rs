@@ -17,6 +17,7 @@ use std::sync::Arc;
 
 use nix::sys::socket::{MsgFlags, send};
 
+use crate::counters::{Notice, QueueCounters};
 use crate::disk::{CONFIG_WRITEBACK_OFFSET, Disk};
 use crate::fds::{self, CallFd};
 use crate::features::{ProtocolFeatures, VirtioFeatures};
@@ -24,7 +25,8 @@ use crate::host::QueueHost;
 use crate::inflight::{self, InflightError, InflightRegion, InflightSpec};
 use crate::memory::{AddressMap, GuestMemory, MemoryError, REGIONS_MAX};
 use crate::messages::{self, CONFIG_MAX, ConfigRange, Message, Reply, VringAddresses, VringState};
-use crate::queue::{Notice, Queue, QueueCounters, QueueParts, Ring};
+use crate::queue::{Queue, QueueParts};
+use crate::ring::Ring;
 
 /// Why a message ends the connection.
 #[derive(Debug, thiserror::Error)]
