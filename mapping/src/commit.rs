@@ -40,11 +40,18 @@ pub(crate) enum After {
     /// Answer a command.
     Reply(u64, Reply),
     /// A snapshot has become durable.
-    Snapshot { ticket: u64, sequence: u64 },
+    Snapshot {
+        ticket: u64,
+        sequence: u64,
+    },
     /// The volume has its new size.
-    Grow { ticket: u64 },
+    Grow {
+        ticket: u64,
+    },
     /// The volume is deleted.
-    Close { ticket: u64 },
+    Close {
+        ticket: u64,
+    },
 }
 
 /// A round whose contents are fixed and that waits for its turn.

@@ -625,7 +625,7 @@ impl<D: Device> Shard<D> {
         }
         let runs = self.claims.surplus(true);
         if !runs.is_empty() {
-            self.to_authority(Message::Return { runs });
+            self.tell_authority(Message::Return { runs });
             self.released = true; // Look again in the next turn.
             return Err(NotNow::Wait);
         }
@@ -735,4 +735,3 @@ impl Command {
         !matches!(self, Self::SetCache { .. } | Self::Show { .. } | Self::Stats)
     }
 }
-

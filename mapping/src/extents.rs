@@ -40,12 +40,25 @@ enum State {
     /// Reading the bitmap block that the job needs.
     ReadBitmap,
     /// Writing the bitmap of a fresh extent, this many of its blocks done.
-    InitBitmap { extent: u64, done: u64 },
-    InitFlush { extent: u64 },
-    WriteCatalogue { extent: u64 },
-    FlushCatalogue { extent: u64 },
-    WriteClaim { runs: Vec<BlockRun> },
-    FlushClaim { runs: Vec<BlockRun> },
+    InitBitmap {
+        extent: u64,
+        done: u64,
+    },
+    InitFlush {
+        extent: u64,
+    },
+    WriteCatalogue {
+        extent: u64,
+    },
+    FlushCatalogue {
+        extent: u64,
+    },
+    WriteClaim {
+        runs: Vec<BlockRun>,
+    },
+    FlushClaim {
+        runs: Vec<BlockRun>,
+    },
     WriteReturn,
 }
 
@@ -88,7 +101,7 @@ impl Authority {
     pub(crate) fn new(store: &OpenedStore, token: Token) -> Self {
         let mut pool = BufferPool::new(1, BLOCK_SIZE as usize);
         Self {
-            geometry: store.geometry.clone(),
+            geometry: store.geometry,
             extents: store.extents.clone(),
             secret: store.secret,
             catalogue: store.catalogue.clone(),
@@ -200,12 +213,12 @@ impl Authority {
     fn bitmap_of(&self, block: BlockAddr) -> BitmapId {
         let extent = self.geometry.extent_of(block);
         let bit = block.get() - self.geometry.extent_start(extent).get();
-        BitmapId { extent, index: bit / u64::from(BITMAP_BITS) }
+        BitmapId { extent, index: bit / BITMAP_BITS }
     }
 
     /// Block number of bit 0 of a bitmap block.
     fn first_block(&self, id: BitmapId) -> BlockAddr {
-        self.geometry.extent_start(id.extent).add(id.index * u64::from(BITMAP_BITS))
+        self.geometry.extent_start(id.extent).add(id.index * BITMAP_BITS)
     }
 
     /// Goes on with the job once bitmap block `id` is in memory.
@@ -414,10 +427,10 @@ fn claim_bits(bitmap: &mut Bitmap, first: BlockAddr, count: u32) -> Vec<BlockRun
 fn clear_bits(bitmap: &mut Bitmap, first: BlockAddr, runs: &mut Vec<BlockRun>) {
     while let Some(run) = runs.last_mut() {
         let Some(bit) = run.start.get().checked_sub(first.get()) else { return };
-        if bit >= u64::from(BITMAP_BITS) {
+        if bit >= BITMAP_BITS {
             return;
         }
-        let length = u64::from(run.count).min(u64::from(BITMAP_BITS) - bit) as u32;
+        let length = u64::from(run.count).min(BITMAP_BITS - bit) as u32;
         for freed in bit as u32..bit as u32 + length {
             assert!(bitmap.get(freed), "block {} freed twice", first.get() + u64::from(freed));
             bitmap.clear(freed);

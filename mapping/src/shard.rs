@@ -175,12 +175,12 @@ impl<D: Device> Shard<D> {
         let images = images_for(config.node_cache);
         let frames = cache.capacity();
         let pieces_max = config.pieces_max();
-        let authority = (config.index == 0)
-            .then(|| Authority::new(store, TokenKind::Authority.token(0)));
+        let authority =
+            (config.index == 0).then(|| Authority::new(store, TokenKind::Authority.token(0)));
         let list = || Vec::with_capacity(images);
         Self {
             index: config.index,
-            geometry: store.geometry.clone(),
+            geometry: store.geometry,
             key: store.key,
             secret: store.secret,
             epoch: store.epoch,
@@ -366,9 +366,11 @@ impl<D: Device> Shard<D> {
         if let Err(error) = result {
             self.counters.device_errors += 1;
             let flusher = &self.flusher;
-            let unsure = self.volumes.iter().flatten().filter(|volume| {
-                volume.write_mark.is_some_and(|mark| !flusher.covers(mark))
-            });
+            let unsure = self
+                .volumes
+                .iter()
+                .flatten()
+                .filter(|volume| volume.write_mark.is_some_and(|mark| !flusher.covers(mark)));
             let unsure: Vec<VolumeHandle> = unsure.map(|volume| volume.handle).collect();
             for handle in unsure {
                 self.latch(handle, &format!("the device failed to flush ({error})"));
@@ -379,7 +381,10 @@ impl<D: Device> Shard<D> {
                 FlushWaiter::Round(handle) => self.round_flushed(handle, result.is_ok()),
                 FlushWaiter::Request(index) => {
                     if let Err(error) = result {
-                        self.fail_work(Work::Request(index), &crate::request::CommandError::Device(error));
+                        self.fail_work(
+                            Work::Request(index),
+                            &crate::request::CommandError::Device(error),
+                        );
                     } else {
                         self.runnable.push_back(Work::Request(index));
                     }
@@ -452,15 +457,15 @@ impl<D: Device> Shard<D> {
     fn send_claims(&mut self) {
         while let Some((kind, count)) = self.claims.wanted() {
             let shard = self.index;
-            self.to_authority(Message::Claim { shard, kind, count });
+            self.tell_authority(Message::Claim { shard, kind, count });
         }
         let surplus = self.claims.surplus(false);
         if !surplus.is_empty() {
-            self.to_authority(Message::Return { runs: surplus });
+            self.tell_authority(Message::Return { runs: surplus });
         }
     }
 
-    pub(crate) fn to_authority(&mut self, message: Message) {
+    pub(crate) fn tell_authority(&mut self, message: Message) {
         match &mut self.authority {
             Some(authority) => authority.accept(message),
             None => self.outbox.push_back((0, message)),

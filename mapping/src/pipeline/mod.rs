@@ -104,7 +104,9 @@ enum PieceKind {
     /// Writes whole blocks, or merged ones, to new homes. Holds a lock.
     Allocate,
     /// Reads the block that the write covers in part. Holds a lock.
-    MergeRead { target: MergeTarget },
+    MergeRead {
+        target: MergeTarget,
+    },
 }
 
 /// Where a merged block goes.
@@ -280,13 +282,13 @@ impl<D: Device> Shard<D> {
         let handle = request.volume;
         if request.status == IoStatus::Done && request.kind != IoKind::Read {
             let volume = self.volume(handle);
+            let promises_durability =
+                request.kind == IoKind::Flush || volume.cache == CacheMode::Writethrough;
             if volume.latched.is_some() {
                 self.requests[index].status = IoStatus::Failed;
-            } else if request.kind == IoKind::Flush || volume.cache == CacheMode::Writethrough {
-                if self.waits_for_durability(index) {
-                    self.requests[index].parked = true;
-                    return;
-                }
+            } else if promises_durability && self.waits_for_durability(index) {
+                self.requests[index].parked = true;
+                return;
             }
         }
         self.complete(index);
@@ -402,7 +404,11 @@ impl<D: Device> Shard<D> {
     /// Reads a node unless somebody does already, and parks `work` until it is there.
     pub(crate) fn wait_for_node(&mut self, missing: crate::radix::Missing, work: Work) {
         if let Some(frame) = self.cache.find(missing.addr) {
-            assert_eq!(self.cache.frame(frame).state, FrameState::Loading, "present nodes are found");
+            assert_eq!(
+                self.cache.frame(frame).state,
+                FrameState::Loading,
+                "present nodes are found"
+            );
             self.parked_on_nodes.push((frame, work));
             return;
         }

@@ -3,9 +3,7 @@
 use bessel_reactor::device::Device;
 use bessel_reactor::units::{BLOCK_SIZE, BlockAddr, VolumeBlock};
 
-use super::{
-    BOUNCE_BYTES, IO_BYTES_MAX, Piece, PieceKind, Step, copy_to_guest, for_each_part,
-};
+use super::{BOUNCE_BYTES, IO_BYTES_MAX, Piece, PieceKind, Step, copy_to_guest, for_each_part};
 use crate::format::{EntryKind, NODE_ENTRIES};
 use crate::nodes::cache::FrameId;
 use crate::radix::Located;

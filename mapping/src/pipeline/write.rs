@@ -11,9 +11,7 @@ use bessel_reactor::device::Device;
 use bessel_reactor::units::{BLOCK_SIZE, BlockAddr, VolumeBlock};
 
 use super::read::io_bytes_max;
-use super::{
-    BOUNCE_BYTES, MergeTarget, Piece, PieceKind, Step, Work, copy_from_guest,
-};
+use super::{BOUNCE_BYTES, MergeTarget, Piece, PieceKind, Step, Work, copy_from_guest};
 use crate::claims::Taken;
 use crate::format::{Entry, EntryKind, NODE_ENTRIES};
 use crate::message::{BlockKind, BlockRun};
@@ -144,11 +142,7 @@ impl<D: Device> Shard<D> {
     /// Starts the write of up to `blocks` whole blocks to new homes.
     fn allocate(&mut self, index: u32, target: Target, blocks: u64) -> Step {
         let wanted = (blocks * BLOCK_SIZE).min(io_bytes_max(0));
-        let run = match self.claims.take(
-            BlockKind::Data,
-            (wanted / BLOCK_SIZE) as u32,
-            self.now,
-        ) {
+        let run = match self.claims.take(BlockKind::Data, (wanted / BLOCK_SIZE) as u32, self.now) {
             Taken::Run(run) => run,
             Taken::Wait => return self.park(index),
             Taken::Full => return Step::Failed(IoStatus::NoSpace),
