@@ -116,8 +116,8 @@ fn measure_place(comparison: &Comparison, directory: &Path) -> Result<Place, Str
         .map_err(|error| format!("cannot look at {}: {error}", directory.display()))?;
     let tmpfs = kind.filesystem_type() == TMPFS_MAGIC;
     let site = Site {
-        files: Scratch::new(directory)?,
-        run: Scratch::new(&run_parent(directory)?)?,
+        files: Scratch::new(directory, "files")?,
+        run: Scratch::new(&std::env::temp_dir(), "run")?,
         direct: !tmpfs,
         size_bytes: comparison.size_bytes,
         store_bytes: comparison.store_bytes,
@@ -152,16 +152,6 @@ fn measure_place(comparison: &Comparison, directory: &Path) -> Result<Place, Str
         }
     }
     Ok(Place { directory: directory.to_owned(), tmpfs, cells })
-}
-
-/// Where sockets go: the usual place for temporary files, unless that is measured itself.
-fn run_parent(directory: &Path) -> Result<PathBuf, String> {
-    let temporary = std::env::temp_dir();
-    let same = |a: &Path, b: &Path| a.canonicalize().ok() == b.canonicalize().ok();
-    if !same(&temporary, directory) {
-        return Ok(temporary);
-    }
-    Err(format!("{} is needed for sockets; name another directory", directory.display()))
 }
 
 fn contenders(comparison: &Comparison, tmpfs: bool) -> Vec<Contender> {
@@ -251,12 +241,7 @@ fn serve_and_load(
         return Err("interrupted".into());
     }
     let server = site.start(contender)?;
-    let options = Options {
-        socket: site.socket(),
-        server_pid: Some(server.pid()),
-        connect_patience: Duration::from_secs(20),
-        ..options
-    };
+    let options = Options { socket: site.socket(), server_pid: Some(server.pid()), ..options };
     // A thread of its own, so that this one stays off the client's core.
     let loaded = std::thread::scope(|scope| {
         scope

@@ -16,6 +16,9 @@ use serde::Serialize;
 use crate::clock::Clock;
 use crate::{cli, interrupt, size};
 
+/// How long a server may take to open its store and listen.
+const START_TIMEOUT: Duration = Duration::from_secs(30);
+
 /// How long a server may take to flush and leave.
 const STOP_TIMEOUT: Duration = Duration::from_secs(15);
 
@@ -62,9 +65,9 @@ pub(crate) struct Scratch {
 }
 
 impl Scratch {
-    /// Makes a new directory in `parent`.
-    pub(crate) fn new(parent: &Path) -> Result<Self, String> {
-        let path = parent.join(format!("bessel-bench.{}", std::process::id()));
+    /// Makes a new directory in `parent`, whose name tells its `purpose`.
+    pub(crate) fn new(parent: &Path, purpose: &str) -> Result<Self, String> {
+        let path = parent.join(format!("bessel-bench-{purpose}.{}", std::process::id()));
         fs::create_dir(&path)
             .map_err(|error| format!("cannot create {}: {error}", path.display()))?;
         Ok(Self { path })
@@ -118,7 +121,7 @@ impl Site {
         self.run.path().join("disk.sock")
     }
 
-    /// Starts `contender`, pinned to the server's core.
+    /// Starts `contender`, pinned to the server's core, and waits until it has made its socket.
     pub(crate) fn start(&self, contender: Contender) -> Result<Server, String> {
         let command = match contender {
             Contender::QsdUring => self.qsd("io_uring"),
@@ -126,8 +129,16 @@ impl Site {
             Contender::Bessel => self.bessel()?,
             Contender::BareUring => panic!("fio serves nothing"),
         };
+        // One that was killed has left its socket, at which nobody answers.
+        let socket = self.socket();
+        if socket.exists() {
+            fs::remove_file(&socket)
+                .map_err(|error| format!("cannot remove {}: {error}", socket.display()))?;
+        }
         let log = self.run.path().join("server.log");
-        Server::start(contender.name(), command, log, self.server_core)
+        let mut server = Server::start(contender.name(), command, log, self.server_core)?;
+        server.wait_for_socket(&socket).map_err(|error| server.explain(&error))?;
+        Ok(server)
     }
 
     fn qsd(&self, aio: &str) -> Command {
@@ -232,6 +243,20 @@ impl Server {
         self.child.id()
     }
 
+    fn wait_for_socket(&mut self, socket: &Path) -> Result<(), String> {
+        let deadline = Clock::start().deadline(START_TIMEOUT);
+        while !socket.exists() {
+            if let Ok(Some(status)) = self.child.try_wait() {
+                return Err(format!("it ended at once, with {status}"));
+            }
+            if deadline.passed() || interrupt::requested() {
+                return Err("it did not make its socket in time".into());
+            }
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        Ok(())
+    }
+
     /// Puts what the server itself said beside an error of ours.
     pub(crate) fn explain(&self, error: &str) -> String {
         let log = fs::read(&self.log).unwrap_or_default();
@@ -273,7 +298,7 @@ mod tests {
 
     #[test]
     fn a_server_is_gone_after_drop_and_its_words_are_kept() {
-        let scratch = Scratch::new(&std::env::temp_dir()).unwrap();
+        let scratch = Scratch::new(&std::env::temp_dir(), "test").unwrap();
         let path = scratch.path().to_owned();
         let core = core_affinity::get_core_ids().unwrap()[0].id;
         let mut command = Command::new("sh");
@@ -290,6 +315,18 @@ mod tests {
         assert!(kill(pid, None).is_err(), "the process is still there");
         drop(scratch);
         assert!(!path.exists());
+    }
+
+    #[test]
+    fn a_server_that_ends_at_once_is_not_waited_for() {
+        let scratch = Scratch::new(&std::env::temp_dir(), "test-end").unwrap();
+        let core = core_affinity::get_core_ids().unwrap()[0].id;
+        let mut command = Command::new("sh");
+        command.args(["-c", "echo no store >&2; exit 1"]);
+        let mut server = Server::start("sh", command, scratch.path().join("log"), core).unwrap();
+        let error = server.wait_for_socket(&scratch.path().join("socket")).unwrap_err();
+        let message = server.explain(&error);
+        assert!(message.contains("ended at once") && message.contains("no store"), "{message}");
     }
 
     #[test]
