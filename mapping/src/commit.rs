@@ -432,6 +432,10 @@ impl<D: Device> Shard<D> {
             );
             volume.latched = Some(why.to_owned());
         }
+        if let Some(flight) = &mut volume.flight {
+            // What it would make reachable may not be durable.
+            flight.failed.get_or_insert_with(|| why.to_owned());
+        }
         // The nodes stay dirty, so that they are never evicted, but nobody waits for them any more.
         self.dirty_nodes -= std::mem::take(&mut volume.dirty).len();
         self.wake_committing(handle);

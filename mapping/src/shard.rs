@@ -239,7 +239,7 @@ impl<D: Device> Shard<D> {
         [&mut self.bounces, &mut self.loads, &mut self.images, &mut self.sealed_images]
     }
 
-    /// One turn. True when anything was done.
+    /// One turn. True when anything was done, or is left to do without waiting for the device.
     pub fn poll(&mut self, now: Instant) -> bool {
         self.now = now;
         let mut progress = self.take_completions();
@@ -261,7 +261,7 @@ impl<D: Device> Shard<D> {
             self.device.flush(TokenKind::Flush.token(0));
         }
         self.device.submit();
-        progress
+        progress || self.released || self.commands_ready || !self.deferred.is_empty()
     }
 
     /// When [`Shard::poll`] must be called at the latest, if nothing else happens.

@@ -45,7 +45,10 @@ impl<D: Device> Shard<D> {
         if self.pieces.is_full() {
             return self.park(index);
         }
-        let (handle, block, offset, left) = self.position(index);
+        let (handle, block, offset, mut left) = self.position(index);
+        if self.requests[index].kind == IoKind::WriteZeroes {
+            left = left.min(BLOCK_SIZE - offset as u64); // An edge; whole blocks are unmapped.
+        }
         let target = Target { block, offset, left };
         let Some(located) = self.locate_or_park(index, block) else { return Step::Parked };
         if self.volume(handle).is_locked(block, 1) {
