@@ -1,4 +1,30 @@
-//! Offline check.
+//! `bessel check`: whether everything that can be reached on a store is what it should be.
+//!
+//! Offline and read-only. Every volume's current tree and every snapshot's tree is walked, shared
+//! subtrees once. What is checked of a block that is reached:
+//!
+//! - its entry has a good tag and leads to the level below, into an extent of the right type;
+//! - it is allocated in its extent's bitmap, else it could be handed out again;
+//! - it is reached at one place of a volume only: sharing comes from snapshots, which keep places,
+//!   so a block at two places is the work of a stray write or a double allocation;
+//! - if the path to it is writable, it is the only path. A block is only ever writable in a single
+//!   tree; a snapshot's own links that were writable are frozen with it and count as read-only.
+//!
+//! Blocks that are allocated and not reached are counted, not reported: a crash leaks its claims,
+//! deleted snapshots await the collector, and neither does harm.
+//!
+//! `marks.rs` remembers what was reached; `walk.rs` follows the trees.
+
+mod marks;
+mod walk;
+
+use bessel_reactor::device::Device;
+use bessel_reactor::units::{BLOCK_SIZE, BlockAddr};
+
+use crate::blocking::{Blocking, Span};
+use crate::format::{ExtentType, LOG_ENTRIES_PER_BLOCK};
+use crate::store::{OpenError, OpenMode, OpenedStore, open};
+use walk::{Tree, Walk};
 
 /// How bad a finding is.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
@@ -39,3 +65,157 @@ impl std::fmt::Display for Finding {
         write!(f, "{severity}: {}: {}", self.place, self.what)
     }
 }
+
+/// Blocks of one extent type, bitmaps not counted.
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
+pub struct Usage {
+    /// Initialised extents.
+    pub extents: u64,
+    /// Blocks that their bitmaps say are allocated or claimed.
+    pub allocated: u64,
+    /// Blocks that some tree or log reaches.
+    pub reachable: u64,
+    /// Blocks allocated and not reached: leaked, claimed, or awaiting the collector.
+    pub leaked: u64,
+}
+
+/// What a check came to.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct CheckReport {
+    /// What is wrong, the first [`FINDINGS_MAX`].
+    pub findings: Vec<Finding>,
+    /// How many more there are.
+    pub findings_omitted: u64,
+    /// Volumes whose trees were walked.
+    pub volumes: u64,
+    /// Snapshots whose trees were walked.
+    pub snapshots: u64,
+    /// Blocks of guest data.
+    pub data: Usage,
+    /// Blocks of radix nodes and snapshot logs.
+    pub metadata: Usage,
+}
+
+/// Findings kept: enough to see what happened, few enough to read.
+pub const FINDINGS_MAX: usize = 1000;
+
+impl CheckReport {
+    /// True when nothing was found.
+    pub fn is_clean(&self) -> bool {
+        self.findings.is_empty()
+    }
+
+    fn report(&mut self, finding: Finding) {
+        if self.findings.len() < FINDINGS_MAX {
+            self.findings.push(finding);
+        } else {
+            self.findings_omitted += 1;
+        }
+    }
+}
+
+/// Checks the store on a device. `progress` is told metadata blocks visited and to visit, at most.
+///
+/// # Errors
+/// Why there is no store to check. Damage inside one is a finding, not an error.
+pub fn check<D: Device>(
+    device: &mut D,
+    progress: &mut dyn FnMut(u64, u64),
+) -> Result<CheckReport, OpenError> {
+    let mut store = open(device, OpenMode::ReadOnly)?;
+    let mut report = CheckReport {
+        findings: Vec::new(),
+        findings_omitted: 0,
+        volumes: 0,
+        snapshots: 0,
+        data: Usage::default(),
+        metadata: Usage::default(),
+    };
+    std::mem::take(&mut store.findings).into_iter().for_each(|finding| report.report(finding));
+    for fault in std::mem::take(&mut store.faults) {
+        let (place, what) = fault.split_once(": ").unwrap_or(("registry", &fault));
+        report.report(Finding::new(Severity::Corrupt, place, what));
+    }
+    let mut io = Blocking::new(device);
+    check_groups(&mut io, &store, &mut report)?;
+    let mut walk = Walk::new(io, &store, report, progress)?;
+    visit_all(&store, &mut walk);
+    Ok(walk.finish())
+}
+
+/// Groups come with a later feature, which will be announced by a flag: until then, zeroes.
+fn check_groups<D: Device>(
+    io: &mut Blocking<'_, D>,
+    store: &OpenedStore,
+    report: &mut CheckReport,
+) -> Result<(), OpenError> {
+    let start = store.geometry.group_start;
+    let blocks = 2 * u64::from(store.geometry.group_slots);
+    let mut used = Vec::new();
+    io.read([Span { start, blocks }], |addr, bytes| {
+        for (index, block) in (0..).zip(bytes.chunks_exact(BLOCK_SIZE as usize)) {
+            if block.iter().any(|&byte| byte != 0) {
+                used.push(addr.add(index));
+            }
+        }
+    })
+    .map_err(|source| OpenError::Device { doing: "reading the group table", source })?;
+    for addr in used {
+        let what = format!("block {addr} is reserved and not zero");
+        report.report(Finding::new(Severity::Warning, "group table", what));
+    }
+    Ok(())
+}
+
+/// Current trees go first: a block they own that a snapshot reaches too is then reported for the
+/// snapshot, which is the one that reads wrong bytes.
+fn visit_all<D: Device>(store: &OpenedStore, walk: &mut Walk<'_, '_, D>) {
+    let live = || store.directory.entries().filter(|entry| !entry.record.deleted);
+    for entry in live() {
+        let record = &entry.record;
+        let name = format!("volume {:?}", record.name);
+        for (index, &addr) in (0u64..).zip(&entry.log_blocks) {
+            walk.log_block(&name, addr, record.id, index * LOG_ENTRIES_PER_BLOCK as u64);
+        }
+        walk.tree(&Tree { name, root: record.root, height: record.height, writable: true });
+        walk.report.volumes += 1;
+    }
+    for entry in live() {
+        for snapshot in entry.log.iter().filter(|snapshot| !snapshot.deleted) {
+            let (id, sequence) = (entry.record.id, snapshot.sequence);
+            let name = format!("snapshot {id}.{sequence} of volume {:?}", entry.record.name);
+            let (root, height) = (snapshot.root, snapshot.height);
+            walk.tree(&Tree { name, root, height, writable: false });
+            walk.report.snapshots += 1;
+        }
+    }
+}
+
+/// Which of the two kinds of usage a block counts to.
+fn usage_of(report: &mut CheckReport, kind: ExtentType) -> Option<&mut Usage> {
+    match kind {
+        ExtentType::Data => Some(&mut report.data),
+        ExtentType::Metadata => Some(&mut report.metadata),
+        ExtentType::Invalid | ExtentType::Unused | ExtentType::System => None,
+    }
+}
+
+/// Where in a volume a block belongs: what tells a shared block from a stray one.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Place {
+    /// A data block (level 0) or node of a tree, by the first volume block it maps.
+    Tree { level: u8, first: u64 },
+    /// A snapshot log block.
+    Log { volume: u64, first_sequence: u64 },
+}
+
+/// A path that leads to a block.
+#[derive(Clone, Copy, Debug)]
+struct Path {
+    block: BlockAddr,
+    place: Place,
+    writable: bool,
+}
+
+#[cfg(test)]
+mod tests;

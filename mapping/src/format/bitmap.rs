@@ -123,6 +123,16 @@ impl Bitmap {
         }
     }
 
+    /// Marks allocated what is in `other`; true when it was already.
+    pub fn include(&mut self, other: &Self) -> bool {
+        let mut included = true;
+        for (word, other) in self.words.iter_mut().zip(&other.words) {
+            included &= *word | other == *word;
+            *word |= other;
+        }
+        included
+    }
+
     /// How many are free.
     pub fn count_free(&self) -> u32 {
         self.words.iter().map(|word| word.count_zeros()).sum()
@@ -220,6 +230,16 @@ mod tests {
             by_range.clear_range(start, length);
             assert_eq!(by_range, Bitmap::new());
         }
+    }
+
+    #[test]
+    fn including_says_what_was_missing() {
+        let mut bitmap = Bitmap::new();
+        assert!(!bitmap.include(&sample()));
+        assert_eq!(bitmap, sample());
+        bitmap.set(4001);
+        assert!(bitmap.include(&sample()));
+        assert!(bitmap.get(4001));
     }
 
     #[test]

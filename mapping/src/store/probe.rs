@@ -181,7 +181,8 @@ mod tests {
 
     #[test]
     fn what_people_lose_data_on_is_recognised() {
-        let cases: &[(&str, &[(usize, &[u8])])] = &[
+        type Patches<'a> = &'a [(usize, &'a [u8])];
+        let cases: &[(&str, Patches)] = &[
             ("an ext2 file system", &[(0x438, &[0x53, 0xef])]),
             ("an ext3 file system", &[(0x438, &[0x53, 0xef]), (0x45c, &[4])]),
             ("an ext4 file system", &[(0x438, &[0x53, 0xef]), (0x45c, &[4]), (0x460, &[0x42])]),
