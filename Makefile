@@ -10,8 +10,9 @@ help: ## list the targets
 build: ## the bessel program, in build/release
 	cargo build --locked --release
 
-demo: build ## a real guest on a Bessel disk: snapshots, a crash, a clone (about a minute)
+demo: ## a real guest on a Bessel disk: snapshots, a crash, a clone (about a minute)
 	@scripts/setup
+	cargo build --locked --release
 	@scripts/demo
 
 test: ## everything CI runs

@@ -33,8 +33,11 @@ class Failed(Exception):
         self.log = log
 
 
+_prctl = ctypes.CDLL(None).prctl  # looked up before any fork, where taking the loader's lock would not be safe
+
+
 def _die_with_parent():
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    _prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: when the thread that forked ends, so fork in the main thread only
 
 
 class Run:
@@ -160,8 +163,9 @@ class Guest:
         self._transcript = open(run.path(f"{name}.events.log"), "w")
         words = ["console=ttyS0", "quiet", "loglevel=4", "panic=-1", "random.trust_cpu=on", f"bessel.job={job}"]
         words += [f"bessel.{key}={value}" for key, value in parameters.items()]
+        # rdrand, because mke2fs waits for random numbers, which an emulated machine without it takes seconds to gather.
         arguments = ["qemu-system-x86_64", "-machine", "pc,usb=off", "-accel", accelerator, "-smp", "2", "-m", "512M",
-                     "-cpu", "host" if accelerator == "kvm" else "qemu64",
+                     "-cpu", "host" if accelerator == "kvm" else "qemu64,+rdrand",
                      "-object", "memory-backend-memfd,id=mem,size=512M,share=on", "-numa", "node,memdev=mem",
                      "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
                      "-kernel", glob.glob(os.path.join(GUEST, "kernel", "boot", "vmlinuz-*"))[0],

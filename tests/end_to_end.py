@@ -78,9 +78,9 @@ def fsynced_files_survive_killing_daemon_and_guest_again_and_again(world):
     for crash in range(CRASHES):
         files = {}
         guest = world.guest(f"writer-{crash}", "write", fio=1, files=10)
-        guest.wait_for("fio", 120, collect(files))
+        guest.wait_for("busy", 120, collect(files))
         # Not the same place each time: later crashes come further into the second fio.
-        while len(files) < 20 + 20 * crash:
+        while len(files) < 40 + 20 * crash:
             world.daemon.command("snapshot", "create", VOLUME)
             guest.wait_for("acked", 60, collect(files))
         world.daemon.kill()
@@ -98,7 +98,7 @@ def fsynced_files_survive_killing_daemon_and_guest_again_and_again(world):
 def a_guest_outlives_the_daemon_with_a_pause(world):
     files = {}
     guest = world.guest("writer", "write", reconnect=True, fio=1, files=10)
-    guest.wait_for("fio", 120, collect(files))
+    guest.wait_for("busy", 120, collect(files))
     for _ in range(2):
         world.daemon.kill()
         world.daemon.start()
