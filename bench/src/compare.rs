@@ -53,6 +53,8 @@ struct Sample {
     p999_ns: u64,
     max_ns: u64,
     server_cpu_us_per_request: Option<f64>,
+    /// Share of the time for which another thread had the client's core.
+    client_waited: Option<f64>,
 }
 
 /// All measurements of one contender under one load.
@@ -227,6 +229,7 @@ fn measure(
         p999_ns: latency.p999,
         max_ns: latency.max,
         server_cpu_us_per_request: report.server_cpu_us_per_request,
+        client_waited: report.client_waited,
     })
 }
 
@@ -312,6 +315,7 @@ fn parse_fio(output: &[u8], workload: Workload) -> Result<Sample, String> {
         p999_ns: percentile("99.900000"),
         max_ns: side["clat_ns"]["max"].as_u64().unwrap_or(0),
         server_cpu_us_per_request: (iops > 0.0).then(|| cpu_percent * 1e4 / iops),
+        client_waited: None,
     })
 }
 

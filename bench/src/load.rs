@@ -119,7 +119,7 @@ pub(crate) fn run(options: &Options) -> Result<Report, String> {
     };
     let queues = lay_out_queues(shape, options.queues)?;
     let memory = Arc::clone(&queues.memory);
-    let mut driver = Driver::new(queues, settings, options.verify)?;
+    let mut driver = Driver::new(queues, settings, options.verify);
     frontend.start(&memory, &driver.queues)?;
     let pid = options.server_pid.or_else(|| frontend.server_pid());
     let measured = driver.drive(
@@ -217,6 +217,8 @@ pub(crate) struct Measured {
     /// CPU time that the server took while measuring.
     pub(crate) server_cpu: Option<Duration>,
     pub(crate) kicks: u64,
+    /// Time that this side wanted to poll but had lost its core.
+    pub(crate) client_waited: Option<Duration>,
     pub(crate) verified: Option<Verified>,
 }
 
@@ -262,7 +264,7 @@ pub(crate) struct Driver {
 
 impl Driver {
     /// Prepares a load over `queues`.
-    pub(crate) fn new(queues: Queues, settings: Settings, verify: bool) -> Result<Self, String> {
+    pub(crate) fn new(queues: Queues, settings: Settings, verify: bool) -> Self {
         let Queues { memory, queues } = queues;
         let clock = Clock::start();
         let ledger = verify.then(|| {
@@ -292,7 +294,7 @@ impl Driver {
             histograms: Histograms::new(),
         };
         driver.fill_buffers();
-        Ok(driver)
+        driver
     }
 
     /// Data to write that is neither zero nor equal from slot to slot.
@@ -328,6 +330,7 @@ impl Driver {
             self.work(&mut source, until_ns, u64::MAX, &watch)?;
         }
         let cpu_before = server_cpu();
+        let waited_before = process::time_waited_for_a_core();
         let kicks_before: u64 = self.kicks();
         let start_ns = self.read_clock();
         self.issued = 0;
@@ -341,6 +344,7 @@ impl Driver {
         }
         let nanoseconds = self.now_ns - start_ns;
         let cpu_after = server_cpu();
+        let waited_after = process::time_waited_for_a_core();
         self.window = Window::Closed;
         let kicks = self.kicks() - kicks_before;
 
@@ -361,8 +365,9 @@ impl Driver {
             requests: self.finished,
             histograms: std::mem::replace(&mut self.histograms, Histograms::new()),
             bytes: self.bytes,
-            server_cpu: cpu_before.zip(cpu_after).map(|(before, after)| after - before),
+            server_cpu: difference(cpu_before, cpu_after),
             kicks,
+            client_waited: difference(waited_before, waited_after),
             verified: self.ledger.is_some().then_some(self.verified),
         })
     }
@@ -414,7 +419,7 @@ impl Driver {
             self.idle_turns = 0;
             return watch.check_time(self.now_ns);
         }
-        self.idle_turns += 1;
+        self.idle_turns = self.idle_turns.wrapping_add(1);
         if self.idle_turns.is_multiple_of(IDLE_TURNS_PER_CLOCK) {
             self.read_clock();
             watch.check_time(self.now_ns)?;
@@ -437,8 +442,6 @@ impl Driver {
                 STALL_TIMEOUT.as_secs()
             ));
         }
-        // A look at the socket is a system call: the next one only after a while.
-        self.idle_turns = 0;
         Ok(())
     }
 
@@ -546,6 +549,10 @@ impl Driver {
     }
 }
 
+fn difference(before: Option<Duration>, after: Option<Duration>) -> Option<Duration> {
+    before.zip(after).map(|(before, after)| after.saturating_sub(before))
+}
+
 /// What ends a wait.
 struct Watch<'a> {
     alive: &'a dyn Fn() -> Result<(), String>,
@@ -622,7 +629,7 @@ mod tests {
             indirect: case.indirect,
         };
         let queues = lay_out_queues(shape, 2).unwrap();
-        let mut driver = Driver::new(queues, settings, true).unwrap();
+        let mut driver = Driver::new(queues, settings, true);
         let device = FakeDevice::serve(
             &driver.memory,
             &driver.queues,
@@ -680,7 +687,7 @@ mod tests {
         };
         let shape = Shape { depth: 4, data_bytes_max: 512, event_index: true, indirect: false };
         let queues = lay_out_queues(shape, 1).unwrap();
-        let mut driver = Driver::new(queues, settings, false).unwrap();
+        let mut driver = Driver::new(queues, settings, false);
         // Nobody serves the queue.
         let limits = Limits { timeout: Duration::from_millis(1), ..NO_LIMIT };
         let error = driver.drive(limits, false, &|| Ok(()), None).err().unwrap();

@@ -11,6 +11,17 @@ pub(crate) fn cpu_time(pid: u32) -> Option<Duration> {
     parse_stat(&std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?)
 }
 
+/// Time that the calling thread was ready to run but another thread had its core.
+pub(crate) fn time_waited_for_a_core() -> Option<Duration> {
+    parse_schedstat(&std::fs::read_to_string("/proc/thread-self/schedstat").ok()?)
+}
+
+/// The second field; the first is time on a core, the third counts turns.
+fn parse_schedstat(schedstat: &str) -> Option<Duration> {
+    let nanoseconds = schedstat.split_ascii_whitespace().nth(1)?.parse().ok()?;
+    Some(Duration::from_nanos(nanoseconds))
+}
+
 /// The sum of utime and stime, fields 14 and 15.
 fn parse_stat(stat: &str) -> Option<Duration> {
     // The second field is the program's name in parentheses, and may hold anything.
@@ -30,6 +41,12 @@ mod tests {
         let stat = "12 (a) b (c) S 1 12 12 0 -1 4194560 100 0 0 0 250 50 7 8 20 0 1 0 100";
         assert_eq!(parse_stat(stat), Some(Duration::from_secs(3)));
         assert_eq!(parse_stat("12 (a"), None);
+    }
+
+    #[test]
+    fn the_wait_is_the_second_field() {
+        assert_eq!(parse_schedstat("910023 7001 4\n"), Some(Duration::from_nanos(7001)));
+        assert_eq!(parse_schedstat("910023"), None);
     }
 
     #[test]

@@ -14,6 +14,9 @@ use crate::size;
 /// Latencies beyond this are recorded as this.
 const LATENCY_MAX: Duration = Duration::from_secs(60);
 
+/// Share of the time that a client may lose its core before the figures come with a warning.
+pub(crate) const WAIT_TOLERATED: f64 = 0.02;
+
 /// Latencies of data requests and of flushes, in nanoseconds, to three digits.
 pub(crate) struct Histograms {
     data: Histogram<u64>,
@@ -96,6 +99,9 @@ pub(crate) struct Report {
     pub(crate) server_cores: Option<f64>,
     /// System calls that woke the server.
     pub(crate) kicks: u64,
+    /// Share of the time for which another thread had the client's core: above 0.02 or so, the
+    /// machine was too busy for the figures to mean much.
+    pub(crate) client_waited: Option<f64>,
     pub(crate) verified: Option<Verified>,
 }
 
@@ -124,6 +130,7 @@ impl Report {
                 .map(|cpu| cpu * 1e6 / measured.requests as f64),
             server_cores: cpu.map(rate),
             kicks: measured.kicks,
+            client_waited: measured.client_waited.map(|waited| rate(waited.as_secs_f64())),
             verified: measured.verified,
         }
     }
@@ -175,6 +182,13 @@ impl fmt::Display for Report {
             )?;
         }
         write!(out, "  kicks     {}", self.kicks)?;
+        if let Some(waited) = self.client_waited.filter(|waited| *waited > WAIT_TOLERATED) {
+            let percent = waited * 100.0;
+            write!(
+                out,
+                "\n  BUSY      the client was without its core for {percent:.0} % of the time"
+            )?;
+        }
         if let Some(Verified { good, unknown }) = self.verified {
             write!(out, "\n  verified  {good} reads good, {unknown} of blocks never written")?;
         }

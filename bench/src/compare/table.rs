@@ -3,6 +3,7 @@
 use std::fmt::Write as _;
 
 use super::{Cell, Place, Results, Sample};
+use crate::report::WAIT_TOLERATED;
 use crate::server::Contender;
 use crate::size;
 
@@ -41,7 +42,24 @@ fn render_place(text: &mut String, results: &Results, place: &Place) -> std::fmt
         });
         render_cell(text, cell, reference)?;
     }
-    Ok(())
+    render_warning(text, place)
+}
+
+/// Says when the machine was too busy to believe the figures.
+fn render_warning(text: &mut String, place: &Place) -> std::fmt::Result {
+    let samples = place.cells.iter().flat_map(|cell| &cell.samples);
+    let waits: Vec<f64> = samples.filter_map(|sample| sample.client_waited).collect();
+    let busy = waits.iter().filter(|waited| **waited > WAIT_TOLERATED).count();
+    if busy == 0 {
+        return Ok(());
+    }
+    let worst = waits.iter().copied().fold(0.0, f64::max) * 100.0;
+    writeln!(
+        text,
+        "\nBUSY: in {busy} of {} measurements other work took the client's core, for up to \
+         {worst:.0} % of the time; measure again on an idle machine",
+        waits.len()
+    )
 }
 
 fn render_cell(text: &mut String, cell: &Cell, reference: Option<&Cell>) -> std::fmt::Result {
@@ -109,6 +127,7 @@ mod tests {
                     p999_ns: 1,
                     max_ns: 1,
                     server_cpu_us_per_request: None,
+                    client_waited: Some(0.25),
                 })
                 .into(),
         };
@@ -134,5 +153,6 @@ mod tests {
         let text = render(&results);
         let bessel = text.lines().find(|line| line.contains("bessel")).unwrap();
         assert!(bessel.ends_with("1.50"), "{text}");
+        assert!(text.contains("BUSY: in 9 of 9"), "{text}");
     }
 }
