@@ -13,4 +13,4 @@ mod server;
 pub(crate) mod types;
 
 pub(crate) use refusal::{Refusal, RefusalKind};
-pub(crate) use server::{ApiError, ApiServer};
+pub(crate) use server::ApiServer;

@@ -7,7 +7,7 @@
 mod check;
 mod client;
 mod format;
-mod output;
+pub(crate) mod output;
 mod snapshot;
 mod stats;
 mod tree;

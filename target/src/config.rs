@@ -2,7 +2,8 @@
 //!
 //! Reading happens in three passes, each of which may refuse: serde (syntax, unknown keys, types),
 //! [`Config::parse`] (ranges, duplicates: all that the text alone decides), and
-//! [`Config::check_machine`] (does the device, the core, the directory exist, is a socket taken).
+//! [`Config::check_machine`] with [`Config::check_sockets`] (does the device, the core, the
+//! directory exist, is a socket taken).
 //! All three only look: a refused file leaves the machine as it was. Every error is one line,
 //! `FILE:LINE: what; remedy`.
 //!
@@ -13,6 +14,7 @@ mod locate;
 use crate::api::types::Cache;
 use crate::reference;
 use crate::size::parse_size;
+use bessel_reactor::reactor::usable_cores;
 use bessel_reactor::units::{ByteCount, SECTOR_SIZE};
 use serde::Deserialize;
 use serde::de::{Deserializer, Visitor};
@@ -29,6 +31,9 @@ use locate::Step::{Index, Key};
 pub(crate) const SOCKET_PATH_MAX: usize = 107;
 /// Most request queues of one volume: the vCPUs of a large guest.
 pub(crate) const QUEUES_MAX: u16 = 64;
+/// Request queues of a volume for which none are given. A front-end uses as many of them as it
+/// likes, and one that is not used costs nothing but its place on the reactor.
+pub(crate) const QUEUES_DEFAULT: u16 = 4;
 /// Least node cache: the nodes that a handful of concurrent requests pin, with room to replace.
 pub(crate) const NODE_CACHE_MIN: ByteCount = ByteCount::new(1 << 20);
 /// Most node cache. A size beyond it is a slip of the unit, and would fail at start as an abort.
@@ -280,10 +285,14 @@ impl Config {
         parent_of(&self.api.socket)
     }
 
-    /// Checks what the configuration says against this machine. Changes nothing.
+    /// Checks device and cores against this machine. Changes nothing.
     pub(crate) fn check_machine(&self) -> Result<(), ConfigError> {
         self.check_device()?;
-        self.check_cores()?;
+        self.check_cores()
+    }
+
+    /// Checks that every address to listen on is free. Changes nothing.
+    pub(crate) fn check_sockets(&self) -> Result<(), ConfigError> {
         let api = [Key("api"), Key("socket")];
         self.check_socket(&self.api.socket, &api)?;
         for (index, volume) in self.volumes.iter().enumerate() {
@@ -340,7 +349,7 @@ impl Config {
     }
 
     fn check_cores(&self) -> Result<(), ConfigError> {
-        let present = cores_present();
+        let present = usable_cores();
         let Some(cores) = &self.reactors.cores else { return Ok(()) };
         for (index, core) in cores.iter().enumerate() {
             if !present.contains(core) {
@@ -471,7 +480,7 @@ fn checked_volumes(
             return Err(source.error(&at("name"), message));
         }
         check_volume_size(raw.size.0).map_err(|what| source.error(&at("size"), what))?;
-        let queues = raw.queues.unwrap_or(1);
+        let queues = raw.queues.unwrap_or(QUEUES_DEFAULT);
         if !(1..=QUEUES_MAX).contains(&queues) {
             let message = format!("{queues} queues will not do; give 1 to {QUEUES_MAX}");
             return Err(source.error(&at("queues"), message));
@@ -493,12 +502,6 @@ fn checked_volumes(
         });
     }
     Ok(volumes)
-}
-
-/// The cores this process may run on, as the kernel numbers them.
-pub(crate) fn cores_present() -> Vec<usize> {
-    let cores = core_affinity::get_core_ids().unwrap_or_default();
-    cores.into_iter().map(|core| core.id).collect()
 }
 
 /// `.` for a bare file name, whose parent would be the empty path.
@@ -568,7 +571,7 @@ volumes:
         let [vm1, vm2] = &config.volumes[..] else { panic!("two volumes") };
         assert_eq!((vm1.name.as_str(), vm1.size, vm1.queues), ("vm1", ByteCount::new(4 << 30), 2));
         assert_eq!(vm1.cache, Cache::Writethrough);
-        assert_eq!((vm2.size, vm2.queues), (vm1.size, 1));
+        assert_eq!((vm2.size, vm2.queues), (vm1.size, QUEUES_DEFAULT));
         assert_eq!(vm2.cache, Cache::Writeback);
         assert_eq!(vm2.socket, Path::new("/run/bessel/vm2.sock"));
     }
@@ -640,10 +643,13 @@ volumes:
              socket: {0}/api.sock\nvolumes:\n  - name: a\n    size: 1GiB\n    \
              socket: {0}/a.sock\n",
             directory.display(),
-            cores_present()[0],
+            usable_cores()[0],
         );
         let text = change(&directory, text);
-        let checked = parse(&text).and_then(|config| config.check_machine());
+        let checked = parse(&text).and_then(|config| {
+            config.check_machine()?;
+            config.check_sockets()
+        });
         (checked.map_or_else(|error| error.to_string(), |()| "accepted".to_owned()), directory)
     }
 

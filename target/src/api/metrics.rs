@@ -38,7 +38,7 @@ pub(super) fn prometheus(stats: &StatsView) -> String {
 
     let store = &stats.store;
     gauge("bessel_store_bytes", "Size of the store.").write(&mut text, one(store.total_bytes));
-    gauge("bessel_store_free_bytes", "Neither allocated nor claimed.")
+    gauge("bessel_store_free_bytes", "In use by no volume or snapshot.")
         .write(&mut text, one(store.free_bytes));
     gauge("bessel_store_used_bytes", "Allocated, by type of extent.").write(
         &mut text,
@@ -64,6 +64,9 @@ pub(super) fn prometheus(stats: &StatsView) -> String {
     by_volume("bessel_volume_read_bytes_total", "Bytes read.", |it| it.read_bytes);
     by_volume("bessel_volume_written_bytes_total", "Bytes written.", |it| it.written_bytes);
     by_volume("bessel_volume_errors_total", "Requests answered with an error.", |it| it.errors);
+    by_volume("bessel_volume_allocated_bytes_total", "Data and metadata given to it.", |it| {
+        it.allocated_bytes
+    });
 
     let mut by_reactor = |name, help, value: fn(&super::types::ReactorView) -> f64| {
         let samples = stats
@@ -86,15 +89,18 @@ pub(super) fn prometheus(stats: &StatsView) -> String {
     by_reactor("bessel_node_cache_misses_total", "Nodes loaded from the device.", |it| {
         it.node_cache_misses as f64
     });
-    by_reactor("bessel_commits_total", "Commits made durable.", |it| it.commits as f64);
-    by_reactor("bessel_device_reads_total", "Reads sent to the device.", |it| {
-        it.device_reads as f64
-    });
-    by_reactor("bessel_device_writes_total", "Writes sent to the device.", |it| {
-        it.device_writes as f64
+    by_reactor("bessel_commits_total", "Commit rounds begun.", |it| it.commits as f64);
+    by_reactor("bessel_metadata_writes_total", "Nodes, log blocks and records written.", |it| {
+        it.metadata_writes as f64
     });
     by_reactor("bessel_device_flushes_total", "Flushes sent to the device.", |it| {
         it.device_flushes as f64
+    });
+    by_reactor("bessel_device_errors_total", "Data I/O that the device failed.", |it| {
+        it.device_errors as f64
+    });
+    by_reactor("bessel_node_errors_total", "Nodes unreadable or damaged.", |it| {
+        it.node_errors as f64
     });
     by_reactor("bessel_no_space_total", "Requests that found the store full.", |it| {
         it.no_space as f64

@@ -185,6 +185,7 @@ fn schemas() -> Value {
             ("origin", "string?"),
             ("created", "string"),
             ("latched", "string?"),
+            ("allocated_bytes", "integer"),
             ("snapshots", "integer"),
         ]),
         "Snapshot": object(SNAPSHOT_FIELDS),
@@ -223,9 +224,10 @@ fn schemas() -> Value {
             ("node_cache_hits", "integer"),
             ("node_cache_misses", "integer"),
             ("commits", "integer"),
-            ("device_reads", "integer"),
-            ("device_writes", "integer"),
+            ("metadata_writes", "integer"),
             ("device_flushes", "integer"),
+            ("device_errors", "integer"),
+            ("node_errors", "integer"),
             ("no_space", "integer"),
         ]),
         "VolumeStats": object(&[
@@ -237,6 +239,7 @@ fn schemas() -> Value {
             ("read_bytes", "integer"),
             ("written_bytes", "integer"),
             ("errors", "integer"),
+            ("allocated_bytes", "integer"),
         ]),
         "Latency": object(&[
             ("count", "integer"),
@@ -314,6 +317,7 @@ mod tests {
                 origin: None,
                 created: String::new(),
                 latched: None,
+                allocated_bytes: 0,
                 snapshots: 0,
             },
         );

@@ -99,6 +99,8 @@ pub(crate) struct VolumeView {
     pub(crate) created: String,
     /// Why writes are refused, if they are.
     pub(crate) latched: Option<String>,
+    /// Data and metadata allocated for it since its newest snapshot.
+    pub(crate) allocated_bytes: u64,
     /// Snapshots there are, deleted ones not counted.
     pub(crate) snapshots: usize,
 }
@@ -116,7 +118,7 @@ pub(crate) struct SnapshotView {
     pub(crate) time: String,
     /// Size of the volume then.
     pub(crate) size_bytes: u64,
-    /// Blocks allocated for the volume between the snapshot before and this one.
+    /// Data and metadata allocated for the volume between the snapshot before and this one.
     pub(crate) allocated_bytes: u64,
     /// Writes in flight when it was taken have not drained; it cannot be cloned yet.
     pub(crate) settling: bool,
@@ -182,11 +184,11 @@ pub(crate) struct StoreView {
     pub(crate) uuid: String,
     /// The whole store.
     pub(crate) total_bytes: u64,
-    /// Neither allocated nor claimed.
+    /// Not in use by any volume or snapshot. Part of it is claimed by reactors, ready for use.
     pub(crate) free_bytes: u64,
-    /// Allocated in data extents.
+    /// Guests' data.
     pub(crate) data_bytes: u64,
-    /// Allocated in metadata extents, the system extent included.
+    /// Radix nodes and snapshot logs.
     pub(crate) metadata_bytes: u64,
 }
 
@@ -209,15 +211,17 @@ pub(crate) struct ReactorView {
     pub(crate) node_cache_hits: u64,
     /// Nodes loaded from the device.
     pub(crate) node_cache_misses: u64,
-    /// Commits made durable.
+    /// Commit rounds begun.
     pub(crate) commits: u64,
-    /// Reads sent to the device.
-    pub(crate) device_reads: u64,
-    /// Writes sent to the device.
-    pub(crate) device_writes: u64,
+    /// Nodes, log blocks and volume records written.
+    pub(crate) metadata_writes: u64,
     /// Flushes sent to the device.
     pub(crate) device_flushes: u64,
-    /// Requests that found the store full.
+    /// Data I/O that the device failed.
+    pub(crate) device_errors: u64,
+    /// Nodes that could not be read or contradicted themselves.
+    pub(crate) node_errors: u64,
+    /// Guest requests that found the store full.
     pub(crate) no_space: u64,
 }
 
@@ -240,6 +244,8 @@ pub(crate) struct VolumeStatsView {
     pub(crate) written_bytes: u64,
     /// Requests that were answered with an error.
     pub(crate) errors: u64,
+    /// Data and metadata given to it.
+    pub(crate) allocated_bytes: u64,
 }
 
 /// A distribution of times.

@@ -4,6 +4,7 @@
 //! is no error.
 
 use super::Outcome;
+use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
 use std::io::Write;
 
@@ -64,6 +65,36 @@ impl Table {
             text.push('\n');
         }
         text
+    }
+}
+
+/// A bar on standard error while long work runs, if that is a terminal. Gone when dropped.
+pub(crate) struct Progress {
+    bar: ProgressBar,
+}
+
+impl Progress {
+    /// A bar for `what` is being done; none when `quiet`.
+    pub(crate) fn new(what: &'static str, quiet: bool) -> Self {
+        if quiet {
+            return Self { bar: ProgressBar::hidden() };
+        }
+        let style = ProgressStyle::with_template("{msg} [{bar:40}] {percent}% {eta}")
+            .expect("the template is a constant that parses")
+            .progress_chars("=> ");
+        Self { bar: ProgressBar::new(0).with_style(style).with_message(what) }
+    }
+
+    /// Shows that `done` of `total` is done.
+    pub(crate) fn set(&self, done: u64, total: u64) {
+        self.bar.set_length(total);
+        self.bar.set_position(done);
+    }
+}
+
+impl Drop for Progress {
+    fn drop(&mut self) {
+        self.bar.finish_and_clear();
     }
 }
 

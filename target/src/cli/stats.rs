@@ -24,7 +24,15 @@ fn text(stats: &StatsView) -> String {
     let store = &stats.store;
     let latency = &stats.snapshot_latency;
     let mut volumes = Table::new(&[
-        "VOLUME", "READS", "READ", "WRITES", "WRITTEN", "FLUSHES", "DISCARDS", "ERRORS",
+        "VOLUME",
+        "READS",
+        "READ",
+        "WRITES",
+        "WRITTEN",
+        "FLUSHES",
+        "DISCARDS",
+        "ERRORS",
+        "ALLOCATED",
     ]);
     for volume in &stats.volumes {
         volumes.row(vec![
@@ -36,6 +44,7 @@ fn text(stats: &StatsView) -> String {
             volume.flushes.to_string(),
             volume.discards.to_string(),
             volume.errors.to_string(),
+            bytes(volume.allocated_bytes),
         ]);
     }
     let mut reactors = Table::new(&[

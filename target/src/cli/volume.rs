@@ -58,7 +58,7 @@ enum VolumeCommand {
         #[arg(value_parser = volume_name)]
         name: String,
     },
-    /// Make a volume read as one of its snapshots does; what was written since is lost
+    /// Make a volume read as one of its snapshots does; what it holds now is kept as a new snapshot
     Rollback {
         /// The volume's name
         #[arg(value_parser = volume_name)]
@@ -170,6 +170,7 @@ fn show(shown: &VolumeWithSnapshots) -> String {
         ("reactor", volume.reactor.to_string()),
         ("guest", guest_state(volume).to_owned()),
         ("origin", or_dash(&volume.origin)),
+        ("allocated", ByteCount::new(volume.allocated_bytes).human()),
         ("created", volume.created.clone()),
     ] {
         table.row(vec![key.to_owned(), value]);

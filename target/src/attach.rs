@@ -1,0 +1,21 @@
+//! Joins guests to volumes: the only code that knows both `vhost` and `mapping`.
+//!
+//! ```text
+//! vhost server ──start/stop──▶ host.rs ──┐                     ┌─▶ queues of guests
+//! control plane ───commands──▶ port.rs ──┴─▶ inbox ─▶ core.rs ─┤
+//! other cores ─────blocks──────────────────────▲               └─▶ shard ─▶ device
+//! ```
+//!
+//! `core.rs` is the hot path: what one reactor polls. Everything else is control path and reaches a
+//! core by messages only.
+
+mod core;
+mod counters;
+mod host;
+mod memory;
+mod port;
+
+pub(crate) use self::core::{Core, CoreSeat};
+pub(crate) use counters::CoreCounters;
+pub(crate) use host::VolumeHost;
+pub(crate) use port::{CoreMessage, CorePort};

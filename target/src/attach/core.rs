@@ -1,0 +1,383 @@
+//! What one reactor polls: its shard of the store and the queues of the guests it serves.
+//!
+//! Hot path. A turn takes few messages, admits requests from every queue in turn, lets the shard
+//! work, answers what has finished, and shows each guest its answers once. Nothing here allocates,
+//! locks or logs but what a control message brings with it.
+//!
+//! Invariants
+//! - A request that was popped is in the shard or parked in its queue, never lost: a shard that is
+//!   busy gets it again next turn.
+//! - A queue leaves only when none of its requests is in flight, so that its guest's memory may be
+//!   unmapped once it is handed back.
+
+use super::counters::CoreCounters;
+use super::memory::RegisteredMemory;
+use super::port::{Answer, CoreMessage, QueueSlot, Start};
+use bessel_mapping::message::Message;
+use bessel_mapping::request::{
+    Command, IoCompletion, IoKind, IoRequest, IoStatus, Reply, VolumeHandle,
+};
+use bessel_mapping::shard::Shard;
+use bessel_reactor::clock::{Instant, SystemClock};
+use bessel_reactor::device::{FileDevice, WatchId};
+use bessel_reactor::inbox::{Full, Inbox, Sender};
+use bessel_reactor::poller::Poller;
+use bessel_vhost::{Popped, Queue, RequestKind, Status};
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::sync::mpsc::SyncSender;
+
+/// Most requests admitted from one queue in a turn: enough to batch submissions, few enough that a
+/// deep queue does not make its neighbours wait.
+const ADMITTED_PER_TURN: u32 = 32;
+/// Most messages taken in a turn. Data first.
+const MESSAGES_PER_TURN: u32 = 4;
+/// The watch on the inbox; queues have the numbers after it.
+const INBOX_WATCH: WatchId = WatchId(0);
+
+/// A queue that is polled here.
+struct Attached {
+    queue: Queue,
+    volume: VolumeHandle,
+    /// The request popped last was put back.
+    parked: bool,
+    /// The ring is unusable; what is in flight still completes.
+    broken: bool,
+    /// Somebody waits for the queue to drain.
+    stopping: Option<SyncSender<Queue>>,
+}
+
+/// A command that the shard has not answered.
+struct Pending {
+    answer: SyncSender<Answer>,
+    arrived: Instant,
+    snapshot: bool,
+}
+
+/// What a core is made of, but for its shard, which must be made on the core's own thread.
+pub(crate) struct CoreSeat {
+    pub(crate) inbox: Inbox<CoreMessage>,
+    /// By shard; its own is there and not used.
+    pub(crate) peers: Vec<Sender<CoreMessage>>,
+    pub(crate) counters: Arc<CoreCounters>,
+    pub(crate) clock: SystemClock,
+}
+
+/// See the module's documentation.
+pub(crate) struct Core {
+    shard: Shard<FileDevice>,
+    inbox: Inbox<CoreMessage>,
+    peers: Vec<Sender<CoreMessage>>,
+    /// To other shards whose inboxes were full, oldest first.
+    outgoing: VecDeque<(usize, Message)>,
+    /// By slot.
+    queues: Vec<Option<Attached>>,
+    /// The slot whose turn it is to be first.
+    first: usize,
+    /// By ticket.
+    commands: Vec<Option<Pending>>,
+    memory: RegisteredMemory,
+    counters: Arc<CoreCounters>,
+    clock: SystemClock,
+    finished: bool,
+}
+
+impl Core {
+    /// Takes the seat. Call it on the thread that polls.
+    pub(crate) fn new(mut shard: Shard<FileDevice>, seat: CoreSeat) -> Self {
+        shard.device_mut().watch(seat.inbox.fd(), INBOX_WATCH);
+        Self {
+            shard,
+            inbox: seat.inbox,
+            peers: seat.peers,
+            outgoing: VecDeque::new(),
+            queues: Vec::new(),
+            first: 0,
+            commands: Vec::new(),
+            memory: RegisteredMemory::default(),
+            counters: seat.counters,
+            clock: seat.clock,
+            finished: false,
+        }
+    }
+
+    fn take_messages(&mut self, now: Instant) -> bool {
+        let mut progress = false;
+        for _ in 0..MESSAGES_PER_TURN {
+            let Some(message) = self.inbox.pop() else { break };
+            progress = true;
+            match message {
+                CoreMessage::Command { command, answer } => self.begin(command, answer, now),
+                CoreMessage::Start(start) => self.attach(*start),
+                CoreMessage::Stop { slot, answer } => {
+                    self.attached(slot.0 as usize).stopping = Some(answer);
+                }
+                CoreMessage::Shard(message) => self.shard.deliver(message),
+                CoreMessage::Finish => self.finished = true,
+            }
+        }
+        progress
+    }
+
+    fn begin(&mut self, command: Command, answer: SyncSender<Answer>, now: Instant) {
+        let snapshot = matches!(command, Command::Snapshot { .. });
+        let ticket = free_index(&mut self.commands);
+        self.commands[ticket] = Some(Pending { answer, arrived: now, snapshot });
+        self.shard.control(ticket as u64, command);
+    }
+
+    fn attach(&mut self, start: Start) {
+        let Start { mut queue, volume, answer } = start;
+        let slot = free_index(&mut self.queues);
+        queue.disable_kicks();
+        self.memory.attach(&mut queue, self.shard.device_mut());
+        let kick = std::os::fd::AsRawFd::as_raw_fd(&queue.kick_fd());
+        self.shard.device_mut().watch(kick, queue_watch(slot));
+        self.queues[slot] =
+            Some(Attached { queue, volume, parked: false, broken: false, stopping: None });
+        // The asker waits for the answer, so there is someone to take it and room for it.
+        let _ = answer.send(QueueSlot(slot as u32));
+    }
+
+    fn attached(&mut self, slot: usize) -> &mut Attached {
+        self.queues[slot].as_mut().expect("a slot is named only while its queue is attached")
+    }
+
+    /// Pops from every queue, a few requests each, another queue first each turn.
+    fn admit_requests(&mut self) -> bool {
+        let Self { shard, queues, first, .. } = self;
+        let count = queues.len();
+        let mut progress = false;
+        for turn in 0..count {
+            let slot = (*first + turn) % count;
+            let Some(attached) = &mut queues[slot] else { continue };
+            match attached.admit(slot, shard) {
+                Admitted::Nothing => {}
+                Admitted::Something => progress = true,
+                // Those after it would be refused as well; they are first soon.
+                Admitted::Busy => {
+                    *first = slot;
+                    return true;
+                }
+            }
+        }
+        *first = if count == 0 { 0 } else { (*first + 1) % count };
+        progress
+    }
+
+    fn finish_requests(&mut self) -> bool {
+        let mut progress = false;
+        while let Some(completion) = self.shard.pop_completion() {
+            progress = true;
+            if completion.status == IoStatus::NoSpace {
+                self.counters.no_space.add(1);
+            }
+            let slot = (completion.tag >> 16) as usize;
+            self.attached(slot).finish(&completion);
+        }
+        for attached in self.queues.iter_mut().flatten() {
+            attached.queue.publish();
+        }
+        progress
+    }
+
+    /// Replies wait for the messages sent before them: whoever hears that a shard has shut down may
+    /// rely on the blocks it gave back being with the authority.
+    fn answer_commands(&mut self) -> bool {
+        let mut progress = false;
+        if !self.outgoing.is_empty() {
+            return progress;
+        }
+        while let Some((ticket, reply)) = self.shard.pop_reply() {
+            progress = true;
+            let pending = self.commands[ticket as usize].take();
+            let pending = pending.expect("a shard answers each command once");
+            // Read anew: with inline I/O a command takes its time within a turn.
+            let latency = self.clock.now().since(pending.arrived);
+            if pending.snapshot && matches!(reply, Reply::Snapshot(_)) {
+                self.counters.snapshot_latency_ns.record_duration(latency);
+            }
+            let _ = pending.answer.send(Answer { reply, latency });
+        }
+        progress
+    }
+
+    fn pass_messages_on(&mut self) -> bool {
+        while let Some(message) = self.shard.pop_message() {
+            self.outgoing.push_back(message);
+        }
+        let mut progress = false;
+        while let Some((shard, message)) = self.outgoing.pop_front() {
+            match self.peers[shard].send(CoreMessage::Shard(message)) {
+                Ok(()) => progress = true,
+                Err(Full(CoreMessage::Shard(message))) => {
+                    self.outgoing.push_front((shard, message));
+                    break;
+                }
+                Err(Full(_)) => unreachable!("the message that was sent comes back"),
+            }
+        }
+        progress
+    }
+
+    fn hand_back_queues(&mut self) -> bool {
+        let mut progress = false;
+        for slot in 0..self.queues.len() {
+            let drained = |attached: &Attached| {
+                attached.stopping.is_some() && !attached.parked && attached.queue.in_flight() == 0
+            };
+            if !self.queues[slot].as_ref().is_some_and(drained) {
+                continue;
+            }
+            progress = true;
+            let attached = self.queues[slot].take().expect("it is there: it has drained");
+            let device = self.shard.device_mut();
+            device.unwatch(queue_watch(slot));
+            self.memory.detach(&attached.queue, device);
+            let asker = attached.stopping.expect("it is stopping: it has drained");
+            let _ = asker.send(attached.queue);
+        }
+        progress
+    }
+}
+
+impl Poller for Core {
+    fn poll(&mut self, now: Instant) -> bool {
+        let mut progress = self.take_messages(now);
+        progress |= self.admit_requests();
+        progress |= self.shard.poll(now);
+        progress |= self.finish_requests(); // Frees the shard's slots and queue heads.
+        progress |= self.pass_messages_on();
+        progress |= self.answer_commands();
+        progress |= self.hand_back_queues();
+        progress
+    }
+
+    fn prepare_sleep(&mut self) -> bool {
+        let mut idle = self.outgoing.is_empty() && self.inbox.prepare_sleep();
+        for attached in self.queues.iter_mut().flatten() {
+            // Asked of every queue, also once there is work: `woken` takes all of it back.
+            idle &= !(attached.serves() && attached.queue.enable_kicks());
+        }
+        idle
+    }
+
+    fn woken(&mut self, woken: &[WatchId]) {
+        self.inbox.woken();
+        for WatchId(watch) in woken.iter().filter(|watch| **watch != INBOX_WATCH) {
+            // A queue may have been handed back since the kernel was asked.
+            if let Some(Some(attached)) = self.queues.get(*watch as usize - 1) {
+                attached.queue.drain_kick();
+            }
+        }
+        for attached in self.queues.iter_mut().flatten() {
+            attached.queue.disable_kicks();
+        }
+    }
+
+    fn deadline(&self) -> Option<Instant> {
+        self.shard.deadline()
+    }
+
+    fn device(&mut self) -> &mut FileDevice {
+        self.shard.device_mut()
+    }
+
+    fn finished(&self) -> bool {
+        self.finished
+    }
+}
+
+/// What came of looking at a queue.
+enum Admitted {
+    Nothing,
+    Something,
+    /// The shard has no room.
+    Busy,
+}
+
+impl Attached {
+    /// Still pops from its ring.
+    fn serves(&self) -> bool {
+        !self.broken && self.stopping.is_none()
+    }
+
+    /// Hands requests of the queue to the shard. One that is stopping gives only what it parked.
+    fn admit(&mut self, slot: usize, shard: &mut Shard<FileDevice>) -> Admitted {
+        let mut admitted = Admitted::Nothing;
+        for _ in 0..ADMITTED_PER_TURN {
+            if !self.serves() && !self.parked {
+                break;
+            }
+            let request = match self.queue.pop() {
+                Popped::Request(request) => request,
+                Popped::Answered => {
+                    admitted = Admitted::Something;
+                    continue;
+                }
+                Popped::Empty => break,
+                Popped::Broken(_) => {
+                    // The session learns of it from the queue itself, and says so.
+                    self.broken = true;
+                    break;
+                }
+            };
+            let head = request.head;
+            let submitted = shard.submit(&IoRequest {
+                tag: tag(slot, head),
+                volume: self.volume,
+                kind: io_kind(request.kind),
+                sector: request.sector,
+                sectors: request.sectors,
+                segments: request.segments,
+            });
+            if submitted.is_err() {
+                self.queue.put_back(head);
+                self.parked = true;
+                return Admitted::Busy;
+            }
+            self.parked = false;
+            admitted = Admitted::Something;
+        }
+        admitted
+    }
+
+    fn finish(&mut self, completion: &IoCompletion) {
+        let status = match completion.status {
+            IoStatus::Done => Status::Done,
+            IoStatus::Refused | IoStatus::NoSpace | IoStatus::Failed => Status::IoError,
+        };
+        self.queue.complete(completion.tag as u16, status);
+    }
+}
+
+fn io_kind(kind: RequestKind) -> IoKind {
+    match kind {
+        RequestKind::Read => IoKind::Read,
+        RequestKind::Write => IoKind::Write,
+        RequestKind::Flush => IoKind::Flush,
+        RequestKind::Discard => IoKind::Discard,
+        // Blocks that read as zero are always deallocated here; `unmap` only permits it.
+        RequestKind::WriteZeroes { .. } => IoKind::WriteZeroes,
+    }
+}
+
+/// The shard's name for a request: slot above, head in the low 16 bits.
+fn tag(slot: usize, head: u16) -> u64 {
+    (slot as u64) << 16 | u64::from(head)
+}
+
+fn queue_watch(slot: usize) -> WatchId {
+    WatchId(slot as u32 + 1)
+}
+
+/// The first free place, made if there is none.
+fn free_index<T>(places: &mut Vec<Option<T>>) -> usize {
+    match places.iter().position(Option::is_none) {
+        Some(index) => index,
+        None => {
+            places.push(None);
+            places.len() - 1
+        }
+    }
+}

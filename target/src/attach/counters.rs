@@ -1,0 +1,15 @@
+//! What a core counts beside what its loop and its shard do, for anyone to read.
+
+use bessel_reactor::stats::{Counter, Histogram, ReactorStats};
+use std::sync::Arc;
+
+/// What one core did. Written by that core alone.
+#[derive(Debug, Default)]
+pub(crate) struct CoreCounters {
+    /// The loop itself.
+    pub(crate) reactor: Arc<ReactorStats>,
+    /// Guest requests that found no free block.
+    pub(crate) no_space: Counter,
+    /// Nanoseconds from a snapshot command's arrival until it was durable.
+    pub(crate) snapshot_latency_ns: Histogram,
+}

@@ -1,0 +1,334 @@
+//! `bessel serve`: start-up and shutdown in order.
+//!
+//! Whatever can be refused is refused before anything is touched, and on the way up each step has
+//! its counterpart on the way down, also when a later step fails:
+//!
+//! ```text
+//! configuration, device, cores ── look only
+//! lock the device              ── dropped last
+//! sockets                      ── look only
+//! make and format the file     ── only if there was none
+//! open the store               ── mark it closed
+//! reactors                     ── commit, give claims back, end
+//! volumes and their sockets    ── drop front-ends, drain queues
+//! API                          ── stop
+//! ```
+//!
+//! A daemon that is killed instead leaves a store that opens all the same, and guests whose
+//! front-ends reconnect.
+
+use crate::api::ApiServer;
+use crate::attach::{Core, CoreCounters, CoreMessage, CorePort, CoreSeat};
+use crate::cli::{Outcome, output};
+use crate::config::{Config, ConfigError, Poll};
+use crate::control::Control;
+use crate::plane::{ControlPlane, Home, Service, StoreFacts};
+use crate::{entropy, one_line};
+use bessel_mapping::shard::{Shard, ShardConfig};
+use bessel_mapping::store::{self, FormatOptions, Found, OpenMode, OpenedStore};
+use bessel_reactor::clock::SystemClock;
+use bessel_reactor::device::{DeviceLock, FileDevice, OpenError, OpenOptions};
+use bessel_reactor::inbox::{Inbox, Sender, inbox};
+use bessel_reactor::reactor::{
+    PollMode, ReactorHandle, ReactorOptions, SpawnError, spawn, usable_cores,
+};
+use bessel_reactor::units::ByteCount;
+use nix::sys::signal::{SigSet, Signal};
+use std::fs::File;
+use std::io::IsTerminal as _;
+use std::path::Path;
+use std::sync::Arc;
+
+/// Guest requests in a shard at once. Some deep queues' worth; more wait in their rings.
+const REQUESTS_PER_SHARD: usize = 1024;
+/// Messages an inbox holds. A volume's control thread has one on its way at most, a shard a few.
+const INBOX_MESSAGES: usize = 256;
+
+/// Serves what the configuration says until SIGTERM or SIGINT.
+pub(crate) fn serve(file: &Path) -> Outcome {
+    start_log();
+    let config = Config::read(file)?;
+    config.check_machine()?;
+    // Blocked before any thread starts, so that all of them inherit it and only `wait` sees these.
+    let signals = SigSet::from_iter([Signal::SIGTERM, Signal::SIGINT]);
+    signals.thread_block()?;
+
+    let clock = SystemClock::start();
+    let (_lock, mut device) = take_device(&config, &clock)?;
+    let store = store::open(&mut device, OpenMode::ReadWrite { time: clock.wall() })
+        .map_err(|error| config.device_error(one_line(&error)))?;
+    report_state(&store);
+    let store = Arc::new(store);
+
+    let served = serve_store(&config, &store, clock, &signals);
+
+    // Also after a failure: everything that ran has ended by now.
+    if let Err(error) = store::close(&mut device, &store, clock.wall()) {
+        tracing::error!("the store could not be marked as closed: {error}");
+    }
+    served
+}
+
+/// Runs reactors, volumes and API over an open store, and has all of them ended when it returns.
+fn serve_store(
+    config: &Config,
+    store: &Arc<OpenedStore>,
+    clock: SystemClock,
+    signals: &SigSet,
+) -> Outcome {
+    let reactors = Reactors::start(config, store, clock)?;
+    let facts = StoreFacts {
+        device: config.store.device.clone(),
+        uuid: store.superblock.uuid,
+        geometry: store.geometry,
+        extents: store.extents.clone(),
+    };
+    let directory = store.directory.clone();
+    let sockets = config.socket_directory().to_owned();
+    let Reactors { homes, handles } = reactors;
+    let mut plane = ControlPlane::new(directory, homes, facts, sockets, clock);
+    let served = match open_volumes(config, &mut plane) {
+        Ok(()) => serve_plane(config, plane, signals),
+        Err(error) => {
+            plane.shut_down();
+            Err(error.into())
+        }
+    };
+    handles.into_iter().for_each(ReactorHandle::join);
+    served
+}
+
+/// Serves the API until a signal comes, then shuts the control plane down.
+fn serve_plane(config: &Config, plane: ControlPlane, signals: &SigSet) -> Outcome {
+    let greeting = greeting(config, &plane);
+    let (control, thread) = Control::start(plane)?;
+    let outcome = match ApiServer::start(&config.api, control) {
+        Ok(api) => {
+            let waited = output::print(&greeting).and_then(|()| wait(signals));
+            drop(api);
+            waited
+        }
+        Err(error) => Err(error.into()),
+    };
+    // The API held the last `Control`, so the thread ends.
+    thread.join().shut_down();
+    tracing::info!("stopped");
+    outcome
+}
+
+fn wait(signals: &SigSet) -> Outcome {
+    let signal = signals.wait()?;
+    tracing::info!("stopping on {signal}");
+    Ok(())
+}
+
+fn start_log() {
+    let filter = tracing_subscriber::EnvFilter::try_from_default_env()
+        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info"));
+    let ansi = std::io::stderr().is_terminal();
+    let log = tracing_subscriber::fmt().with_env_filter(filter).with_ansi(ansi);
+    log.with_writer(std::io::stderr).init();
+}
+
+/// Locks the device, making it first when it is a file that is not there.
+fn take_device(
+    config: &Config,
+    clock: &SystemClock,
+) -> Result<(DeviceLock, FileDevice), ConfigError> {
+    let path = &config.store.device;
+    let refuse = |error: &dyn std::error::Error| config.device_error(one_line(error));
+    let lock = || DeviceLock::acquire(path).map_err(|error| refuse(&error));
+    let open = || {
+        let options = OpenOptions::default();
+        FileDevice::open(path, &options).map_err(|error| refuse(&error))
+    };
+    if path.exists() {
+        let lock = lock()?;
+        config.check_sockets()?;
+        let mut device = open()?;
+        if config.store.size.is_some() && is_ours_to_format(path, &mut device) {
+            // A file of the configured size that was made and not formatted: we were killed then.
+            format(config, &mut device, clock)?;
+        }
+        return Ok((lock, device));
+    }
+    config.check_sockets()?;
+    let size = config.store.size.expect("a device that does not exist has a size to be made with");
+    create_file(path, size).map_err(|error| {
+        config
+            .device_error(format!("cannot create {}: {error}; check its directory", path.display()))
+    })?;
+    let made = lock().and_then(|lock| {
+        let mut device = open()?;
+        format(config, &mut device, clock)?;
+        Ok((lock, device))
+    });
+    if made.is_err() {
+        let _ = std::fs::remove_file(path);
+    }
+    made
+}
+
+/// Makes a sparse file.
+pub(crate) fn create_file(path: &Path, size: ByteCount) -> std::io::Result<()> {
+    let made = File::create_new(path)?.set_len(size.get());
+    if made.is_err() {
+        let _ = std::fs::remove_file(path);
+    }
+    made
+}
+
+/// A regular file that is blank. A block device is formatted by `bessel format` only.
+fn is_ours_to_format(path: &Path, device: &mut FileDevice) -> bool {
+    std::fs::metadata(path).is_ok_and(|metadata| metadata.is_file())
+        && store::probe(device).is_ok_and(|found| found == Found::Blank)
+}
+
+fn format(
+    config: &Config,
+    device: &mut FileDevice,
+    clock: &SystemClock,
+) -> Result<(), ConfigError> {
+    let random = entropy::read().map_err(|error| {
+        config.device_error(format!("cannot read random numbers to format it with: {error}"))
+    })?;
+    let options = FormatOptions {
+        extent_size: None,
+        force: false,
+        uuid: random.uuid,
+        secret: random.secret,
+        time: clock.wall(),
+    };
+    let report = store::format(device, &options, &mut |_, _| ())
+        .map_err(|error| config.device_error(one_line(&error)))?;
+    let size = report.geometry.size().human();
+    tracing::info!("formatted {} as a store of {size}", config.store.device.display());
+    Ok(())
+}
+
+fn report_state(store: &OpenedStore) {
+    if !store.was_clean {
+        tracing::info!("the store was not closed in order last time; recovered");
+    }
+    for fault in &store.faults {
+        tracing::error!("{fault}");
+    }
+    for finding in &store.findings {
+        tracing::warn!("{finding}");
+    }
+}
+
+/// The running reactors: what the control plane needs of them, and their threads.
+struct Reactors {
+    homes: Vec<Home>,
+    handles: Vec<ReactorHandle>,
+}
+
+impl Reactors {
+    /// Starts one on each core. When one fails, those before it have ended again.
+    fn start(
+        config: &Config,
+        store: &Arc<OpenedStore>,
+        clock: SystemClock,
+    ) -> Result<Self, ConfigError> {
+        let cores = match &config.reactors.cores {
+            Some(cores) => cores.clone(),
+            None => usable_cores().into_iter().take(1).collect(),
+        };
+        let refuse = |error: &dyn std::error::Error| config.device_error(one_line(error));
+        let ends: Result<Vec<Ends>, _> = cores.iter().map(|_| inbox(INBOX_MESSAGES)).collect();
+        let (senders, inboxes): (Vec<_>, Vec<_>) =
+            ends.map_err(|error| refuse(&error))?.into_iter().unzip();
+        let mut started = Self { homes: Vec::new(), handles: Vec::new() };
+        for (index, (core, inbox)) in cores.iter().zip(inboxes).enumerate() {
+            let port = CorePort::new(senders[index].clone());
+            let counters = Arc::<CoreCounters>::default();
+            let seat =
+                CoreSeat { inbox, peers: senders.clone(), counters: Arc::clone(&counters), clock };
+            match start_reactor(config, store, index, *core, cores.len(), seat) {
+                Ok(handle) => started.handles.push(handle),
+                Err(error) => {
+                    started.end();
+                    return Err(refuse(&error));
+                }
+            }
+            started.homes.push(Home { core: *core, port, counters });
+        }
+        Ok(started)
+    }
+
+    fn end(self) {
+        for home in &self.homes {
+            home.port.send(CoreMessage::Finish);
+        }
+        self.handles.into_iter().for_each(ReactorHandle::join);
+    }
+}
+
+type Ends = (Sender<CoreMessage>, Inbox<CoreMessage>);
+
+fn start_reactor(
+    config: &Config,
+    store: &Arc<OpenedStore>,
+    index: usize,
+    core: usize,
+    cores: usize,
+    seat: CoreSeat,
+) -> Result<ReactorHandle, SpawnError<OpenError>> {
+    let options = ReactorOptions {
+        name: format!("reactor-{core}"),
+        core: Some(core),
+        mode: match config.reactors.poll {
+            Poll::Adaptive => PollMode::Adaptive,
+            Poll::Busy => PollMode::Busy,
+        },
+        stats: Arc::clone(&seat.counters.reactor),
+        clock: seat.clock,
+    };
+    let shard = ShardConfig {
+        index,
+        node_cache: ByteCount::new(config.store.node_cache.get() / cores as u64),
+        requests_max: REQUESTS_PER_SHARD,
+    };
+    let (path, store) = (config.store.device.clone(), Arc::clone(store));
+    spawn(options, move || {
+        let depth = shard.device_depth() as u32;
+        let device = FileDevice::open(&path, &OpenOptions { depth, ..OpenOptions::default() })?;
+        Ok(Core::new(Shard::new(&shard, device, &store), seat))
+    })
+}
+
+/// Opens the volumes of the configuration, which must succeed, and then all others of the store,
+/// which fail alone.
+fn open_volumes(config: &Config, plane: &mut ControlPlane) -> Result<(), ConfigError> {
+    for (index, volume) in config.volumes.iter().enumerate() {
+        plane.open_or_create(&volume.name, volume.size, Service::configured(volume)).map_err(
+            |refusal| config.volume_error(index, format!("volume {:?}: {refusal}", volume.name)),
+        )?;
+    }
+    for (id, name) in plane.unserved() {
+        let service = Service::by_default(&name, plane.socket_directory());
+        if let Err(refusal) = plane.open(id, service) {
+            tracing::error!(volume = name, "not served: {refusal}");
+        }
+    }
+    Ok(())
+}
+
+/// What the operator is told: how to attach a guest to each volume, and where the API is.
+fn greeting(config: &Config, plane: &ControlPlane) -> String {
+    let mut text = String::new();
+    for (name, size, queues, socket) in plane.sockets() {
+        let (socket, size) = (socket.display(), size.human());
+        text.push_str(&format!(
+            "volume {name} ({size})\n  \
+             qemu:             -object memory-backend-memfd,id=mem,size=1G,share=on \
+             -numa node,memdev=mem -chardev socket,id=c0,path={socket} \
+             -device vhost-user-blk-pci,chardev=c0,num-queues={queues}\n  \
+             cloud-hypervisor: --memory size=1G,shared=on \
+             --disk vhost_user=true,socket={socket},num_queues={queues}\n"
+        ));
+    }
+    text.push_str(&format!("ready; API at {}\n", config.api.socket.display()));
+    text
+}

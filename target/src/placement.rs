@@ -1,0 +1,86 @@
+//! Which reactor serves which volume.
+//!
+//! A volume's mapping belongs to one reactor, its home, and all its queues are polled there. Volumes
+//! go to the reactor with the fewest queues, in the order in which they are opened, so that a
+//! restart with the same configuration places them as before.
+
+use bessel_reactor::device::uring::WATCHES_MAX;
+
+/// Most queues on one reactor: each is watched while the reactor sleeps, and so is its inbox.
+const QUEUES_PER_REACTOR_MAX: usize = WATCHES_MAX - 1;
+
+/// Queues promised to each reactor.
+#[derive(Debug)]
+pub(crate) struct Placement {
+    queues: Vec<usize>,
+}
+
+/// Every reactor has as many queues as it can watch.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
+#[error(
+    "no reactor has room for {queues} more queues; delete volumes, offer fewer queues, or add cores \
+     (each serves at most {QUEUES_PER_REACTOR_MAX})"
+)]
+pub(crate) struct NoRoom {
+    queues: usize,
+}
+
+impl Placement {
+    /// Empty reactors.
+    ///
+    /// # Panics
+    /// When there is none.
+    pub(crate) fn new(reactors: usize) -> Self {
+        assert!(reactors > 0, "nothing to place on");
+        Self { queues: vec![0; reactors] }
+    }
+
+    /// Gives a volume its home.
+    pub(crate) fn place(&mut self, queues: u16) -> Result<usize, NoRoom> {
+        let wanted = usize::from(queues);
+        let least = self.queues.iter().enumerate().min_by_key(|(_, queues)| **queues);
+        let (reactor, load) = least.expect("there is at least one reactor");
+        if load + wanted > QUEUES_PER_REACTOR_MAX {
+            return Err(NoRoom { queues: wanted });
+        }
+        self.queues[reactor] += wanted;
+        Ok(reactor)
+    }
+
+    /// Takes a volume off its home.
+    ///
+    /// # Panics
+    /// When the reactor has fewer queues.
+    pub(crate) fn remove(&mut self, reactor: usize, queues: u16) {
+        let load = &mut self.queues[reactor];
+        *load = load.checked_sub(usize::from(queues)).expect("what is removed was placed");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn volumes_go_where_the_fewest_queues_are() {
+        let mut placement = Placement::new(3);
+        assert_eq!(placement.place(4), Ok(0));
+        assert_eq!(placement.place(1), Ok(1));
+        assert_eq!(placement.place(2), Ok(2));
+        assert_eq!(placement.place(1), Ok(1));
+        assert_eq!(placement.place(1), Ok(1));
+        placement.remove(0, 4);
+        assert_eq!(placement.place(8), Ok(0));
+    }
+
+    #[test]
+    fn a_reactor_gets_no_more_queues_than_it_can_watch() {
+        let mut placement = Placement::new(1);
+        for _ in 0..15 {
+            placement.place(64).unwrap();
+        }
+        assert_eq!(placement.place(64), Err(NoRoom { queues: 64 }));
+        assert_eq!(placement.place(63), Ok(0));
+        assert_eq!(placement.place(1), Err(NoRoom { queues: 1 }));
+    }
+}

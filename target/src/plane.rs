@@ -1,0 +1,486 @@
+//! What the control plane can do: one method for each operation of the API.
+//!
+//! Owns the directory of volumes, their placement and their vhost servers; the reactors own
+//! everything else and are asked by message. Names and references arrive checked (`api::routes`).
+//! An operation plans in the directory, asks the home reactor, and notes the outcome; when the
+//! reactor refuses, nothing has changed.
+
+mod open;
+mod tree;
+mod view;
+
+use crate::api::types::{
+    LatencyView, SnapshotCreated, SnapshotView, StatsView, StoreView, VolumeView,
+};
+use crate::api::{Refusal, RefusalKind};
+use crate::attach::{CoreCounters, CoreMessage, CorePort, VolumeHost};
+use crate::placement::Placement;
+use crate::reference::SnapshotReference;
+use bessel_mapping::directory::{Directory, DirectoryError, VolumeSummary};
+use bessel_mapping::format::{ExtentMap, ExtentType, Geometry};
+use bessel_mapping::request::{
+    CloneOrigin, Command, CommandError, Reply, ShardStats, SnapshotId, SnapshotInfo, VolumeHandle,
+    VolumeId, VolumeInfo,
+};
+use bessel_reactor::clock::{Instant, SystemClock};
+use bessel_reactor::units::{BLOCK_SIZE, ByteCount};
+use bessel_vhost::ServerHandle;
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+pub(crate) use open::Service;
+pub(crate) use view::uuid;
+
+/// A clone waits for its snapshot to settle: for writes that were in flight when it was taken.
+const SETTLING_TRIES: u32 = 200;
+const SETTLING_PAUSE: Duration = Duration::from_millis(5);
+
+/// A reactor, as the control plane knows it.
+pub(crate) struct Home {
+    /// The core it is pinned to.
+    pub(crate) core: usize,
+    pub(crate) port: CorePort,
+    pub(crate) counters: Arc<CoreCounters>,
+}
+
+/// The store, as far as it is shown.
+pub(crate) struct StoreFacts {
+    pub(crate) device: PathBuf,
+    pub(crate) uuid: [u8; 16],
+    pub(crate) geometry: Geometry,
+    /// Shared with the shards, which turn unused extents into data and metadata.
+    pub(crate) extents: ExtentMap,
+}
+
+/// A volume that is open on its home reactor.
+struct Served {
+    handle: VolumeHandle,
+    /// Index of its home.
+    home: usize,
+    queues: u16,
+    socket: PathBuf,
+    host: Arc<VolumeHost>,
+    /// None only while an operation keeps front-ends away, or when the socket could not be bound.
+    server: Option<ServerHandle>,
+}
+
+/// See the module's documentation.
+pub(crate) struct ControlPlane {
+    directory: Directory,
+    homes: Vec<Home>,
+    placement: Placement,
+    served: BTreeMap<VolumeId, Served>,
+    /// Snapshots of volumes that were deleted since the start: clones may descend from them.
+    departed: BTreeMap<VolumeId, Vec<SnapshotInfo>>,
+    store: StoreFacts,
+    socket_directory: PathBuf,
+    clock: SystemClock,
+    started: Instant,
+}
+
+type Answered<T> = Result<T, Refusal>;
+
+impl ControlPlane {
+    /// A control plane over reactors that have no volume open yet.
+    pub(crate) fn new(
+        directory: Directory,
+        homes: Vec<Home>,
+        store: StoreFacts,
+        socket_directory: PathBuf,
+        clock: SystemClock,
+    ) -> Self {
+        Self {
+            directory,
+            placement: Placement::new(homes.len()),
+            homes,
+            served: BTreeMap::new(),
+            departed: BTreeMap::new(),
+            store,
+            socket_directory,
+            started: clock.now(),
+            clock,
+        }
+    }
+
+    // Volumes.
+
+    pub(crate) fn list_volumes(&mut self) -> Answered<Vec<VolumeView>> {
+        let mut volumes: Vec<&VolumeSummary> =
+            self.directory.volumes().filter(|volume| !volume.deleted).collect();
+        volumes.sort_by(|one, other| one.name.cmp(&other.name));
+        volumes.into_iter().map(|volume| self.view(volume)).collect()
+    }
+
+    pub(crate) fn show_volume(&mut self, name: &str) -> Answered<VolumeView> {
+        self.view(self.find(name)?)
+    }
+
+    pub(crate) fn create_volume(
+        &mut self,
+        name: &str,
+        size: Option<ByteCount>,
+        from: Option<&SnapshotReference>,
+    ) -> Answered<VolumeView> {
+        let origin = from.map(|from| self.settled_origin(from)).transpose()?;
+        let size = size.or(origin.map(|origin| origin.size));
+        let size = size.ok_or_else(|| {
+            Refusal::malformed("a volume that is no clone has no size by itself; give size_bytes")
+        })?;
+        let service = Service::by_default(name, &self.socket_directory);
+        self.check_socket(&service.socket)?;
+        self.create(name, size, origin, service)?;
+        self.show_volume(name)
+    }
+
+    pub(crate) fn rename_volume(&mut self, name: &str, new_name: &str) -> Answered<VolumeView> {
+        let (id, handle, home) = self.find_served(name)?;
+        self.directory.plan_rename(id, new_name).map_err(refuse_plan)?;
+        let renamed = self.ask(home, Command::Rename { volume: handle, name: new_name.to_owned() });
+        self.directory.rename_ended(id, new_name, renamed.is_ok());
+        renamed?;
+        self.show_volume(new_name)
+    }
+
+    pub(crate) fn resize_volume(&mut self, name: &str, size: ByteCount) -> Answered<VolumeView> {
+        let (id, handle, home) = self.find_served(name)?;
+        self.directory.check_grow(id, size).map_err(refuse_plan)?;
+        self.ask(home, Command::Grow { volume: handle, size })?;
+        self.directory.grown(id, size);
+        if let Some(server) = &self.served[&id].server {
+            server.set_capacity(size.sectors());
+        }
+        self.show_volume(name)
+    }
+
+    pub(crate) fn rollback_volume(
+        &mut self,
+        name: &str,
+        snapshot: &SnapshotReference,
+    ) -> Answered<VolumeView> {
+        let (id, handle, home) = self.find_served(name)?;
+        let snapshot = self.find_snapshot(snapshot)?;
+        if snapshot.id.volume != id {
+            return Err(Refusal::malformed(format!(
+                "snapshot {} is not one of volume {name:?}; clone it with `bessel volume create \
+                 NAME --from {}`",
+                snapshot.id, snapshot.id
+            )));
+        }
+        let time = self.clock.wall();
+        let sequence = snapshot.id.sequence;
+        self.without_front_ends(id, name, |plane| {
+            plane.ask(home, Command::Rollback { volume: handle, sequence, time })
+        })?;
+        self.show_volume(name)
+    }
+
+    pub(crate) fn delete_volume(&mut self, name: &str) -> Answered<VolumeView> {
+        let (id, handle, home) = self.find_served(name)?;
+        let view = self.show_volume(name)?;
+        let snapshots = self.info(id)?.snapshots;
+        self.without_front_ends(id, name, |plane| {
+            plane.ask(home, Command::Delete { volume: handle })?;
+            let served = plane.served.remove(&id).expect("it was found above");
+            plane.placement.remove(served.home, served.queues);
+            plane.directory.removed(id);
+            plane.departed.insert(id, snapshots);
+            Ok(Reply::Done)
+        })?;
+        Ok(view)
+    }
+
+    // Snapshots.
+
+    pub(crate) fn list_snapshots(&mut self, name: &str) -> Answered<Vec<SnapshotView>> {
+        let (id, ..) = self.find_served(name)?;
+        let info = self.info(id)?;
+        let live = info.snapshots.iter().filter(|snapshot| !snapshot.deleted);
+        Ok(live.map(|snapshot| view::snapshot(snapshot, name)).collect())
+    }
+
+    pub(crate) fn create_snapshot(
+        &mut self,
+        name: &str,
+        label: Option<String>,
+    ) -> Answered<SnapshotCreated> {
+        let (_, handle, home) = self.find_served(name)?;
+        let time = self.clock.wall();
+        let answer =
+            self.homes[home].port.command(Command::Snapshot { volume: handle, label, time });
+        match answer.reply {
+            Reply::Snapshot(snapshot) => Ok(SnapshotCreated {
+                snapshot: view::snapshot(&snapshot, name),
+                latency_ns: answer.latency.as_nanos() as u64,
+            }),
+            Reply::Failed(error) => Err(refuse_command(error)),
+            reply => unreachable!("a snapshot command was answered with {reply:?}"),
+        }
+    }
+
+    pub(crate) fn label_snapshot(
+        &mut self,
+        snapshot: &SnapshotReference,
+        label: Option<String>,
+    ) -> Answered<SnapshotView> {
+        let found = self.find_snapshot(snapshot)?.id;
+        let (handle, home) = self.handle_of(found.volume)?;
+        self.ask(home, Command::Label { volume: handle, sequence: found.sequence, label })?;
+        self.view_of_snapshot(&SnapshotReference::Id(found))
+    }
+
+    pub(crate) fn delete_snapshot(
+        &mut self,
+        snapshot: &SnapshotReference,
+    ) -> Answered<SnapshotView> {
+        let found = self.find_snapshot(snapshot)?.id;
+        let view = self.view_of_snapshot(&SnapshotReference::Id(found))?;
+        let (volume, home) = self.handle_of(found.volume)?;
+        self.ask(home, Command::DeleteSnapshot { volume, sequence: found.sequence })?;
+        Ok(view)
+    }
+
+    fn view_of_snapshot(&self, reference: &SnapshotReference) -> Answered<SnapshotView> {
+        let snapshot = self.find_snapshot(reference)?;
+        let volume = self.directory.get(snapshot.id.volume);
+        let name = &volume.expect("its snapshot was found").name;
+        Ok(view::snapshot(&snapshot, name))
+    }
+
+    // Counters.
+
+    pub(crate) fn stats(&mut self) -> Answered<StatsView> {
+        let shards = (0..self.homes.len()).map(|home| self.shard_stats(home));
+        let shards: Vec<ShardStats> = shards.collect::<Answered<_>>()?;
+        let reactors = self.homes.iter().zip(&shards).enumerate();
+        let counted = shards.iter().flat_map(|shard| &shard.volumes);
+        let mut volumes: Vec<_> = counted
+            .filter_map(|(id, counters)| {
+                let volume = self.directory.get(*id)?;
+                Some(view::volume_stats(&volume.name, counters))
+            })
+            .collect();
+        volumes.sort_by(|one, other| one.name.cmp(&other.name));
+        Ok(StatsView {
+            uptime_ns: self.clock.now().since(self.started).as_nanos() as u64,
+            store: self.store_view(&shards),
+            reactors: reactors
+                .map(|(index, (home, shard))| {
+                    view::reactor(index, home.core, &home.counters, shard)
+                })
+                .collect(),
+            volumes,
+            snapshot_latency: self.snapshot_latency(),
+        })
+    }
+
+    fn shard_stats(&self, home: usize) -> Answered<ShardStats> {
+        match self.ask(home, Command::Stats)? {
+            Reply::Stats(stats) => Ok(*stats),
+            reply => unreachable!("a stats command was answered with {reply:?}"),
+        }
+    }
+
+    /// What is allocated: everything in extents of a type that is neither free in their bitmaps nor
+    /// claimed by a shard for use.
+    fn store_view(&self, shards: &[ShardStats]) -> StoreView {
+        let StoreFacts { device, uuid, geometry, extents } = &self.store;
+        let space = shards.iter().find_map(|shard| shard.space).unwrap_or_default();
+        let claimed_data: u64 = shards.iter().map(|shard| shard.claimed_data).sum();
+        let claimed_metadata: u64 = shards.iter().map(|shard| shard.claimed_metadata).sum();
+        let usable = |kind| {
+            let count = (0..extents.extent_count()).filter(|extent| extents.get(*extent) == kind);
+            count.count() as u64 * geometry.usable_blocks()
+        };
+        // The numbers are not of one moment, so a difference may pass below zero.
+        let data = usable(ExtentType::Data).saturating_sub(space.free_data + claimed_data);
+        let metadata =
+            usable(ExtentType::Metadata).saturating_sub(space.free_metadata + claimed_metadata);
+        let total = geometry.size();
+        let overhead =
+            total.blocks_floor() - (geometry.extent_count - 1) * geometry.usable_blocks();
+        let free = total.blocks_floor().saturating_sub(overhead + data + metadata);
+        StoreView {
+            device: device.display().to_string(),
+            uuid: view::uuid(uuid),
+            total_bytes: total.get(),
+            free_bytes: free * BLOCK_SIZE,
+            data_bytes: data * BLOCK_SIZE,
+            metadata_bytes: metadata * BLOCK_SIZE,
+        }
+    }
+
+    fn snapshot_latency(&self) -> LatencyView {
+        let [first, rest @ ..] = &self.homes[..] else { return LatencyView::default() };
+        let mut all = first.counters.snapshot_latency_ns.snapshot();
+        for home in rest {
+            home.counters.snapshot_latency_ns.add_to(&mut all);
+        }
+        LatencyView {
+            count: all.len(),
+            p50_ns: all.value_at_quantile(0.5),
+            p99_ns: all.value_at_quantile(0.99),
+            max_ns: all.max(),
+        }
+    }
+
+    // The end.
+
+    /// Ends everything in order: front-ends are dropped and their queues drained, then each shard
+    /// commits and gives its claims back, the authority last, then the reactors end.
+    pub(crate) fn shut_down(mut self) {
+        for served in self.served.values_mut() {
+            if let Some(server) = served.server.take() {
+                server.stop();
+            }
+        }
+        for home in self.homes.iter().rev() {
+            if let Reply::Failed(error) = home.port.command(Command::Shutdown).reply {
+                tracing::error!(core = home.core, "reactor did not shut down in order: {error}");
+            }
+        }
+        for home in &self.homes {
+            home.port.send(CoreMessage::Finish);
+        }
+    }
+
+    // What operations are made of.
+
+    fn ask(&self, home: usize, command: Command) -> Answered<Reply> {
+        match self.homes[home].port.command(command).reply {
+            Reply::Failed(error) => Err(refuse_command(error)),
+            reply => Ok(reply),
+        }
+    }
+
+    fn find(&self, name: &str) -> Answered<&VolumeSummary> {
+        self.directory.find(name).ok_or_else(|| {
+            Refusal::not_found(format!(
+                "there is no volume {name:?}; `bessel volume list` shows those there are"
+            ))
+        })
+    }
+
+    fn find_served(&self, name: &str) -> Answered<(VolumeId, VolumeHandle, usize)> {
+        let volume = self.find(name)?;
+        let (handle, home) = self.handle_of(volume.id)?;
+        Ok((volume.id, handle, home))
+    }
+
+    fn handle_of(&self, id: VolumeId) -> Answered<(VolumeHandle, usize)> {
+        let served = self.served.get(&id).ok_or_else(|| self.not_open(id))?;
+        Ok((served.handle, served.home))
+    }
+
+    fn not_open(&self, id: VolumeId) -> Refusal {
+        let fault = self.directory.get(id).and_then(|volume| volume.fault.as_deref());
+        let reason = fault.unwrap_or("see the daemon's log");
+        Refusal::failed(format!("volume {id} could not be opened: {reason}"))
+    }
+
+    fn info(&self, id: VolumeId) -> Answered<VolumeInfo> {
+        let (volume, home) = self.handle_of(id)?;
+        match self.ask(home, Command::Show { volume })? {
+            Reply::Volume(info) => Ok(*info),
+            reply => unreachable!("a show command was answered with {reply:?}"),
+        }
+    }
+
+    fn find_snapshot(&self, reference: &SnapshotReference) -> Answered<SnapshotInfo> {
+        let missing = || Refusal::not_found(format!("there is no snapshot {reference}"));
+        let volume = match reference {
+            SnapshotReference::Id(SnapshotId { volume, .. }) => *volume,
+            SnapshotReference::Label { volume, .. } => self.find(volume)?.id,
+        };
+        if self.directory.get(volume).is_none_or(|volume| volume.deleted) {
+            return Err(missing());
+        }
+        let snapshots = self.info(volume)?.snapshots.into_iter();
+        let mut live = snapshots.filter(|snapshot| !snapshot.deleted);
+        let found = match reference {
+            SnapshotReference::Id(id) => live.find(|snapshot| snapshot.id == *id),
+            SnapshotReference::Label { label, .. } => {
+                live.find(|snapshot| snapshot.label.as_ref() == Some(label))
+            }
+        };
+        found.ok_or_else(missing)
+    }
+
+    /// What a clone of the snapshot starts from, once the snapshot has settled.
+    fn settled_origin(&self, reference: &SnapshotReference) -> Answered<CloneOrigin> {
+        let mut snapshot = self.find_snapshot(reference)?;
+        let by_id = SnapshotReference::Id(snapshot.id);
+        for _ in 0..SETTLING_TRIES {
+            if !snapshot.settling {
+                break;
+            }
+            std::thread::sleep(SETTLING_PAUSE);
+            snapshot = self.find_snapshot(&by_id)?;
+        }
+        if snapshot.settling {
+            return Err(refuse_command(CommandError::Settling));
+        }
+        let SnapshotInfo { id, root, height, size, .. } = snapshot;
+        Ok(CloneOrigin { snapshot: id, root, height, size })
+    }
+
+    /// Runs `operation` on a volume that nobody is connected to, nor can connect to meanwhile.
+    fn without_front_ends(
+        &mut self,
+        id: VolumeId,
+        name: &str,
+        operation: impl FnOnce(&mut Self) -> Answered<Reply>,
+    ) -> Answered<()> {
+        let served = self.served.get_mut(&id).expect("the caller found it");
+        if served.host.is_connected() {
+            return Err(Refusal::conflict(format!(
+                "volume {name:?} is in use by a front-end; stop the guest first"
+            )));
+        }
+        // From here on there is no socket to connect to. A front-end that came between the look
+        // and this is dropped, as by a restart of the daemon.
+        drop(served.server.take());
+        let done = operation(self);
+        if self.served.contains_key(&id) {
+            self.start_server(id)?;
+        }
+        done.map(|_| ())
+    }
+
+    fn view(&self, volume: &VolumeSummary) -> Answered<VolumeView> {
+        match self.served.get(&volume.id) {
+            Some(served) => Ok(view::volume(&self.info(volume.id)?, served)),
+            None => Ok(view::closed_volume(volume)),
+        }
+    }
+}
+
+/// The API's word for what the directory refused.
+fn refuse_plan(error: DirectoryError) -> Refusal {
+    let kind = match error {
+        DirectoryError::NameTaken(_) => RefusalKind::Conflict,
+        DirectoryError::NoSuchVolume(_) => RefusalKind::NotFound,
+        DirectoryError::RegistryFull(_) | DirectoryError::IdentitiesUsedUp => RefusalKind::NoSpace,
+        DirectoryError::Name(_)
+        | DirectoryError::Size(_)
+        | DirectoryError::SmallerThanOrigin { .. } => RefusalKind::Malformed,
+    };
+    Refusal::new(kind, error.to_string())
+}
+
+/// The API's word for what a shard refused.
+fn refuse_command(error: CommandError) -> Refusal {
+    let kind = match error {
+        CommandError::NoSpace => RefusalKind::NoSpace,
+        CommandError::NoSuchSnapshot => RefusalKind::NotFound,
+        CommandError::Settling
+        | CommandError::LabelTaken(_)
+        | CommandError::InUse
+        | CommandError::Limit(_) => RefusalKind::Conflict,
+        CommandError::Device(_) | CommandError::Latched(_) | CommandError::Corrupt(_) => {
+            RefusalKind::Failed
+        }
+    };
+    Refusal::new(kind, error.to_string())
+}

@@ -1,0 +1,188 @@
+//! Opening volumes on their home reactors and giving them a socket.
+
+use super::{Answered, ControlPlane, Served, refuse_plan};
+use crate::api::Refusal;
+use crate::api::types::Cache;
+use crate::attach::VolumeHost;
+use crate::config::{QUEUES_DEFAULT, SOCKET_PATH_MAX, VolumeConfig};
+use bessel_mapping::request::{CacheMode, CloneOrigin, Command, Reply, VolumeHandle, VolumeId};
+use bessel_reactor::units::ByteCount;
+use bessel_vhost::{DiskInfo, Server};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+/// Largest ring a front-end may set up: what a split ring can have (virtio 1.2, 2.7).
+const QUEUE_SIZE_MAX: u16 = 32768;
+
+/// How a volume is offered to guests.
+#[derive(Clone, Debug)]
+pub(crate) struct Service {
+    pub(crate) socket: PathBuf,
+    pub(crate) queues: u16,
+    /// None: as it is.
+    pub(crate) cache: Option<CacheMode>,
+}
+
+impl Service {
+    /// For a volume that the configuration does not mention.
+    pub(crate) fn by_default(name: &str, socket_directory: &Path) -> Self {
+        let socket = socket_directory.join(format!("{name}.sock"));
+        Self { socket, queues: QUEUES_DEFAULT, cache: None }
+    }
+
+    /// As the configuration says.
+    pub(crate) fn configured(config: &VolumeConfig) -> Self {
+        let cache = match config.cache {
+            Cache::Writeback => CacheMode::Writeback,
+            Cache::Writethrough => CacheMode::Writethrough,
+        };
+        Self { socket: config.socket.clone(), queues: config.queues, cache: Some(cache) }
+    }
+}
+
+impl ControlPlane {
+    /// Opens a volume of the store and serves it; makes it first when there is none.
+    pub(crate) fn open_or_create(
+        &mut self,
+        name: &str,
+        size: ByteCount,
+        service: Service,
+    ) -> Answered<()> {
+        if let Some(volume) = self.directory.find(name) {
+            let (id, found) = (volume.id, volume.size);
+            if found != size {
+                tracing::warn!(
+                    volume = name,
+                    "has {} on the store and {} in the configuration, which counts only when it \
+                     is created; `bessel volume resize` makes it larger",
+                    found.human(),
+                    size.human()
+                );
+            }
+            return self.open(id, service);
+        }
+        tracing::info!(volume = name, size = size.human(), "creating");
+        self.create(name, size, None, service)
+    }
+
+    /// Makes a volume, durably, and serves it.
+    pub(super) fn create(
+        &mut self,
+        name: &str,
+        size: ByteCount,
+        origin: Option<CloneOrigin>,
+        service: Service,
+    ) -> Answered<()> {
+        let plan = self.directory.plan_create(name, size, origin, self.clock.wall());
+        let plan = plan.map_err(refuse_plan)?;
+        let opened = self.open_at_home(Command::Create(plan.clone()), service.queues);
+        let (home, handle) = opened.inspect_err(|_| self.directory.abandoned(&plan))?;
+        self.directory.created(&plan);
+        self.serve(plan.id, home, handle, service).map_err(|refusal| {
+            Refusal::failed(format!("volume {name:?} was created but is not served: {refusal}"))
+        })
+    }
+
+    /// Opens a volume of the store and serves it.
+    pub(crate) fn open(&mut self, id: VolumeId, service: Service) -> Answered<()> {
+        let Some(entry) = self.directory.entry(id) else { return Err(self.not_open(id)) };
+        let command = Command::Open(Box::new(entry.clone()));
+        let (home, handle) = self.open_at_home(command, service.queues)?;
+        self.serve(id, home, handle, service)
+    }
+
+    /// Has the reactor with the most room carry out a command that opens a volume.
+    fn open_at_home(&mut self, command: Command, queues: u16) -> Answered<(usize, VolumeHandle)> {
+        let placed = self.placement.place(queues);
+        let home = placed.map_err(|error| Refusal::conflict(error.to_string()))?;
+        match self.ask(home, command) {
+            Ok(Reply::Opened(handle)) => Ok((home, handle)),
+            Ok(reply) => unreachable!("a command that opens was answered with {reply:?}"),
+            Err(refusal) => {
+                self.placement.remove(home, queues);
+                Err(refusal)
+            }
+        }
+    }
+
+    /// Names and identities of volumes that could be served and are not yet.
+    pub(crate) fn unserved(&self) -> Vec<(VolumeId, String)> {
+        let volumes = self.directory.volumes();
+        let waiting = volumes.filter(|volume| {
+            !volume.deleted && volume.fault.is_none() && !self.served.contains_key(&volume.id)
+        });
+        waiting.map(|volume| (volume.id, volume.name.clone())).collect()
+    }
+
+    /// Where each volume is served, for the operator.
+    pub(crate) fn sockets(&self) -> impl Iterator<Item = (&str, ByteCount, u16, &Path)> {
+        self.served.iter().filter_map(|(id, served)| {
+            let volume = self.directory.get(*id)?;
+            Some((volume.name.as_str(), volume.size, served.queues, served.socket.as_path()))
+        })
+    }
+
+    /// The directory where volumes without a socket of their own get theirs.
+    pub(crate) fn socket_directory(&self) -> &Path {
+        &self.socket_directory
+    }
+
+    /// Notes a volume that its home has opened, and offers it to guests.
+    fn serve(
+        &mut self,
+        id: VolumeId,
+        home: usize,
+        handle: VolumeHandle,
+        service: Service,
+    ) -> Answered<()> {
+        let Service { socket, queues, cache } = service;
+        let name = &self.directory.get(id).expect("what is open is in the directory").name;
+        let port = self.homes[home].port.clone();
+        let host = Arc::new(VolumeHost::new(name, handle, port, queues));
+        self.served.insert(id, Served { handle, home, queues, socket, host, server: None });
+        if let Some(cache) = cache {
+            self.ask(home, Command::SetCache { volume: handle, cache })?;
+        }
+        self.start_server(id)
+    }
+
+    /// Binds the volume's socket and serves it.
+    pub(super) fn start_server(&mut self, id: VolumeId) -> Answered<()> {
+        let info = self.info(id)?;
+        let served = self.served.get_mut(&id).expect("it has been opened");
+        let disk = DiskInfo {
+            id: info.name,
+            capacity_sectors: info.size.sectors(),
+            read_only: false,
+            num_queues: served.queues,
+            queue_size_max: QUEUE_SIZE_MAX,
+            writeback: info.cache == CacheMode::Writeback,
+        };
+        let host = Arc::clone(&served.host);
+        let server = Server::bind(&served.socket, disk, host)
+            .map_err(|error| Refusal::failed(crate::one_line(&error)))?;
+        let handle = server.spawn().map_err(|error| {
+            Refusal::failed(format!("cannot start the thread of volume {id}: {error}"))
+        })?;
+        served.server = Some(handle);
+        Ok(())
+    }
+
+    /// Refuses a socket path before a volume is made for it.
+    pub(super) fn check_socket(&self, socket: &Path) -> Answered<()> {
+        if socket.as_os_str().len() > SOCKET_PATH_MAX {
+            return Err(Refusal::malformed(format!(
+                "the volume's socket {} would have more than {SOCKET_PATH_MAX} bytes; choose a \
+                 shorter name",
+                socket.display()
+            )));
+        }
+        if self.served.values().any(|served| served.socket == socket) {
+            return Err(Refusal::conflict(format!(
+                "socket {} belongs to another volume; choose another name",
+                socket.display()
+            )));
+        }
+        Ok(())
+    }
+}

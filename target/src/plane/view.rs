@@ -1,0 +1,114 @@
+//! What the API shows of volumes, snapshots and reactors. Pure functions.
+
+use super::Served;
+use crate::api::types::{Cache, ReactorView, SnapshotView, VolumeStatsView, VolumeView};
+use crate::attach::CoreCounters;
+use crate::time::rfc3339;
+use bessel_mapping::directory::VolumeSummary;
+use bessel_mapping::request::{CacheMode, ShardStats, SnapshotInfo, VolumeInfo};
+use bessel_mapping::volume::VolumeCounters;
+use bessel_reactor::units::{BLOCK_SIZE, ByteCount};
+
+pub(super) fn volume(info: &VolumeInfo, served: &Served) -> VolumeView {
+    VolumeView {
+        id: info.id.0,
+        name: info.name.clone(),
+        size_bytes: info.size.get(),
+        cache: match info.cache {
+            CacheMode::Writeback => Cache::Writeback,
+            CacheMode::Writethrough => Cache::Writethrough,
+        },
+        queues: served.queues,
+        socket: served.socket.display().to_string(),
+        reactor: served.home,
+        connected: served.host.is_connected(),
+        origin: info.origin.map(|origin| origin.to_string()),
+        created: rfc3339(info.created),
+        latched: info.latched.clone(),
+        allocated_bytes: ByteCount::from_blocks(info.blocks_allocated).get(),
+        snapshots: info.snapshots.iter().filter(|snapshot| !snapshot.deleted).count(),
+    }
+}
+
+/// A volume that could not be opened: it is there, and says why.
+pub(super) fn closed_volume(volume: &VolumeSummary) -> VolumeView {
+    let fault = volume.fault.as_deref().unwrap_or("it could not be opened; see the daemon's log");
+    VolumeView {
+        id: volume.id.0,
+        name: volume.name.clone(),
+        size_bytes: volume.size.get(),
+        cache: Cache::default(),
+        queues: 0,
+        socket: String::new(),
+        reactor: 0,
+        connected: false,
+        origin: volume.origin.map(|origin| origin.to_string()),
+        created: rfc3339(volume.created),
+        latched: Some(fault.to_owned()),
+        allocated_bytes: 0,
+        snapshots: 0,
+    }
+}
+
+pub(super) fn snapshot(info: &SnapshotInfo, volume: &str) -> SnapshotView {
+    SnapshotView {
+        id: info.id.to_string(),
+        volume: volume.to_owned(),
+        label: info.label.clone(),
+        time: rfc3339(info.time),
+        size_bytes: info.size.get(),
+        allocated_bytes: ByteCount::from_blocks(info.blocks_allocated).get(),
+        settling: info.settling,
+        deleted: info.deleted,
+    }
+}
+
+pub(super) fn volume_stats(name: &str, counters: &VolumeCounters) -> VolumeStatsView {
+    VolumeStatsView {
+        name: name.to_owned(),
+        reads: counters.reads,
+        writes: counters.writes,
+        flushes: counters.flushes,
+        discards: counters.unmaps,
+        read_bytes: counters.read_bytes,
+        written_bytes: counters.write_bytes,
+        errors: counters.errors,
+        allocated_bytes: (counters.data_allocated + counters.nodes_allocated) * BLOCK_SIZE,
+    }
+}
+
+pub(super) fn reactor(
+    index: usize,
+    core: usize,
+    counters: &CoreCounters,
+    shard: &ShardStats,
+) -> ReactorView {
+    ReactorView {
+        index,
+        core,
+        turns: counters.reactor.turns.get(),
+        turns_busy: counters.reactor.turns_busy.get(),
+        sleeps: counters.reactor.sleeps.get(),
+        asleep_ns: counters.reactor.asleep_ns.get(),
+        node_cache_hits: shard.cache.hits,
+        node_cache_misses: shard.cache.misses,
+        commits: shard.rounds,
+        metadata_writes: shard.metadata_writes,
+        device_flushes: shard.flushes,
+        device_errors: shard.device_errors,
+        node_errors: shard.node_errors,
+        no_space: counters.no_space.get(),
+    }
+}
+
+/// A UUID as people write it.
+pub(crate) fn uuid(bytes: &[u8; 16]) -> String {
+    let mut text = String::with_capacity(36);
+    for (index, byte) in bytes.iter().enumerate() {
+        if matches!(index, 4 | 6 | 8 | 10) {
+            text.push('-');
+        }
+        text.push_str(&format!("{byte:02x}"));
+    }
+    text
+}
