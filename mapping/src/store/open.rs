@@ -303,8 +303,10 @@ fn read_host<D: Device>(
     match choose_slot(slots, |host| host.generation) {
         SlotPair::Empty => Ok(None),
         SlotPair::Record(host, None) => Ok(Some(host)),
-        SlotPair::Record(host, Some(damage)) => {
+        SlotPair::Record(mut host, Some(damage)) => {
             findings.push(Finding::new(Severity::Warning, place, damage.to_string()));
+            // The lost record may have been that of the next life: no epoch is used twice.
+            host.epoch = host.epoch.saturating_add(1);
             Ok(Some(host))
         }
         // Without the last epoch, what this life writes cannot be told from what an earlier did.

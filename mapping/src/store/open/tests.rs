@@ -317,6 +317,18 @@ fn one_bad_slot_of_a_pair_leaves_the_other() {
 }
 
 #[test]
+fn an_epoch_is_not_used_twice_when_its_record_is_lost() {
+    let disk = formatted(8 << 20);
+    for epoch in 1..=5 {
+        assert_eq!(open_it(&disk).unwrap().epoch, epoch);
+    }
+    poke(&disk, geometry().host_slot(0, 5), |block| block[16] ^= 1);
+    let store = open_it(&disk).unwrap();
+    assert_eq!((store.epoch, store.findings.len()), (6, 1));
+    assert!(open_it(&disk).unwrap().findings.is_empty(), "the lost slot was written again");
+}
+
+#[test]
 fn an_epoch_that_cannot_be_read_is_not_guessed() {
     let disk = formatted(8 << 20);
     open_it(&disk).unwrap();
