@@ -14,14 +14,21 @@
 //! sender for configuration changes, and reads its socket blocking, without a way to stop between
 //! the halves of a message.
 
+#![deny(unsafe_code)]
+
 mod chain;
 mod connection;
 mod counters;
 mod disk;
+#[expect(
+    unsafe_code,
+    reason = "raw system calls on descriptors, behind functions that are safe to call"
+)]
 mod fds;
 mod features;
 mod host;
 mod inflight;
+#[expect(unsafe_code, reason = "memory that guests share with us is its subject")]
 mod memory;
 mod messages;
 mod queue;
@@ -29,6 +36,7 @@ mod request;
 mod ring;
 mod server;
 mod session;
+#[expect(unsafe_code, reason = "a signal handler")]
 mod sigbus;
 
 pub use counters::{BrokenReason, QueueCounters};
