@@ -184,9 +184,8 @@ impl TagKey {
 
     #[inline]
     fn tag(self, untagged: Entry, node: BlockAddr, slot: usize) -> u16 {
-        let sum = crc32c::crc32c(&untagged.0.to_le_bytes());
         let place = node.get() * NODE_ENTRIES as u64 + slot as u64;
-        (sum ^ sum >> 16) as u16 ^ (place.wrapping_mul(self.secret) >> 48) as u16
+        folded_crc(untagged) ^ (place.wrapping_mul(self.secret) >> 48) as u16
     }
 
     /// The entry with the tag for `slot` of the node at `node`, whatever tag it had before.
@@ -201,6 +200,64 @@ impl TagKey {
     pub fn verify(self, entry: Entry, node: BlockAddr, slot: usize) -> bool {
         entry.tag() == self.tag(entry.untagged(), node, slot)
     }
+}
+
+/// The CRC32C of the entry's 8 bytes, its upper half folded onto its lower.
+///
+/// A CRC of a fixed length is linear in the message's bits but for a constant, and so is folding it:
+/// each byte's share can be looked up and the shares xored. Byte 6 and half of bytes 5 and 7 are the
+/// tag, which is zero here. The general function dispatches over length, alignment and processor: a tag
+/// took 12 ns with it and takes 2 ns so, for each of the 512 entries of a node loaded or written.
+#[inline]
+const fn folded_crc(untagged: Entry) -> u16 {
+    const fn share(bits: u64, byte: usize) -> u16 {
+        CRC_SHARES[byte][(bits >> (8 * byte)) as u8 as usize]
+    }
+    let bits = untagged.0;
+    CRC_OF_ZEROES
+        ^ (share(bits, 0) ^ share(bits, 1))
+        ^ (share(bits, 2) ^ share(bits, 3))
+        ^ (share(bits, 4) ^ share(bits, 5))
+        ^ share(bits, 7)
+}
+
+/// What each value of each byte of an entry adds to [`folded_crc`].
+static CRC_SHARES: [[u16; 256]; 8] = crc_shares();
+const CRC_OF_ZEROES: u16 = folded_crc_by_bits(0);
+
+const fn crc_shares() -> [[u16; 256]; 8] {
+    let mut shares = [[0; 256]; 8];
+    let mut byte = 0;
+    while byte < 8 {
+        let mut value = 1;
+        while value < 256 {
+            // One bit's share is computed; that of several is the sum of theirs.
+            let rest = value & (value - 1);
+            shares[byte][value] = if rest == 0 {
+                folded_crc_by_bits((value as u64) << (8 * byte)) ^ CRC_OF_ZEROES
+            } else {
+                shares[byte][rest] ^ shares[byte][value ^ rest]
+            };
+            value += 1;
+        }
+        byte += 1;
+    }
+    shares
+}
+
+/// [`folded_crc`] of any 8 bytes, bit by bit, as the definition has it.
+const fn folded_crc_by_bits(bits: u64) -> u16 {
+    /// Castagnoli's polynomial, reflected.
+    const POLYNOMIAL: u32 = 0x82f6_3b78;
+    let mut register = u32::MAX;
+    let mut bit = 0;
+    while bit < 64 {
+        let feedback = (register ^ (bits >> bit) as u32) & 1;
+        register = (register >> 1) ^ (feedback * POLYNOMIAL);
+        bit += 1;
+    }
+    let crc = !register;
+    (crc ^ crc >> 16) as u16
 }
 
 #[cfg(test)]
@@ -237,6 +294,18 @@ mod tests {
         }
         assert!(Entry::sparse().is_hole() && Entry::zeroed().is_hole());
         assert_eq!(Entry::zeroed().to_read_only(), Entry::zeroed());
+    }
+
+    /// FORMAT.md defines the tag by the CRC32C that everybody computes.
+    #[test]
+    fn the_tables_agree_with_the_general_function() {
+        let mut bits = 1u64;
+        for _ in 0..100_000 {
+            bits = bits.wrapping_mul(0x5851_f42d_4c95_7f2d).wrapping_add(0x1405_7b7e_f767_814f);
+            let entry = Entry::from_bits(bits).untagged();
+            let crc = crc32c::crc32c(&entry.bits().to_le_bytes());
+            assert_eq!(folded_crc(entry), (crc ^ crc >> 16) as u16, "{entry:?}");
+        }
     }
 
     #[test]
