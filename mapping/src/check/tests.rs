@@ -287,6 +287,39 @@ fn damage_outside_the_trees_is_named() {
     assert!(report.findings[0].place.starts_with("volume \"vm0\""), "{:?}", report.findings);
 }
 
+/// Flips a bit in, zeroes, and puts another sector into, every sector that something depends on.
+#[test]
+fn no_damage_goes_unseen() {
+    let craft = shared();
+    assert!(craft.check().is_clean());
+    let record = craft.geometry.registry_slot(0, 1).get();
+    let whole = [craft.geometry.catalogue_start.get(), META, DATA];
+    let nodes = [10, 11, 12, 20, 21, 22].map(|place| META + place);
+    let first_sectors = [0, 8, 16, 24, record, META + 200].map(|block| (block, 0));
+    let all_sectors = whole.into_iter().chain(nodes);
+    let sectors = all_sectors.flat_map(|block| (0..8).map(move |sector| (block, sector)));
+    for (block, sector) in sectors.chain(first_sectors) {
+        let other = craft.disk.peek(BlockAddr::new(if block == META { DATA } else { META }));
+        for damage in ["a bit", "zeroes", "another's"] {
+            let disk = craft.disk.fork(0);
+            let mut bytes = disk.peek(BlockAddr::new(block));
+            let range = sector * 512..sector * 512 + 512;
+            match damage {
+                "a bit" => bytes[range.start + (sector * 37 + block as usize) % 512] ^= 8,
+                "zeroes" => bytes[range].fill(0),
+                _ => bytes[range.clone()].copy_from_slice(&other[range]),
+            }
+            disk.poke(BlockAddr::new(block), &bytes);
+            match check(&mut disk.connect(), &mut |_, _| ()) {
+                // A pair of zero slots is a volume that never was: nothing refers to it.
+                Ok(report) if block == record && damage == "zeroes" => assert!(report.is_clean()),
+                Ok(report) => assert!(!report.is_clean(), "{damage} at {block}.{sector}"),
+                Err(error) => assert!(matches!(error, OpenError::Corrupt(_)), "{error}"),
+            }
+        }
+    }
+}
+
 #[test]
 fn progress_does_not_pass_its_total() {
     let craft = shared();

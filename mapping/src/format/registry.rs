@@ -68,6 +68,9 @@ struct DiskVolume {
 
 const _: () = assert!(size_of::<DiskVolume>() == SECTOR);
 
+/// Counters are counted up from what is read, so what is read must leave room.
+const COUNT_MAX: u64 = 1 << 62;
+
 const FLAG_DELETED: u32 = 1 << 0;
 const FLAG_ORIGIN: u32 = 1 << 1;
 
@@ -227,6 +230,9 @@ impl VolumeRecord {
         if self.log_tail.is_some() != (self.log_count > 0) {
             return Some("the log's tail and count disagree");
         }
+        if self.generation.max(self.blocks_allocated) > COUNT_MAX {
+            return Some("a counter is larger than counting ever makes it");
+        }
         if self.root.get() == 0 {
             return Some("there is no root");
         }
@@ -315,6 +321,8 @@ mod tests {
         refuse(24, 1); // Size, no multiple of 512.
         refuse(30, 1); // Size, past what three levels reach.
         refuse(48, 0); // A tail without entries.
+        refuse(7, 0x40); // Generation.
+        refuse(95, 0x40); // Blocks allocated.
         refuse(96, 65); // Name length.
         refuse(96, 0); // No name.
         refuse(97, b'/'); // A name no volume can have.
