@@ -247,10 +247,7 @@ fn a_chain_without_an_end_gets_an_empty_element() {
         }),
         ("an indirect table at the end of the address space", |_| {
             let address = u64::MAX - 15;
-            vec![(
-                40,
-                Descriptor { address, length: u32::MAX & !15, flags: flag::INDIRECT, next: 0 },
-            )]
+            vec![(40, Descriptor { address, length: !15, flags: flag::INDIRECT, next: 0 })]
         }),
         ("an indirect table with a next", |g| {
             let flags = flag::INDIRECT | flag::NEXT;
@@ -319,10 +316,12 @@ fn wait_for_error(error: &OwnedFd, name: &str) {
     assert_eq!(poll(&mut waits, 30_000u16), Ok(1), "{name}: the ring was not given up");
 }
 
+type Break = fn(&mut Guest);
+
 #[test]
 fn a_ring_that_contradicts_itself_is_given_up_and_the_others_go_on() {
     let mut attack = Attack::new("broken");
-    let breaks: [(&str, fn(&mut Guest)); 5] = [
+    let breaks: [(&str, Break); 5] = [
         ("an available index far ahead", |g| {
             let place = g.place(1);
             g.ram.put_u16(place.available + 2, g.ram.u16(place.available + 2).wrapping_add(65));
@@ -554,10 +553,13 @@ fn a_bad_message_ends_its_connection_only() {
     }
 }
 
+/// Addresses of descriptors, used ring and available ring.
+type Place = fn(&Guest) -> [u64; 3];
+
 #[test]
 fn rings_that_are_not_in_memory_end_the_connection() {
     let mut attack = Attack::new("rings");
-    let places: [(&str, fn(&Guest) -> [u64; 3]); 6] = [
+    let places: [(&str, Place); 6] = [
         ("descriptors outside memory", |g| [0x1000, ring(g).1, ring(g).2]),
         ("a used ring that ends outside", |g| {
             [ring(g).0, RAM_USER + g.ram.size() as u64 - 64, ring(g).2]

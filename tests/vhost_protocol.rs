@@ -663,10 +663,12 @@ impl Drop for Victim {
 fn victim() {
     let variable = |name| std::env::var(name).expect("set by `Victim::start`");
     let disk = File::options().read(true).write(true).open(variable(VICTIM_DISK)).unwrap();
+    let capacity_sectors = disk.metadata().unwrap().len() / 512;
     let host = PlainHost::new(disk);
     host.hold_from(variable(VICTIM_HOLD).parse().unwrap());
     let socket = PathBuf::from(variable(VICTIM_SOCKET));
-    let _server = Server::bind(&socket, disk_info(), host).unwrap().spawn().unwrap();
+    let info = DiskInfo { capacity_sectors, ..disk_info() };
+    let _server = Server::bind(&socket, info, host).unwrap().spawn().unwrap();
     println!("victim listens");
     io::Read::read_to_end(&mut io::stdin(), &mut Vec::new()).unwrap();
 }

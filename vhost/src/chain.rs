@@ -130,11 +130,13 @@ impl Chain {
     }
 
     fn read_descriptor(&mut self, address: u64) -> Result<Descriptor, NoEnd> {
-        let mut words = [[0; 8]; 2];
-        self.map.read(address, words.as_flattened_mut()).map_err(|_| NoEnd)?;
+        let mut bytes = [0; DESCRIPTOR_SIZE];
+        self.map.read(address, &mut bytes).map_err(|_| NoEnd)?;
         // The guest may change the table while we look: the copy is what counts, and must be one.
-        let [address, rest] = std::hint::black_box(words).map(u64::from_le_bytes);
-        Ok(Descriptor::from_words(address, rest))
+        let bytes = std::hint::black_box(bytes);
+        let (address, rest) = bytes.split_at(8);
+        let word = |half: &[u8]| u64::from_le_bytes(half.try_into().expect("eight bytes"));
+        Ok(Descriptor::from_words(word(address), word(rest)))
     }
 
     /// Adds one descriptor's memory to the chain.
@@ -192,18 +194,32 @@ impl Chain {
         end: usize,
         bytes: &mut [u8; 16],
     ) -> Option<usize> {
+        let head = self.segments[..end].get_mut(first)?;
+        let (rest, last) = if head.len() >= bytes.len() {
+            // What drivers do, and worth a branch: a copy of known length is no function call.
+            head.read(bytes);
+            (bytes.len(), first)
+        } else {
+            self.gather(first, end, bytes)?
+        };
+        // As in `read_descriptor`: one copy, judged as it is.
+        *bytes = std::hint::black_box(*bytes);
+        let segment = &mut self.segments[last];
+        *segment = segment.part(rest, segment.len() - rest);
+        Some(if segment.is_empty() { last + 1 } else { last })
+    }
+
+    /// Copies 16 bytes that lie in several segments; gives how many are in the last, and which
+    /// that is.
+    #[cold]
+    fn gather(&self, first: usize, end: usize, bytes: &mut [u8; 16]) -> Option<(usize, usize)> {
         let mut done = 0;
-        for index in first..end {
-            let segment = &mut self.segments[index];
+        for (index, segment) in self.segments[..end].iter().enumerate().skip(first) {
             let part = segment.len().min(bytes.len() - done);
             segment.read(&mut bytes[done..done + part]);
             done += part;
-            let emptied = part == segment.len();
-            *segment = segment.part(part, segment.len() - part);
             if done == bytes.len() {
-                // As in `read_descriptor`: one copy, judged as it is.
-                *bytes = std::hint::black_box(*bytes);
-                return Some(if emptied { index + 1 } else { index });
+                return Some((part, index));
             }
         }
         None

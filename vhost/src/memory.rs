@@ -422,9 +422,20 @@ impl AddressMap {
 
     /// Copies guest memory out.
     #[inline]
-    pub(crate) fn read(&mut self, address: u64, bytes: &mut [u8]) -> Result<(), Unmapped> {
+    pub(crate) fn read<const N: usize>(
+        &mut self,
+        address: u64,
+        bytes: &mut [u8; N],
+    ) -> Result<(), Unmapped> {
+        let range = self.find(address)?;
+        let offset = address - range.start;
+        if range.length - offset >= N as u64 {
+            // All but always: a copy of known length.
+            range.whole.part(offset as usize, N).read(bytes);
+            return Ok(());
+        }
         let mut done = 0;
-        self.segments(address, bytes.len() as u32, |segment| {
+        self.segments(address, N as u32, |segment| {
             segment.read(&mut bytes[done..done + segment.len()]);
             done += segment.len();
         })
