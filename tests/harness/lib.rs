@@ -1,6 +1,7 @@
 //! The simulated world the whole-system tests run in.
 //!
-//! [`model`] says what a sector may hold. One seed is one run, on any machine.
+//! [`world`] runs the real `mapping` over a simulated disk, [`model`] says what it may answer,
+//! [`workload`] makes up what to ask. One seed is one run, on any machine.
 
 #![deny(unsafe_code)]
 
@@ -8,3 +9,5 @@
 pub mod guest;
 pub mod model;
 pub mod plain_host;
+pub mod workload;
+pub mod world;

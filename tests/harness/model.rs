@@ -113,8 +113,10 @@ struct Content {
 enum Existence {
     Yes,
     No,
-    /// Being made or deleted.
-    Maybe,
+    /// Being made. Until it has been, its identity may go to another.
+    Making,
+    /// Being deleted.
+    Deleting,
 }
 
 #[derive(Clone, Debug)]
@@ -131,6 +133,8 @@ struct PendingSnapshot {
     time: u64,
     label: Option<String>,
     image: ImageId,
+    /// For a rollback: what the volume holds once this snapshot is there.
+    then: Option<Content>,
 }
 
 #[derive(Clone, Debug)]
@@ -138,9 +142,7 @@ struct VolumeModel {
     existence: Existence,
     names: Vec<String>,
     sizes: Vec<u64>,
-    /// More than one only between a power cut during a rollback and the reads after it.
-    contents: Vec<Content>,
-    rollback: Option<Content>,
+    content: Content,
     snapshots: BTreeMap<u64, SnapshotModel>,
     pending: Vec<PendingSnapshot>,
     writethrough: bool,
@@ -215,7 +217,7 @@ impl Model {
         };
         match kind {
             IoKind::Read => {
-                let content = &self.volumes[&volume].contents[0];
+                let content = &self.volumes[&volume].content;
                 let live = |sector| live_values(&self.images, content, sector);
                 op.allowed = (sector..sector + sectors).map(live).collect();
             }
@@ -223,7 +225,7 @@ impl Model {
             IoKind::Write => self.begin_change(op_id, &op, (sector..sector + sectors).collect()),
             IoKind::Discard | IoKind::WriteZeroes => {
                 // A sector that nobody ever wrote is zero already, and there may be 2^39 of them.
-                let content = &self.volumes[&volume].contents[0];
+                let content = &self.volumes[&volume].content;
                 let touched = touched(&self.images, content, sector..sector + sectors);
                 self.begin_change(op_id, &op, touched.into_iter().collect());
             }
@@ -241,7 +243,7 @@ impl Model {
             .map(|(id, other)| (*id, other.clone()))
             .collect();
         let volume = self.volumes.get_mut(&op.volume).expect("looked up by the caller");
-        let content = &mut volume.contents[0];
+        let content = &mut volume.content;
         for &sector in &sectors {
             if !content.sectors.contains_key(&sector) {
                 let base = base_values(&self.images, content.base, sector);
@@ -284,7 +286,7 @@ impl Model {
         let op = self.ops.remove(&op_id).expect("a request ends once");
         let done = status == IoStatus::Done;
         let volume = self.volumes.get_mut(&op.volume).expect("volumes go when quiet");
-        let content = &mut volume.contents[0];
+        let content = &mut volume.content;
         match op.kind {
             IoKind::Read if done => self.end_read(&op, bytes),
             IoKind::Read => {}
@@ -306,7 +308,7 @@ impl Model {
             (op.sector..).zip(&op.allowed).zip(bytes.chunks_exact(SECTOR))
         {
             self.sectors_checked += 1;
-            let content = &self.volumes[&op.volume].contents[0];
+            let content = &self.volumes[&op.volume].content;
             let history = || content.sectors.get(&sector);
             let value = match recognise(sector, bytes) {
                 Ok(value) if allowed.contains(&value) => value,
@@ -323,7 +325,7 @@ impl Model {
                 ),
             };
             let volume = self.volumes.get_mut(&op.volume).expect("as above");
-            let content = &mut volume.contents[0];
+            let content = &mut volume.content;
             match content.sectors.get_mut(&sector) {
                 Some(list) => seen(list, value, op.submitted),
                 None => pin_image(&mut self.images, content.base, sector, value),
@@ -335,13 +337,25 @@ impl Model {
 
     /// A snapshot is asked for. `time` identifies it: no two may have the same.
     pub fn begin_snapshot(&mut self, id: VolumeId, time: u64, label: Option<String>) {
+        self.begin_cut(id, time, label, None);
+    }
+
+    /// A rollback is asked for: a snapshot of what is there now, and with it the volume reads as
+    /// `target` does. Nothing else of the volume is in flight.
+    pub fn begin_rollback(&mut self, target: SnapshotId, time: u64) {
+        let base = Some(self.snapshot(target).image);
+        let then = Content { base, ..Content::default() };
+        self.begin_cut(target.volume, time, None, Some(then));
+    }
+
+    fn begin_cut(&mut self, id: VolumeId, time: u64, label: Option<String>, then: Option<Content>) {
         let submitted = self.tick();
-        let content = &self.volumes[&id].contents[0];
+        let content = &self.volumes[&id].content;
         let sectors =
             content.sectors.iter().map(|(sector, list)| (*sector, live_of(list))).collect();
         self.images.push(Image { base: content.base, sectors });
         let image = self.images.len() - 1;
-        self.volume(id).pending.push(PendingSnapshot { submitted, time, label, image });
+        self.volume(id).pending.push(PendingSnapshot { submitted, time, label, image, then });
     }
 
     /// The snapshot of `time` is durable, and with it every write that completed before it.
@@ -350,7 +364,10 @@ impl Model {
         let volume = self.volume(snapshot.volume);
         let at = volume.pending.iter().position(|pending| pending.time == time);
         let pending = volume.pending.remove(at.expect("a snapshot ends once"));
-        volume.contents[0].make_durable(pending.submitted);
+        match pending.then {
+            Some(then) => volume.content = then,
+            None => volume.content.make_durable(pending.submitted),
+        }
         let model = SnapshotModel {
             time,
             labels: vec![pending.label],
@@ -379,7 +396,7 @@ impl Model {
     pub fn end_mark(&mut self, snapshot: SnapshotId, label: Option<Option<String>>) {
         let model = self.snapshot(snapshot);
         match label {
-            Some(label) => model.labels = vec![label],
+            Some(label) => settle(&mut model.labels, &label),
             None => model.deleted = vec![true],
         }
     }
@@ -402,11 +419,10 @@ impl Model {
     pub fn begin_create(&mut self, id: VolumeId, name: &str, size: u64, from: Option<SnapshotId>) {
         let base = from.map(|snapshot| self.snapshot(snapshot).image);
         let volume = VolumeModel {
-            existence: Existence::Maybe,
+            existence: Existence::Making,
             names: vec![name.to_owned()],
             sizes: vec![size],
-            contents: vec![Content { base, ..Content::default() }],
-            rollback: None,
+            content: Content { base, ..Content::default() },
             snapshots: BTreeMap::new(),
             pending: Vec::new(),
             writethrough: false,
@@ -422,25 +438,17 @@ impl Model {
 
     /// The volume may go from now on.
     pub fn begin_delete(&mut self, id: VolumeId) {
-        self.volume(id).existence = Existence::Maybe;
+        self.volume(id).existence = Existence::Deleting;
     }
 
-    /// The volume is gone, durably, or was never made.
+    /// The volume is gone, durably.
     pub fn end_delete(&mut self, id: VolumeId) {
         self.volume(id).existence = Existence::No;
     }
 
-    /// The volume may read as the snapshot does from now on. Nothing else of it is in flight.
-    pub fn begin_rollback(&mut self, snapshot: SnapshotId) {
-        let base = Some(self.snapshot(snapshot).image);
-        let volume = self.volume(snapshot.volume);
-        volume.rollback = Some(Content { base, ..Content::default() });
-    }
-
-    /// The rollback is durable.
-    pub fn end_rollback(&mut self, id: VolumeId) {
-        let volume = self.volume(id);
-        volume.contents = vec![volume.rollback.take().expect("a rollback ends once")];
+    /// The volume was not made.
+    pub fn fail_create(&mut self, id: VolumeId) {
+        self.volumes.remove(&id);
     }
 
     /// The volume may have another size from now on.
@@ -450,7 +458,7 @@ impl Model {
 
     /// The size is durable.
     pub fn end_grow(&mut self, id: VolumeId, size: u64) {
-        self.volume(id).sizes = vec![size];
+        settle(&mut self.volume(id).sizes, &size);
     }
 
     /// The volume may have another name from now on.
@@ -460,7 +468,7 @@ impl Model {
 
     /// The name is durable.
     pub fn end_rename(&mut self, id: VolumeId, name: &str) {
-        self.volume(id).names = vec![name.to_owned()];
+        settle(&mut self.volume(id).names, &name.to_owned());
     }
 
     /// Whether writes that begin from now on are durable when they complete.
@@ -473,7 +481,7 @@ impl Model {
         let now = self.tick();
         assert!(self.ops.is_empty(), "the store was closed under requests in flight");
         for volume in self.volumes.values_mut() {
-            volume.contents.iter_mut().for_each(|content| content.make_durable(now));
+            volume.content.make_durable(now);
         }
     }
 
@@ -484,28 +492,27 @@ impl Model {
         let now = self.tick();
         self.ops.clear();
         for volume in self.volumes.values_mut() {
-            volume.contents.extend(volume.rollback.take());
-            for content in &mut volume.contents {
-                content.unsettled.clear();
-                for list in content.sectors.values_mut() {
-                    let values: BTreeSet<Value> = list.iter().map(|c| c.value).collect();
-                    *list = values.into_iter().map(|v| Candidate::settled(v, now)).collect();
-                }
+            volume.content.unsettled.clear();
+            for list in volume.content.sectors.values_mut() {
+                let values: BTreeSet<Value> = list.iter().map(|c| c.value).collect();
+                *list = values.into_iter().map(|v| Candidate::settled(v, now)).collect();
             }
         }
     }
 
     /// Checks which volumes the store says there are, and believes it in what was open.
     pub fn recover_volumes(&mut self, present: &BTreeSet<VolumeId>) {
-        for (id, volume) in &mut self.volumes {
+        self.volumes.retain(|id, volume| {
             let there = present.contains(id);
-            match volume.existence {
-                Existence::Yes => assert!(there, "volume {id} {:?} is gone", volume.names),
-                Existence::No => assert!(!there, "volume {id} {:?} is back", volume.names),
-                Existence::Maybe if there => volume.existence = Existence::Yes,
-                Existence::Maybe => volume.existence = Existence::No,
-            }
-        }
+            volume.existence = match volume.existence {
+                Existence::Yes if !there => panic!("volume {id} {:?} is gone", volume.names),
+                Existence::No if there => panic!("volume {id} {:?} is back", volume.names),
+                Existence::Making if !there => return false,
+                _ if there => Existence::Yes,
+                _ => Existence::No,
+            };
+            true
+        });
         for id in present {
             assert!(self.volumes.contains_key(id), "volume {id} appeared from nowhere");
         }
@@ -539,6 +546,9 @@ impl Model {
                 panic!("snapshot {} at {time} appeared from nowhere", shown.id)
             }));
             assert_eq!(pending.label, shown.label, "label of snapshot {}", shown.id);
+            if let Some(then) = pending.then {
+                volume.content = then;
+            }
             let model = SnapshotModel {
                 time,
                 labels: vec![pending.label],
@@ -556,43 +566,36 @@ impl Model {
     /// Checks sectors that were read while nothing else went on, after a power cut.
     pub fn observe(&mut self, id: VolumeId, first: u64, bytes: &[u8]) {
         let images = &mut self.images;
-        let volume = self.volumes.get_mut(&id).expect("the model has the volume");
+        let content = &mut self.volumes.get_mut(&id).expect("the model has the volume").content;
         for (sector, bytes) in (first..).zip(bytes.chunks_exact(SECTOR)) {
             self.sectors_checked += 1;
-            let allowed = |content: &Content| live_values(images, content, sector);
-            let all: Vec<_> = volume.contents.iter().map(allowed).collect();
+            let allowed = live_values(images, content, sector);
             let value = match recognise(sector, bytes) {
-                Ok(value) if all.iter().any(|values| values.contains(&value)) => value,
+                Ok(value) if allowed.contains(&value) => value,
                 Ok(value) => panic!(
-                    "volume {id} sector {sector} came back as value {value}, allowed {all:?}"
+                    "volume {id} sector {sector} came back as value {value}, allowed {allowed:?}"
                 ),
                 Err(what) => {
-                    panic!("volume {id} sector {sector} came back as {what}, allowed {all:?}")
+                    panic!("volume {id} sector {sector} came back as {what}, allowed {allowed:?}")
                 }
             };
-            let mut keep = all.iter().map(|values| values.contains(&value));
-            volume.contents.retain(|_| keep.next().expect("one for each"));
-            let only = volume.contents.len() == 1;
-            for content in &mut volume.contents {
-                match content.sectors.get_mut(&sector) {
-                    Some(list) => list.retain(|candidate| candidate.value == value),
-                    None if only => pin_image(images, content.base, sector, value),
-                    None => {}
-                }
+            match content.sectors.get_mut(&sector) {
+                Some(list) => list.retain(|candidate| candidate.value == value),
+                None => pin_image(images, content.base, sector, value),
             }
         }
     }
 
-    /// Every sector of the volume has been observed: one history is left, or they are the same.
-    pub fn observed(&mut self, id: VolumeId) {
-        self.volume(id).contents.truncate(1);
-    }
-
     /// Sectors of a volume that anybody ever wrote, in it or in what it was cloned from.
     pub fn touched(&self, id: VolumeId) -> BTreeSet<u64> {
-        let contents = self.volumes[&id].contents.iter();
-        contents.flat_map(|content| touched(&self.images, content, 0..u64::MAX)).collect()
+        touched(&self.images, &self.volumes[&id].content, 0..u64::MAX)
     }
+}
+
+/// Drops what came before `value`, which is durable; changes under way come after it.
+fn settle<T: PartialEq>(values: &mut Vec<T>, value: &T) {
+    let at = values.iter().position(|other| other == value);
+    values.drain(..at.expect("what ends has begun"));
 }
 
 fn candidate(op_id: u64, op: &Op) -> Candidate {

@@ -1,0 +1,1023 @@
+//! The simulated target: shards over one simulated disk, in virtual time, watched by the oracle.
+//!
+//! It does what the daemon does (format, open, submit, poll, pass messages on, close), one seeded
+//! step at a time, and what no daemon wants: cut the power, reopen, and look at everything.
+//! Tests speak to it in the words of guests and operators; each word goes to the model as well.
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::time::Duration;
+
+use bessel_mapping::check;
+use bessel_mapping::directory::Directory;
+use bessel_mapping::format::{
+    Bitmap, CATALOGUE_ENTRIES_PER_BLOCK, ExtentMap, ExtentType, encode_catalogue_block,
+};
+use bessel_mapping::message::Message;
+use bessel_mapping::request::{
+    Busy, CacheMode, CloneOrigin, Command, CommandError, CreatePlan, IoKind, IoRequest, IoStatus,
+    Reply, SnapshotId, VolumeHandle, VolumeId, VolumeInfo,
+};
+use bessel_mapping::shard::{Shard, ShardConfig};
+use bessel_mapping::store;
+use bessel_reactor::buffer::{Buffer, BufferPool, Segment};
+use bessel_reactor::clock::{Instant, WallTime};
+use bessel_reactor::device::sim::{Keep, Random, Schedule, SimConfig, SimDevice, SimDisk};
+use bessel_reactor::units::{BLOCK_SIZE, ByteCount, SECTOR_SIZE, Sector};
+
+use crate::model::{Model, stamp};
+
+/// Steps without an end after which the world is called stuck. The slowest operation of the disk
+/// takes 200 reaps, a chain of a dozen of them 2,400; requests queue behind one another.
+const STEPS_MAX: u64 = 200_000;
+
+/// What a world is made of.
+#[derive(Clone, Copy, Debug)]
+pub struct WorldConfig {
+    /// Decides everything that is left open.
+    pub seed: u64,
+    /// Shards over the one disk.
+    pub shards: usize,
+    /// Size of the disk.
+    pub capacity: ByteCount,
+    /// Size of an extent.
+    pub extent_size: ByteCount,
+    /// Whether the disk has a volatile cache.
+    pub volatile_cache: bool,
+    /// In which order the disk completes.
+    pub schedule: Schedule,
+    /// Bound of each shard's node cache.
+    pub node_cache: ByteCount,
+    /// Request contexts of each shard.
+    pub requests: usize,
+    /// Alignment of device I/O.
+    pub offset_alignment: u32,
+    /// Requests may end with `NoSpace`.
+    pub may_fill: bool,
+    /// The device fails: requests may end with `Failed`, commands with an error.
+    pub may_fail: bool,
+}
+
+impl WorldConfig {
+    /// A small store with a volatile cache and one shard.
+    pub fn new(seed: u64) -> Self {
+        Self {
+            seed,
+            shards: 1,
+            capacity: ByteCount::new(64 << 20),
+            extent_size: ByteCount::new(2 << 20),
+            volatile_cache: true,
+            schedule: Schedule::Random,
+            node_cache: ByteCount::new(1 << 20),
+            requests: 64,
+            offset_alignment: 512,
+            may_fill: false,
+            may_fail: false,
+        }
+    }
+}
+
+/// The power went before the answer came.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct PowerCut;
+
+/// What operators ask for.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Action {
+    /// Make a blank volume.
+    Create {
+        /// Its name.
+        name: String,
+        /// Its size.
+        size: ByteCount,
+    },
+    /// Take a snapshot.
+    Snapshot {
+        /// Of which volume.
+        volume: VolumeId,
+        /// With which label.
+        label: Option<String>,
+    },
+    /// Set or clear a label.
+    Label {
+        /// Of which snapshot.
+        snapshot: SnapshotId,
+        /// The label.
+        label: Option<String>,
+    },
+    /// Mark a snapshot deleted.
+    DeleteSnapshot {
+        /// Which.
+        snapshot: SnapshotId,
+    },
+    /// Make the volume read as the snapshot does. Nothing of it may be in flight.
+    Rollback {
+        /// Which snapshot.
+        snapshot: SnapshotId,
+    },
+    /// Make the volume larger.
+    Grow {
+        /// Which volume.
+        volume: VolumeId,
+        /// The new size.
+        size: ByteCount,
+    },
+    /// Give the volume another name.
+    Rename {
+        /// Which volume.
+        volume: VolumeId,
+        /// The new name.
+        name: String,
+    },
+    /// Delete the volume. Nothing of it may be in flight.
+    Delete {
+        /// Which volume.
+        volume: VolumeId,
+    },
+    /// Switch the cache mode.
+    SetCache {
+        /// Of which volume.
+        volume: VolumeId,
+        /// The new mode.
+        cache: CacheMode,
+    },
+}
+
+/// Names something that was started.
+pub type Ticket = u64;
+
+#[derive(Clone, Copy, Debug)]
+struct OpenVolume {
+    shard: usize,
+    handle: VolumeHandle,
+    size: ByteCount,
+}
+
+/// Guest memory of one request, kept until it completes.
+struct Memory {
+    pool: BufferPool,
+    buffer: Option<Buffer>,
+    start: usize,
+    length: usize,
+    segments: Vec<Segment>,
+}
+
+impl Memory {
+    /// Guest memory for `length` bytes, in pieces of any size that start anywhere.
+    fn new(length: usize, random: &mut Random) -> Self {
+        let start = match random.below(3) {
+            0 => 0,
+            1 => SECTOR_SIZE as usize * random.below(8) as usize,
+            _ => random.below(BLOCK_SIZE) as usize,
+        };
+        let page = BLOCK_SIZE as usize;
+        let mut pool = BufferPool::new(1, (start + length).div_ceil(page) * page);
+        let buffer = pool.take();
+        let mut memory = Self { pool, buffer, start, length, segments: Vec::new() };
+        memory.segments = memory.split(random);
+        memory
+    }
+
+    fn split(&mut self, random: &mut Random) -> Vec<Segment> {
+        let buffer = self.buffer.as_ref().expect("taken in `new`");
+        let whole = self.pool.lend(buffer).part(self.start, self.length);
+        self.pool.returned(buffer);
+        let mut segments = Vec::new();
+        let mut at = 0;
+        let piece = *random.pick(&[self.length, 4096, 512, 1000]);
+        while at < self.length {
+            let left = self.length - at;
+            // At most 32 pieces, as a front-end with a sensible SEG_MAX gives.
+            let length = if segments.len() == 31 { left } else { piece.min(left) };
+            segments.push(whole.part(at, length));
+            at += length;
+        }
+        segments
+    }
+
+    fn fill(&mut self, value: u64, sector: u64) {
+        let range = self.start..self.start + self.length;
+        let buffer = self.buffer.as_mut().expect("taken in `new`");
+        let bytes = &mut self.pool.bytes_mut(buffer)[range];
+        for (sector, bytes) in (sector..).zip(bytes.chunks_exact_mut(SECTOR_SIZE as usize)) {
+            stamp(value, sector, bytes);
+        }
+    }
+
+    fn spoil(&mut self) {
+        let buffer = self.buffer.as_mut().expect("taken in `new`");
+        self.pool.bytes_mut(buffer).fill(0xdd);
+    }
+
+    fn bytes(&self) -> &[u8] {
+        let buffer = self.buffer.as_ref().expect("taken in `new`");
+        &self.pool.bytes(buffer)[self.start..self.start + self.length]
+    }
+}
+
+struct Request {
+    op: u64,
+    volume: VolumeId,
+    kind: IoKind,
+    sector: u64,
+    sectors: u64,
+    memory: Option<Memory>,
+}
+
+#[derive(Clone, Debug)]
+enum Pending {
+    Open { volume: VolumeId, shard: usize, size: ByteCount },
+    Show,
+    Create { plan: CreatePlan, shard: usize },
+    Act { action: Action, time: u64 },
+    Shutdown,
+}
+
+/// How something that was started ended.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Outcome {
+    /// A guest request.
+    Io(IoStatus),
+    /// A command.
+    Reply(Reply),
+}
+
+/// See the module's documentation.
+pub struct World {
+    /// The disk, to cut, stop, count and damage.
+    pub disk: SimDisk,
+    /// The oracle.
+    pub model: Model,
+    /// The world's own dice.
+    pub random: Random,
+    config: WorldConfig,
+    /// Tell on standard error what happens, for replays: set `TRACE=1`.
+    trace: bool,
+    extents: ExtentMap,
+    directory: Directory,
+    shards: Vec<Shard<SimDevice>>,
+    /// Messages under way, by sender and receiver.
+    mail: BTreeMap<(usize, usize), VecDeque<Message>>,
+    now: Instant,
+    /// Wall-clock time; also what tells snapshots apart.
+    wall: u64,
+    names: u64,
+    tickets: u64,
+    volumes: BTreeMap<VolumeId, OpenVolume>,
+    requests: BTreeMap<Ticket, Request>,
+    /// Requests that a full shard has refused for now.
+    waiting: VecDeque<Ticket>,
+    commands: BTreeMap<Ticket, Pending>,
+    outcomes: BTreeMap<Ticket, Outcome>,
+}
+
+impl World {
+    /// A freshly formatted and opened store.
+    pub fn new(config: WorldConfig) -> Self {
+        let disk = SimDisk::new(SimConfig {
+            volatile_cache: config.volatile_cache,
+            offset_alignment: config.offset_alignment,
+            depth: 8192, // Each shard says what it needs; that is not what is tested.
+            // Formatting is the same in any order: no need to wait for it here.
+            schedule: Schedule::AtOnce,
+            ..SimConfig::new(config.capacity, config.seed)
+        });
+        disk.set_background(0xa5); // A former owner's bytes: no guest may ever see them.
+        let options = store::FormatOptions {
+            extent_size: Some(config.extent_size),
+            force: true,
+            uuid: [7; 16],
+            secret: Random::new(config.seed).next_u64() | 1,
+            time: WallTime::from_unix_nanos(1),
+        };
+        let report = store::format(&mut disk.connect(), &options, &mut |_, _| {});
+        report.expect("a blank disk can be formatted");
+        let opened = open(&disk, 1);
+        let mut world = Self {
+            extents: opened.extents.clone(),
+            directory: Directory::new(0), // The real one comes with the shards.
+            disk,
+            model: Model::default(),
+            random: Random::new(config.seed ^ 0x5eed),
+            trace: std::env::var_os("TRACE").is_some(),
+            config,
+            shards: Vec::new(),
+            mail: BTreeMap::new(),
+            now: Instant::from_nanos(1),
+            wall: 1,
+            names: 0,
+            tickets: 0,
+            volumes: BTreeMap::new(),
+            requests: BTreeMap::new(),
+            waiting: VecDeque::new(),
+            commands: BTreeMap::new(),
+            outcomes: BTreeMap::new(),
+        };
+        world.start_shards(opened);
+        world
+    }
+
+    fn start_shards(&mut self, opened: store::OpenedStore) {
+        self.extents = opened.extents.clone();
+        assert!(opened.faults.is_empty(), "volumes that do not open: {:?}", opened.faults);
+        let WorldConfig { shards, node_cache, requests, .. } = self.config;
+        let config = |index| ShardConfig { index, node_cache, requests_max: requests };
+        let shard = |index| Shard::new(&config(index), self.disk.connect(), &opened);
+        self.shards = (0..shards).map(shard).collect();
+        self.directory = opened.directory;
+        self.disk.set_schedule(self.config.schedule);
+    }
+
+    // ---- time ----
+
+    /// One turn of every shard, in any order, and some of the mail. True when anything happened.
+    pub fn step(&mut self) -> bool {
+        let mut order: Vec<usize> = (0..self.shards.len()).collect();
+        self.random.shuffle(&mut order);
+        let mut progress = false;
+        for index in order {
+            if self.disk.stopped() {
+                return false;
+            }
+            progress |= self.shards[index].poll(self.now);
+            progress |= self.collect(index);
+        }
+        progress |= self.deliver_mail();
+        self.resubmit();
+        self.now = self.now.after(Duration::from_nanos(self.random.below(20_000)));
+        progress
+    }
+
+    fn collect(&mut self, index: usize) -> bool {
+        let mut progress = false;
+        while let Some(done) = self.shards[index].pop_completion() {
+            self.completed(done.tag, done.status);
+            progress = true;
+        }
+        while let Some((ticket, reply)) = self.shards[index].pop_reply() {
+            self.replied(ticket, reply);
+            progress = true;
+        }
+        while let Some((to, message)) = self.shards[index].pop_message() {
+            self.mail.entry((index, to)).or_default().push_back(message);
+            progress = true;
+        }
+        progress
+    }
+
+    /// Between two shards messages keep their order; how long they take is anybody's guess.
+    fn deliver_mail(&mut self) -> bool {
+        let mut progress = false;
+        for ((_, to), queue) in &mut self.mail {
+            while self.random.chance(1, 2)
+                && let Some(message) = queue.pop_front()
+            {
+                self.shards[*to].deliver(message);
+                progress = true;
+            }
+            progress |= !queue.is_empty();
+        }
+        progress
+    }
+
+    /// When nothing moves but the clock, moves the clock to where something will.
+    fn skip_time(&mut self) -> bool {
+        let next = self.shards.iter().filter_map(Shard::deadline).min();
+        let Some(next) = next.filter(|next| *next > self.now) else { return false };
+        self.now = next;
+        true
+    }
+
+    /// Goes on until `done`, or the power goes.
+    ///
+    /// # Panics
+    /// When nothing happens any more or it takes far too long.
+    pub fn run_until(&mut self, mut done: impl FnMut(&mut Self) -> bool) -> Result<(), PowerCut> {
+        for _ in 0..STEPS_MAX {
+            if done(self) {
+                return Ok(());
+            }
+            if self.disk.stopped() {
+                return Err(PowerCut);
+            }
+            if !self.step() && self.disk.in_flight() == 0 {
+                self.skip_time();
+            }
+        }
+        panic!(
+            "stuck: {} requests ({} not admitted), commands {:?}, {} in flight on the disk, {:?}",
+            self.requests.len(),
+            self.waiting.len(),
+            self.commands,
+            self.disk.in_flight(),
+            self.requests.values().map(|r| (r.volume, r.kind, r.sector, r.sectors)).next()
+        );
+    }
+
+    /// Goes on until everything that was started has ended.
+    pub fn settle(&mut self) -> Result<(), PowerCut> {
+        self.run_until(|world| world.requests.is_empty() && world.commands.is_empty())
+    }
+
+    /// Settles, then lets background commits finish: nothing is left to do.
+    pub fn idle(&mut self) -> Result<(), PowerCut> {
+        self.settle()?;
+        let end = self.now.after(Duration::from_secs(10));
+        self.run_until(|world| {
+            world.disk.in_flight() == 0 && world.shards.iter().all(|s| s.deadline().is_none())
+                || world.now >= end
+        })
+    }
+
+    /// Goes on until `ticket` has ended.
+    pub fn wait(&mut self, ticket: Ticket) -> Result<Outcome, PowerCut> {
+        self.run_until(|world| world.outcomes.contains_key(&ticket))?;
+        Ok(self.outcomes.remove(&ticket).expect("just found"))
+    }
+
+    fn tell(&self, event: std::fmt::Arguments<'_>) {
+        if self.trace {
+            eprintln!("{:>12} {event}", self.now.as_nanos());
+        }
+    }
+
+    fn ticket(&mut self) -> Ticket {
+        self.tickets += 1;
+        self.tickets
+    }
+
+    fn wall(&mut self) -> WallTime {
+        self.wall += 1;
+        WallTime::from_unix_nanos(self.wall)
+    }
+
+    /// A name nobody has used.
+    pub fn fresh_name(&mut self) -> String {
+        self.names += 1;
+        format!("n{}", self.names)
+    }
+
+    // ---- guests ----
+
+    /// Starts a guest request.
+    pub fn start_io(&mut self, id: VolumeId, kind: IoKind, sector: u64, sectors: u64) -> Ticket {
+        let ticket = self.ticket();
+        let op = self.model.begin(id, kind, sector, sectors);
+        let memory = matches!(kind, IoKind::Read | IoKind::Write).then(|| {
+            let mut memory = Memory::new((sectors * SECTOR_SIZE) as usize, &mut self.random);
+            match kind {
+                IoKind::Write => memory.fill(op, sector),
+                _ => memory.spoil(),
+            }
+            memory
+        });
+        self.tell(format_args!("{ticket}: {kind:?} {sector}+{sectors} of {id}, value {op}"));
+        let request = Request { op, volume: id, kind, sector, sectors, memory };
+        self.requests.insert(ticket, request);
+        if !self.submit(ticket) {
+            self.waiting.push_back(ticket);
+        }
+        ticket
+    }
+
+    fn submit(&mut self, ticket: Ticket) -> bool {
+        let request = &self.requests[&ticket];
+        let open = self.volumes[&request.volume];
+        let segments = request.memory.as_ref().map_or(&[][..], |memory| &memory.segments);
+        let result = self.shards[open.shard].submit(&IoRequest {
+            tag: ticket,
+            volume: open.handle,
+            kind: request.kind,
+            sector: Sector::new(request.sector),
+            sectors: request.sectors,
+            segments,
+        });
+        match result {
+            Ok(()) => true,
+            Err(Busy) => false,
+        }
+    }
+
+    fn resubmit(&mut self) {
+        while let Some(ticket) = self.waiting.front().copied() {
+            if !self.submit(ticket) {
+                return;
+            }
+            self.waiting.pop_front();
+        }
+    }
+
+    fn completed(&mut self, ticket: Ticket, status: IoStatus) {
+        let request = self.requests.remove(&ticket).expect("a request completes once");
+        let expected = match status {
+            IoStatus::Done => true,
+            IoStatus::NoSpace => self.config.may_fill,
+            IoStatus::Failed => self.config.may_fail,
+            IoStatus::Refused => false,
+        };
+        assert!(
+            expected,
+            "{:?} of {}+{} on volume {} ended as {status:?}",
+            request.kind, request.sector, request.sectors, request.volume
+        );
+        self.tell(format_args!("{ticket}: {status:?}"));
+        let bytes = request.memory.as_ref().map_or(&[][..], Memory::bytes);
+        self.model.end(request.op, status, bytes);
+        self.outcomes.insert(ticket, Outcome::Io(status));
+    }
+
+    /// Does a guest request from start to end.
+    pub fn io(
+        &mut self,
+        id: VolumeId,
+        kind: IoKind,
+        sector: u64,
+        sectors: u64,
+    ) -> Result<IoStatus, PowerCut> {
+        let ticket = self.start_io(id, kind, sector, sectors);
+        match self.wait(ticket)? {
+            Outcome::Io(status) => Ok(status),
+            Outcome::Reply(_) => unreachable!("tickets of requests end with a status"),
+        }
+    }
+
+    /// Writes and waits.
+    pub fn write(&mut self, id: VolumeId, sector: u64, sectors: u64) -> Result<IoStatus, PowerCut> {
+        self.io(id, IoKind::Write, sector, sectors)
+    }
+
+    /// Reads, waits, and compares with the model.
+    pub fn read(&mut self, id: VolumeId, sector: u64, sectors: u64) -> Result<IoStatus, PowerCut> {
+        self.io(id, IoKind::Read, sector, sectors)
+    }
+
+    /// Flushes and waits.
+    pub fn flush(&mut self, id: VolumeId) -> Result<IoStatus, PowerCut> {
+        self.io(id, IoKind::Flush, 0, 0)
+    }
+
+    /// Guest requests that have not ended.
+    pub fn requests_in_flight(&self) -> usize {
+        self.requests.len()
+    }
+
+    // ---- operators ----
+
+    /// Volumes that can be used.
+    pub fn volumes(&self) -> Vec<VolumeId> {
+        self.volumes.keys().copied().collect()
+    }
+
+    /// The size of a volume.
+    pub fn size(&self, id: VolumeId) -> ByteCount {
+        self.volumes[&id].size
+    }
+
+    /// Asks the control path for something.
+    pub fn start(&mut self, action: Action) -> Ticket {
+        match action {
+            Action::Create { name, size } => self.start_create(&name, size, None),
+            action => self.start_act(action),
+        }
+    }
+
+    fn start_create(&mut self, name: &str, size: ByteCount, from: Option<CloneOrigin>) -> Ticket {
+        let created = self.wall();
+        let plan = self.directory.plan_create(name, size, from, created);
+        let plan = plan.expect("names are fresh and slots are plenty");
+        let (ticket, id) = (self.ticket(), plan.id);
+        self.model.begin_create(id, name, size.get(), from.map(|origin| origin.snapshot));
+        let shard = id.0 as usize % self.shards.len();
+        self.tell(format_args!("{ticket}: {plan:?}"));
+        self.commands.insert(ticket, Pending::Create { plan: plan.clone(), shard });
+        self.shards[shard].control(ticket, Command::Create(plan));
+        ticket
+    }
+
+    fn start_act(&mut self, action: Action) -> Ticket {
+        let (ticket, time) = (self.ticket(), self.wall());
+        let time_ns = time.as_unix_nanos();
+        let id = subject(&action);
+        let OpenVolume { shard, handle: volume, .. } = self.volumes[&id];
+        let command = match action.clone() {
+            Action::Create { .. } => unreachable!("handled by the caller"),
+            Action::Snapshot { label, .. } => {
+                self.model.begin_snapshot(id, time_ns, label.clone());
+                Command::Snapshot { volume, label, time }
+            }
+            Action::Label { snapshot, label } => {
+                self.model.begin_mark(snapshot, Some(label.clone()));
+                Command::Label { volume, sequence: snapshot.sequence, label }
+            }
+            Action::DeleteSnapshot { snapshot } => {
+                self.model.begin_mark(snapshot, None);
+                Command::DeleteSnapshot { volume, sequence: snapshot.sequence }
+            }
+            Action::Rollback { snapshot } => {
+                self.model.begin_rollback(snapshot, time_ns);
+                Command::Rollback { volume, sequence: snapshot.sequence, time }
+            }
+            Action::Grow { size, .. } => {
+                self.model.begin_grow(id, size.get());
+                Command::Grow { volume, size }
+            }
+            Action::Rename { name, .. } => {
+                self.directory.plan_rename(id, &name).expect("names are fresh");
+                self.model.begin_rename(id, &name);
+                Command::Rename { volume, name }
+            }
+            Action::Delete { .. } => {
+                self.model.begin_delete(id);
+                Command::Delete { volume }
+            }
+            Action::SetCache { cache, .. } => {
+                if cache == CacheMode::Writeback {
+                    self.model.set_writethrough(id, false);
+                }
+                Command::SetCache { volume, cache }
+            }
+        };
+        if matches!(action, Action::Delete { .. }) {
+            self.volumes.remove(&id);
+        }
+        self.tell(format_args!("{ticket}: {action:?}"));
+        self.commands.insert(ticket, Pending::Act { action, time: time_ns });
+        self.shards[shard].control(ticket, command);
+        ticket
+    }
+
+    fn replied(&mut self, ticket: Ticket, reply: Reply) {
+        let pending = self.commands.remove(&ticket).expect("a command is answered once");
+        self.tell(format_args!("{ticket}: {reply:?}"));
+        if let Reply::Failed(error) = &reply {
+            self.failed(&pending, error);
+            self.outcomes.insert(ticket, Outcome::Reply(reply));
+            return;
+        }
+        match (pending, &reply) {
+            (Pending::Open { volume, shard, size }, Reply::Opened(handle)) => {
+                self.volumes.insert(volume, OpenVolume { shard, handle: *handle, size });
+            }
+            (Pending::Create { plan, shard }, Reply::Opened(handle)) => {
+                let open = OpenVolume { shard, handle: *handle, size: plan.size };
+                self.volumes.insert(plan.id, open);
+                self.directory.created(&plan);
+                self.model.end_create(plan.id);
+            }
+            (Pending::Show, Reply::Volume(_)) | (Pending::Shutdown, Reply::Done) => {}
+            (Pending::Act { action, time }, reply) => self.acted(action, time, reply),
+            (pending, reply) => panic!("{pending:?} was answered with {reply:?}"),
+        }
+        self.outcomes.insert(ticket, Outcome::Reply(reply));
+    }
+
+    fn acted(&mut self, action: Action, time: u64, reply: &Reply) {
+        match (action, reply) {
+            (Action::Snapshot { .. } | Action::Rollback { .. }, Reply::Snapshot(info)) => {
+                self.model.end_snapshot(info.id, time);
+            }
+            (Action::Label { snapshot, label }, Reply::Done) => {
+                self.model.end_mark(snapshot, Some(label));
+            }
+            (Action::DeleteSnapshot { snapshot }, Reply::Done) => {
+                self.model.end_mark(snapshot, None);
+            }
+            (Action::Grow { volume, size }, Reply::Done) => {
+                self.directory.grown(volume, size);
+                self.model.end_grow(volume, size.get());
+                self.volumes.get_mut(&volume).expect("it is open").size = size;
+            }
+            (Action::Rename { volume, name }, Reply::Done) => {
+                self.directory.rename_ended(volume, &name, true);
+                self.model.end_rename(volume, &name);
+            }
+            (Action::Delete { volume }, Reply::Done) => {
+                self.model.end_delete(volume);
+                self.directory.removed(volume);
+            }
+            (Action::SetCache { volume, cache }, Reply::Done) => {
+                self.model.set_writethrough(volume, cache == CacheMode::Writethrough);
+            }
+            (action, reply) => panic!("{action:?} was answered with {reply:?}"),
+        }
+    }
+
+    fn failed(&mut self, pending: &Pending, error: &CommandError) {
+        let expected = match error {
+            CommandError::NoSpace => self.config.may_fill,
+            CommandError::Device(_) | CommandError::Latched(_) => self.config.may_fail,
+            // Several may be under way, and the first one decides.
+            CommandError::Settling | CommandError::NoSuchSnapshot => true,
+            _ => false,
+        };
+        assert!(expected, "{pending:?} failed: {error}");
+        match pending {
+            Pending::Act {
+                action: action @ (Action::Snapshot { .. } | Action::Rollback { .. }),
+                time,
+            } => self.model.fail_snapshot(subject(action), *time),
+            Pending::Act { action: Action::Rename { volume, name }, .. } => {
+                self.directory.rename_ended(*volume, name, false);
+            }
+            Pending::Create { plan, .. } => {
+                self.directory.abandoned(plan);
+                self.model.fail_create(plan.id);
+            }
+            _ => {}
+        }
+    }
+
+    fn act(&mut self, action: Action) -> Result<Reply, PowerCut> {
+        let ticket = self.start(action);
+        self.reply(ticket)
+    }
+
+    fn reply(&mut self, ticket: Ticket) -> Result<Reply, PowerCut> {
+        match self.wait(ticket)? {
+            Outcome::Reply(reply) => Ok(reply),
+            Outcome::Io(_) => unreachable!("tickets of commands end with a reply"),
+        }
+    }
+
+    /// Does what an operator asks, from start to end.
+    ///
+    /// # Panics
+    /// When it is refused.
+    pub fn perform(&mut self, action: Action) -> Result<Reply, PowerCut> {
+        let reply = self.act(action.clone())?;
+        assert!(!matches!(reply, Reply::Failed(_)), "{action:?}: {reply:?}");
+        Ok(reply)
+    }
+
+    /// Makes a blank volume.
+    pub fn create(&mut self, size: ByteCount) -> Result<VolumeId, PowerCut> {
+        let name = self.fresh_name();
+        let before: BTreeSet<VolumeId> = self.volumes.keys().copied().collect();
+        self.perform(Action::Create { name, size })?;
+        let made = self.volumes.keys().find(|id| !before.contains(id));
+        Ok(*made.expect("it was just made"))
+    }
+
+    /// Takes a snapshot.
+    pub fn snapshot(&mut self, volume: VolumeId) -> Result<SnapshotId, PowerCut> {
+        match self.perform(Action::Snapshot { volume, label: None })? {
+            Reply::Snapshot(info) => Ok(info.id),
+            reply => panic!("a snapshot was answered with {reply:?}"),
+        }
+    }
+
+    /// What a volume says of itself.
+    pub fn show(&mut self, id: VolumeId) -> Result<Box<VolumeInfo>, PowerCut> {
+        let ticket = self.ticket();
+        let OpenVolume { shard, handle, .. } = self.volumes[&id];
+        self.commands.insert(ticket, Pending::Show);
+        self.shards[shard].control(ticket, Command::Show { volume: handle });
+        match self.reply(ticket)? {
+            Reply::Volume(info) => Ok(info),
+            reply => panic!("show was answered with {reply:?}"),
+        }
+    }
+
+    /// Makes a clone, once the snapshot has settled. `None` when the snapshot is deleted.
+    pub fn clone_of(
+        &mut self,
+        snapshot: SnapshotId,
+        name: &str,
+    ) -> Result<Option<VolumeId>, PowerCut> {
+        loop {
+            let info = self.show(snapshot.volume)?;
+            let found = &info.snapshots[snapshot.sequence as usize];
+            if found.deleted {
+                return Ok(None);
+            }
+            if found.settling {
+                // It settles when the requests do that were in flight.
+                for _ in 0..50 {
+                    self.step();
+                }
+                continue;
+            }
+            let (root, height, size) = (found.root, found.height, found.size);
+            let origin = CloneOrigin { snapshot, root, height, size };
+            let ticket = self.start_create(name, size, Some(origin));
+            let Pending::Create { plan, .. } = &self.commands[&ticket] else {
+                unreachable!("just inserted");
+            };
+            let clone = plan.id;
+            return match self.reply(ticket)? {
+                Reply::Opened(_) => Ok(Some(clone)),
+                Reply::Failed(CommandError::NoSpace) => Ok(None),
+                reply => panic!("a clone was answered with {reply:?}"),
+            };
+        }
+    }
+
+    /// Makes an unused extent one of `kind` on the disk, of which only the last `free` blocks are
+    /// free, so that they are what is handed out next. For a store that was just made.
+    pub fn prepare_extent(&mut self, extent: u64, kind: ExtentType, free: u32) {
+        let opened = open(&self.disk, 2);
+        let (geometry, secret) = (opened.geometry, opened.secret);
+        let mut bytes = [0; BLOCK_SIZE as usize];
+        for index in 0..geometry.bitmap_blocks {
+            let fresh = geometry.fresh_bitmap(index);
+            let mut bitmap = Bitmap::new();
+            bitmap.set_range(0, Bitmap::BITS);
+            if index + 1 == geometry.bitmap_blocks {
+                let mut last_free = (0..Bitmap::BITS).rev().filter(|bit| !fresh.get(*bit));
+                last_free.by_ref().take(free as usize).for_each(|bit| bitmap.clear(bit));
+            }
+            let block = geometry.bitmap_block(extent, index);
+            bitmap.encode(&mut bytes, block, secret);
+            self.disk.poke(block, &bytes);
+        }
+        let (block, first) = geometry.catalogue_block_of(extent);
+        let mut entries = opened.catalogue[first as usize..].to_vec();
+        entries.truncate(CATALOGUE_ENTRIES_PER_BLOCK);
+        entries[(extent - first) as usize].kind = kind;
+        encode_catalogue_block(&mut bytes, block, first, &entries, secret);
+        self.disk.poke(block, &bytes);
+        self.crash(Keep::Everything);
+        self.recover();
+    }
+
+    // ---- the end, and after it ----
+
+    /// What each extent holds, as the shards know it now.
+    pub fn extents(&self) -> ExtentMap {
+        self.extents.clone()
+    }
+
+    /// Cuts the power in one of several cruel ways, chosen by the world's dice.
+    pub fn crash_somehow(&mut self) {
+        let extents = self.extents.clone();
+        let metadata = |block| extents.kind_of(block) != ExtentType::Data;
+        let data = |block| extents.kind_of(block) == ExtentType::Data;
+        let way = self.random.below(6);
+        self.tell(format_args!("way {way} of keeping"));
+        match way {
+            0 => self.crash(Keep::Nothing),
+            1 => self.crash(Keep::Everything),
+            2 => self.crash(Keep::Where(&metadata)),
+            3 => self.crash(Keep::Where(&data)),
+            _ => self.crash(Keep::Random),
+        }
+    }
+
+    /// Cuts the power. [`World::recover`] comes next.
+    pub fn crash(&mut self, keep: Keep<'_>) {
+        self.tell(format_args!("power cut"));
+        self.disk.crash(keep);
+        self.forget();
+        self.model.crash();
+    }
+
+    fn forget(&mut self) {
+        self.shards.clear(); // Before the guest memory that their requests point to.
+        self.requests.clear();
+        self.waiting.clear();
+        self.mail.clear();
+        self.commands.clear();
+        self.outcomes.clear();
+        self.volumes.clear();
+    }
+
+    /// Closes the store in order, and cuts the power afterwards to see that all was durable.
+    pub fn shut_down(&mut self) -> Result<(), PowerCut> {
+        self.settle()?;
+        // The authority last: the others give their claims back to it.
+        for shard in (0..self.shards.len()).rev() {
+            let ticket = self.ticket();
+            self.commands.insert(ticket, Pending::Shutdown);
+            self.shards[shard].control(ticket, Command::Shutdown);
+            self.wait(ticket)?;
+            self.run_until(|world| world.mail.values().all(VecDeque::is_empty))?;
+        }
+        self.model.shut_down();
+        self.crash(Keep::Nothing);
+        Ok(())
+    }
+
+    /// Opens the store after a power cut and looks at everything: the offline check, the registry,
+    /// the logs, and every sector that anybody ever wrote.
+    pub fn recover(&mut self) {
+        self.disk.set_schedule(Schedule::AtOnce);
+        self.check();
+        let wall = self.wall().as_unix_nanos();
+        let opened = open(&self.disk, wall);
+        let live = opened.directory.entries().filter(|entry| !entry.record.deleted);
+        let entries: Vec<_> = live.cloned().collect();
+        self.model.recover_volumes(&entries.iter().map(|entry| entry.record.id).collect());
+        self.start_shards(opened);
+        for entry in entries {
+            let (ticket, volume) = (self.ticket(), entry.record.id);
+            let shard = volume.0 as usize % self.shards.len();
+            let size = entry.record.size;
+            self.commands.insert(ticket, Pending::Open { volume, shard, size });
+            self.shards[shard].control(ticket, Command::Open(Box::new(entry)));
+        }
+        self.settle().expect("the power is back");
+        for id in self.volumes() {
+            let info = self.show(id).expect("the power is back");
+            self.model.recover_volume(&info);
+            self.model.set_writethrough(id, info.cache == CacheMode::Writethrough);
+            self.observe(id);
+        }
+    }
+
+    /// Runs the offline check on the disk as it is.
+    ///
+    /// # Panics
+    /// When it finds anything corrupt.
+    pub fn check(&self) -> check::CheckReport {
+        let report = check::check(&mut self.disk.connect(), &mut |_, _| {});
+        let report = report.expect("the store opens");
+        let corrupt = report.findings.iter().filter(|f| f.severity == check::Severity::Corrupt);
+        let corrupt: Vec<_> = corrupt.collect();
+        assert!(corrupt.is_empty(), "check found: {corrupt:#?}");
+        report
+    }
+
+    /// Reads every sector of the volume that was ever written, and some that never were.
+    fn observe(&mut self, id: VolumeId) {
+        let sectors = self.size(id).sectors();
+        let mut wanted: BTreeSet<u64> = self.model.touched(id);
+        for near in [0, sectors / 2, sectors - 1, self.random.below(sectors)] {
+            wanted.insert(near);
+        }
+        wanted.retain(|sector| *sector < sectors);
+        let mut run: Option<(u64, u64)> = None;
+        for sector in wanted.into_iter().chain([u64::MAX]) {
+            run = match run {
+                Some((first, count)) if first + count == sector && count < 512 => {
+                    Some((first, count + 1))
+                }
+                Some((first, count)) => {
+                    self.observe_run(id, first, count);
+                    Some((sector, 1))
+                }
+                None => Some((sector, 1)),
+            };
+        }
+    }
+
+    /// A read that the model does not see as a request: nothing else goes on.
+    fn observe_run(&mut self, id: VolumeId, sector: u64, sectors: u64) {
+        let mut memory = Memory::new((sectors * SECTOR_SIZE) as usize, &mut self.random);
+        memory.spoil();
+        let OpenVolume { shard, handle: volume, .. } = self.volumes[&id];
+        let request = IoRequest {
+            tag: u64::MAX,
+            volume,
+            kind: IoKind::Read,
+            sector: Sector::new(sector),
+            sectors,
+            segments: &memory.segments,
+        };
+        self.shards[shard].submit(&request).expect("the shard has nothing else to do");
+        let mut steps = 0;
+        let done = loop {
+            self.shards[shard].poll(self.now);
+            if let Some(done) = self.shards[shard].pop_completion() {
+                break done;
+            }
+            steps += 1;
+            assert!(steps < STEPS_MAX, "a read of {sector}+{sectors} never ended");
+        };
+        assert_eq!((done.tag, done.status), (u64::MAX, IoStatus::Done), "{sector}+{sectors}");
+        self.model.observe(id, sector, memory.bytes());
+    }
+
+    /// Clones every snapshot and reads the clones: snapshots never change.
+    pub fn verify_snapshots(&mut self) -> Result<(), PowerCut> {
+        for id in self.volumes() {
+            for sequence in self.model.snapshots(id) {
+                let name = self.fresh_name();
+                let snapshot = SnapshotId { volume: id, sequence };
+                if let Some(clone) = self.clone_of(snapshot, &name)? {
+                    self.settle()?;
+                    self.observe(clone);
+                    self.perform(Action::Delete { volume: clone })?;
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+fn subject(action: &Action) -> VolumeId {
+    match action {
+        Action::Create { .. } => unreachable!("it has no volume yet"),
+        Action::Snapshot { volume, .. }
+        | Action::Grow { volume, .. }
+        | Action::Rename { volume, .. }
+        | Action::Delete { volume }
+        | Action::SetCache { volume, .. } => *volume,
+        Action::Label { snapshot, .. }
+        | Action::DeleteSnapshot { snapshot }
+        | Action::Rollback { snapshot } => snapshot.volume,
+    }
+}
+
+fn open(disk: &SimDisk, wall: u64) -> store::OpenedStore {
+    let mode = store::OpenMode::ReadWrite { time: WallTime::from_unix_nanos(wall) };
+    store::open(&mut disk.connect(), mode).expect("the store opens")
+}
