@@ -358,6 +358,13 @@ impl SimDisk {
         self.0.borrow_mut().power_left = Some(operations);
     }
 
+    /// Takes [`SimDisk::stop_after`] back, unless it has taken hold: a caller that does nothing but
+    /// wait for the disk would wait for ever.
+    pub fn stay_on(&self) {
+        let power = &mut self.0.borrow_mut().power_left;
+        *power = power.filter(|left| *left == 0);
+    }
+
     /// True once [`SimDisk::stop_after`] has taken hold.
     pub fn stopped(&self) -> bool {
         self.0.borrow().power_left == Some(0)
