@@ -134,7 +134,9 @@ pub struct Buffer {
 /// segment and marks the buffer, [`BufferPool::returned`] takes the mark off again.
 #[derive(Debug)]
 pub struct BufferPool {
+    /// First byte of the first buffer, 4096-byte aligned, inside `allocation`.
     base: NonNull<u8>,
+    allocation: NonNull<u8>,
     layout: Layout,
     buffer_size: usize,
     free: Vec<u32>,
@@ -152,13 +154,18 @@ impl BufferPool {
     /// When either number is zero or `buffer_size` is no multiple of 4096.
     pub fn new(count: usize, buffer_size: usize) -> Self {
         assert!(count > 0 && buffer_size > 0 && buffer_size.is_multiple_of(4096));
-        let layout = Layout::from_size_align(count * buffer_size, 4096)
+        // Aligned by hand: zeroed memory of a natural alignment comes from the system as untouched
+        // pages, while asking for more alignment would write zeroes over all of it at once.
+        let layout = Layout::array::<u8>(count * buffer_size + 4096)
             .expect("a pool is far smaller than the address space");
-        // SAFETY: the layout has a non-zero size by the assertion above.
-        let base = unsafe { alloc_zeroed(layout) };
-        let base = NonNull::new(base).unwrap_or_else(|| handle_alloc_error(layout));
+        // SAFETY: the layout has a non-zero size.
+        let allocation = unsafe { alloc_zeroed(layout) };
+        let allocation = NonNull::new(allocation).unwrap_or_else(|| handle_alloc_error(layout));
+        // SAFETY: the offset is less than 4096, and the allocation has that much to spare.
+        let base = unsafe { allocation.add(allocation.as_ptr().align_offset(4096)) };
         Self {
             base,
+            allocation,
             layout,
             buffer_size,
             free: (0..count as u32).rev().collect(),
@@ -176,7 +183,7 @@ impl BufferPool {
     pub fn whole(&self) -> Segment {
         // SAFETY: the allocation lives as long as the pool, which outlives every I/O over it by
         // the contract of `lend`.
-        unsafe { Segment::new(self.base, self.layout.size() as u32) }
+        unsafe { Segment::new(self.base, (self.lent.len() * self.buffer_size) as u32) }
     }
 
     /// Bytes in each buffer.
@@ -262,8 +269,8 @@ impl BufferPool {
 
 impl Drop for BufferPool {
     fn drop(&mut self) {
-        // SAFETY: `base` came from `alloc_zeroed` with this layout and is freed once, here.
-        unsafe { dealloc(self.base.as_ptr(), self.layout) }
+        // SAFETY: it came from `alloc_zeroed` with this layout and is freed once, here.
+        unsafe { dealloc(self.allocation.as_ptr(), self.layout) }
     }
 }
 
