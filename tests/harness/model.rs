@@ -72,7 +72,9 @@ struct Candidate {
     applied: bool,
     /// No power cut can undo it.
     durable: bool,
-    /// Only a power cut can bring it back.
+    /// Another one began after it had ended, and has ended well.
+    overwritten: bool,
+    /// Only a power cut can bring it back: it is overwritten, or a read has shown that it is.
     gone: bool,
 }
 
@@ -86,6 +88,7 @@ impl Candidate {
             ended: time,
             applied: true,
             durable: true,
+            overwritten: false,
             gone: false,
         }
     }
@@ -606,6 +609,7 @@ fn candidate(op_id: u64, op: &Op) -> Candidate {
         ended: NEVER,
         applied: false,
         durable: false,
+        overwritten: false,
         gone: false,
     }
 }
@@ -617,7 +621,9 @@ fn end_candidate(list: &mut Vec<Candidate>, op: u64, now: u64, applied: bool, du
     (ended.ended, ended.applied, ended.durable) = (now, applied, durable);
     let began = ended.submitted;
     if applied {
-        list.iter_mut().filter(|other| other.ended < began).for_each(|other| other.gone = true);
+        for other in list.iter_mut().filter(|other| other.ended < began) {
+            (other.overwritten, other.gone) = (true, true);
+        }
     }
     if durable {
         list.retain(|other| other.ended >= began);

@@ -8,7 +8,6 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::Duration;
 
 use bessel_mapping::check;
-use bessel_mapping::directory::Directory;
 use bessel_mapping::format::{
     Bitmap, CATALOGUE_ENTRIES_PER_BLOCK, ExtentMap, ExtentType, encode_catalogue_block,
 };
@@ -252,8 +251,7 @@ pub struct World {
     config: WorldConfig,
     /// Tell on standard error what happens, for replays: set `TRACE=1`.
     trace: bool,
-    extents: ExtentMap,
-    directory: Directory,
+    store: store::OpenedStore,
     shards: Vec<Shard<SimDevice>>,
     /// Messages under way, by sender and receiver.
     mail: BTreeMap<(usize, usize), VecDeque<Message>>,
@@ -291,10 +289,8 @@ impl World {
         };
         let report = store::format(&mut disk.connect(), &options, &mut |_, _| {});
         report.expect("a blank disk can be formatted");
-        let opened = open(&disk, 1);
         let mut world = Self {
-            extents: opened.extents.clone(),
-            directory: Directory::new(0), // The real one comes with the shards.
+            store: open(&disk, 1),
             disk,
             model: Model::default(),
             random: Random::new(config.seed ^ 0x5eed),
@@ -312,18 +308,17 @@ impl World {
             commands: BTreeMap::new(),
             outcomes: BTreeMap::new(),
         };
-        world.start_shards(opened);
+        world.start_shards();
         world
     }
 
-    fn start_shards(&mut self, opened: store::OpenedStore) {
-        self.extents = opened.extents.clone();
-        assert!(opened.faults.is_empty(), "volumes that do not open: {:?}", opened.faults);
+    fn start_shards(&mut self) {
+        let faults = &self.store.faults;
+        assert!(faults.is_empty(), "volumes that do not open: {faults:?}");
         let WorldConfig { shards, node_cache, requests, .. } = self.config;
         let config = |index| ShardConfig { index, node_cache, requests_max: requests };
-        let shard = |index| Shard::new(&config(index), self.disk.connect(), &opened);
+        let shard = |index| Shard::new(&config(index), self.disk.connect(), &self.store);
         self.shards = (0..shards).map(shard).collect();
-        self.directory = opened.directory;
         self.disk.set_schedule(self.config.schedule);
     }
 
@@ -582,7 +577,7 @@ impl World {
 
     fn start_create(&mut self, name: &str, size: ByteCount, from: Option<CloneOrigin>) -> Ticket {
         let created = self.wall();
-        let plan = self.directory.plan_create(name, size, from, created);
+        let plan = self.store.directory.plan_create(name, size, from, created);
         let plan = plan.expect("names are fresh and slots are plenty");
         let (ticket, id) = (self.ticket(), plan.id);
         self.model.begin_create(id, name, size.get(), from.map(|origin| origin.snapshot));
@@ -621,7 +616,7 @@ impl World {
                 Command::Grow { volume, size }
             }
             Action::Rename { name, .. } => {
-                self.directory.plan_rename(id, &name).expect("names are fresh");
+                self.store.directory.plan_rename(id, &name).expect("names are fresh");
                 self.model.begin_rename(id, &name);
                 Command::Rename { volume, name }
             }
@@ -660,7 +655,7 @@ impl World {
             (Pending::Create { plan, shard }, Reply::Opened(handle)) => {
                 let open = OpenVolume { shard, handle: *handle, size: plan.size };
                 self.volumes.insert(plan.id, open);
-                self.directory.created(&plan);
+                self.store.directory.created(&plan);
                 self.model.end_create(plan.id);
             }
             (Pending::Show, Reply::Volume(_)) | (Pending::Shutdown, Reply::Done) => {}
@@ -682,17 +677,17 @@ impl World {
                 self.model.end_mark(snapshot, None);
             }
             (Action::Grow { volume, size }, Reply::Done) => {
-                self.directory.grown(volume, size);
+                self.store.directory.grown(volume, size);
                 self.model.end_grow(volume, size.get());
                 self.volumes.get_mut(&volume).expect("it is open").size = size;
             }
             (Action::Rename { volume, name }, Reply::Done) => {
-                self.directory.rename_ended(volume, &name, true);
+                self.store.directory.rename_ended(volume, &name, true);
                 self.model.end_rename(volume, &name);
             }
             (Action::Delete { volume }, Reply::Done) => {
                 self.model.end_delete(volume);
-                self.directory.removed(volume);
+                self.store.directory.removed(volume);
             }
             (Action::SetCache { volume, cache }, Reply::Done) => {
                 self.model.set_writethrough(volume, cache == CacheMode::Writethrough);
@@ -716,10 +711,10 @@ impl World {
                 time,
             } => self.model.fail_snapshot(subject(action), *time),
             Pending::Act { action: Action::Rename { volume, name }, .. } => {
-                self.directory.rename_ended(*volume, name, false);
+                self.store.directory.rename_ended(*volume, name, false);
             }
             Pending::Create { plan, .. } => {
-                self.directory.abandoned(plan);
+                self.store.directory.abandoned(plan);
                 self.model.fail_create(plan.id);
             }
             _ => {}
@@ -843,12 +838,12 @@ impl World {
 
     /// What each extent holds, as the shards know it now.
     pub fn extents(&self) -> ExtentMap {
-        self.extents.clone()
+        self.store.extents.clone()
     }
 
     /// Cuts the power in one of several cruel ways, chosen by the world's dice.
     pub fn crash_somehow(&mut self) {
-        let extents = self.extents.clone();
+        let extents = self.store.extents.clone();
         let metadata = |block| extents.kind_of(block) != ExtentType::Data;
         let data = |block| extents.kind_of(block) == ExtentType::Data;
         let way = self.random.below(6);
@@ -891,6 +886,15 @@ impl World {
             self.wait(ticket)?;
             self.run_until(|world| world.mail.values().all(VecDeque::is_empty))?;
         }
+        // Stopped disks complete nothing, and closing waits for the disk.
+        if self.disk.stopped() {
+            return Err(PowerCut);
+        }
+        self.disk.stay_on();
+        let time = self.wall();
+        self.disk.set_schedule(Schedule::AtOnce);
+        let closed = store::close(&mut self.disk.connect(), &self.store, time);
+        closed.expect("the device works");
         self.model.shut_down();
         self.crash(Keep::Nothing);
         Ok(())
@@ -902,11 +906,11 @@ impl World {
         self.disk.set_schedule(Schedule::AtOnce);
         self.check();
         let wall = self.wall().as_unix_nanos();
-        let opened = open(&self.disk, wall);
-        let live = opened.directory.entries().filter(|entry| !entry.record.deleted);
+        self.store = open(&self.disk, wall);
+        let live = self.store.directory.entries().filter(|entry| !entry.record.deleted);
         let entries: Vec<_> = live.cloned().collect();
         self.model.recover_volumes(&entries.iter().map(|entry| entry.record.id).collect());
-        self.start_shards(opened);
+        self.start_shards();
         for entry in entries {
             let (ticket, volume) = (self.ticket(), entry.record.id);
             let shard = volume.0 as usize % self.shards.len();
