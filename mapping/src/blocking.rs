@@ -9,6 +9,11 @@ use bessel_reactor::units::{BLOCK_SIZE, BlockAddr};
 
 /// Blocks in one operation: 512 KiB, past which devices gain nothing.
 const CHUNK_BLOCKS: u64 = 128;
+/// Blocks in one operation on a small device, whose tables are small too: tests open thousands of
+/// these, and zeroing the buffers of large chunks took most of that time.
+const CHUNK_BLOCKS_SMALL: u64 = 16;
+/// A device up to this many blocks, 1 GiB, is small.
+const SMALL_BLOCKS: u64 = (1 << 30) / BLOCK_SIZE;
 /// Operations in flight: 4 MiB of buffers. Every device is made with a larger depth.
 const DEPTH: usize = 8;
 
@@ -27,11 +32,11 @@ impl Span {
         Self { start, blocks: 1 }
     }
 
-    /// The span in pieces of at most `CHUNK_BLOCKS`.
-    fn chunks(self) -> impl Iterator<Item = Self> {
-        (0..self.blocks).step_by(CHUNK_BLOCKS as usize).map(move |done| Self {
+    /// The span in pieces of at most `chunk` blocks.
+    fn pieces(self, chunk: u64) -> impl Iterator<Item = Self> {
+        (0..self.blocks).step_by(chunk as usize).map(move |done| Self {
             start: self.start.add(done),
-            blocks: (self.blocks - done).min(CHUNK_BLOCKS),
+            blocks: (self.blocks - done).min(chunk),
         })
     }
 
@@ -55,6 +60,7 @@ struct Flight {
 /// A device, used synchronously. Nobody else may use it meanwhile.
 pub struct Blocking<'d, D: Device> {
     device: &'d mut D,
+    chunk_blocks: u64,
     pool: BufferPool,
     flights: [Option<Flight>; DEPTH],
     completions: Vec<Completion>,
@@ -63,9 +69,12 @@ pub struct Blocking<'d, D: Device> {
 impl<'d, D: Device> Blocking<'d, D> {
     /// Takes the device for a while.
     pub fn new(device: &'d mut D) -> Self {
+        let small = device.properties().capacity.blocks_floor() <= SMALL_BLOCKS;
+        let chunk_blocks = if small { CHUNK_BLOCKS_SMALL } else { CHUNK_BLOCKS };
         Self {
             device,
-            pool: BufferPool::new(DEPTH, (CHUNK_BLOCKS * BLOCK_SIZE) as usize),
+            chunk_blocks,
+            pool: BufferPool::new(DEPTH, (chunk_blocks * BLOCK_SIZE) as usize),
             flights: [const { None }; DEPTH],
             completions: Vec::new(),
         }
@@ -137,7 +146,8 @@ impl<'d, D: Device> Blocking<'d, D> {
         spans: impl IntoIterator<Item = Span>,
         mut touch: impl FnMut(Span, &mut [u8]),
     ) -> Result<(), DeviceError> {
-        let mut pieces = spans.into_iter().flat_map(Span::chunks);
+        let chunk = self.chunk_blocks;
+        let mut pieces = spans.into_iter().flat_map(|span| span.pieces(chunk));
         let mut outcome = Ok(());
         loop {
             while outcome.is_ok() && self.pool.available() > 0 {
