@@ -10,7 +10,7 @@ use bessel_reactor::units::{BLOCK_SIZE, BlockAddr};
 /// Blocks in one operation: 512 KiB, past which devices gain nothing.
 const CHUNK_BLOCKS: u64 = 128;
 /// Blocks in one operation on a small device, whose tables are small too: tests open thousands of
-/// these, and zeroing the buffers of large chunks took most of that time.
+/// these, and large chunks take half of that time to bring in fresh memory.
 const CHUNK_BLOCKS_SMALL: u64 = 16;
 /// A device up to this many blocks, 1 GiB, is small.
 const SMALL_BLOCKS: u64 = (1 << 30) / BLOCK_SIZE;
