@@ -470,6 +470,22 @@ fn a_stopped_ring_goes_on_where_it_was() {
     assert_eq!(guest.data(ticket, 512), [2; 512]);
 }
 
+/// What QEMU sends when the machine is stopped, and when it goes on.
+#[test]
+fn a_status_reset_keeps_the_base_for_who_asks_afterwards() {
+    let world = PlainVolume::serve("qemu-stop");
+    let mut guest = world.guest(Options { inflight: true, ..Options::default() });
+    for sector in 0..7 {
+        assert_eq!(guest.write(0, sector, &[sector as u8; 512]), block::DONE);
+    }
+    guest.front_end.tell(message::SET_STATUS, &words(&[0]), &[]).unwrap();
+    guest.front_end.tell(message::SET_VRING_ENABLE, &state(0, 0), &[]).unwrap();
+    assert_eq!(guest.stop_queue(0).unwrap(), 7);
+    guest.share_inflight().unwrap();
+    guest.start_queue(0, 7).unwrap();
+    assert_eq!(guest.read(0, 6, 512), (block::DONE, vec![6; 512]));
+}
+
 #[test]
 fn a_ring_without_a_kick_descriptor_is_polled() {
     let world = PlainVolume::serve("nokick");

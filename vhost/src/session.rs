@@ -102,10 +102,19 @@ impl RingState {
         })
     }
 
-    /// Forgets all but the call descriptor, which front-ends set once, before the first start.
+    /// Back to before the start. The base stays: QEMU resets the status when it merely stops the
+    /// machine, and asks for the base afterwards. The call descriptor stays: front-ends set it once,
+    /// before the first start.
     fn reset(&mut self) {
-        (self.size, self.base, self.addresses) = (0, 0, None);
         (self.kick, self.enabled) = (None, false);
+    }
+
+    /// Forgets everything: the next front-end is another.
+    fn forget(&mut self) -> io::Result<()> {
+        self.reset();
+        (self.size, self.base, self.addresses) = (0, 0, None);
+        self.error = None;
+        self.call.redirect(None)
     }
 }
 
@@ -174,7 +183,10 @@ impl Session {
             Message::GetFeatures => return Ok(Some(Reply::U64(self.offered().bits()))),
             Message::SetFeatures(bits) => self.set_features(bits)?,
             Message::SetOwner => {}
-            Message::ResetOwner | Message::ResetDevice => self.reset(),
+            Message::ResetOwner | Message::ResetDevice => {
+                self.reset();
+                self.inflight = None; // Requests end with the driver that made them.
+            }
             Message::SetMemTable(table) => {
                 let memory = GuestMemory::map(&table)?;
                 self.replace_memory(memory)?;
@@ -231,12 +243,10 @@ impl Session {
     /// Stops everything and forgets the front-end: it is gone, or we are going.
     pub(crate) fn close(&mut self) {
         self.reset();
-        for ring in &mut self.rings {
-            ring.error = None;
-            if let Err(error) = ring.call.redirect(None) {
-                tracing::error!(%error, "cannot close a call descriptor");
-            }
+        if let Err(error) = self.rings.iter_mut().try_for_each(RingState::forget) {
+            tracing::error!(%error, "cannot close a call descriptor");
         }
+        self.inflight = None;
         self.memory = Arc::default();
         self.backend = None;
         self.features = VirtioFeatures::default();
@@ -413,11 +423,10 @@ impl Session {
         }
     }
 
-    /// Device reset: every ring stops and starts over. The in-flight records end with it.
+    /// Every ring stops, drained, until it is kicked and enabled anew.
     fn reset(&mut self) {
         self.stop_all();
         self.rings.iter_mut().for_each(RingState::reset);
-        self.inflight = None;
         self.status = 0;
     }
 
