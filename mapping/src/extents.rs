@@ -239,12 +239,14 @@ impl Authority {
     fn apply<D: Device>(&mut self, device: &mut D) {
         let (id, mut bitmap) = self.current.take().expect("a bitmap was made current");
         let first = self.first_block(id);
+        let left = self.geometry.extent_blocks - id.index * BITMAP_BITS;
+        let blocks = left.min(BITMAP_BITS);
         self.state = match &mut self.jobs[0] {
             Job::Claim { count, .. } => {
                 State::WriteClaim { runs: claim_bits(&mut bitmap, first, *count) }
             }
             Job::Return { runs } => {
-                clear_bits(&mut bitmap, first, runs);
+                clear_bits(&mut bitmap, first, blocks, runs);
                 State::WriteReturn
             }
         };
@@ -422,15 +424,15 @@ fn claim_bits(bitmap: &mut Bitmap, first: BlockAddr, count: u32) -> Vec<BlockRun
     runs
 }
 
-/// Clears the bits of the runs at the end of `runs` that begin in this bitmap block, and cuts off
-/// what was cleared.
-fn clear_bits(bitmap: &mut Bitmap, first: BlockAddr, runs: &mut Vec<BlockRun>) {
+/// Clears the bits of the runs at the end of `runs` that begin in this bitmap block, which covers
+/// `blocks` blocks from `first` on, and cuts off what was cleared.
+fn clear_bits(bitmap: &mut Bitmap, first: BlockAddr, blocks: u64, runs: &mut Vec<BlockRun>) {
     while let Some(run) = runs.last_mut() {
         let Some(bit) = run.start.get().checked_sub(first.get()) else { return };
-        if bit >= BITMAP_BITS {
+        if bit >= blocks {
             return;
         }
-        let length = u64::from(run.count).min(BITMAP_BITS - bit) as u32;
+        let length = u64::from(run.count).min(blocks - bit) as u32;
         for freed in bit as u32..bit as u32 + length {
             assert!(bitmap.get(freed), "block {} freed twice", first.get() + u64::from(freed));
             bitmap.clear(freed);
@@ -441,5 +443,22 @@ fn clear_bits(bitmap: &mut Bitmap, first: BlockAddr, runs: &mut Vec<BlockRun>) {
             run.start = run.start.add(u64::from(length));
             run.count -= length;
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_blocks_of_this_bitmap_are_given_back_to_it() {
+        let mut bitmap = Bitmap::default();
+        bitmap.set_range(0, Bitmap::BITS);
+        let run = |start, count| BlockRun { start: BlockAddr::new(start), count };
+        // An extent of 256 blocks: the next one begins well inside the bits of a bitmap block.
+        let mut runs = vec![run(600, 3), run(500, 20), run(260, 1)];
+        clear_bits(&mut bitmap, BlockAddr::new(256), 256, &mut runs);
+        assert_eq!(runs, vec![run(600, 3), run(512, 8)]);
+        assert_eq!(bitmap.count_free(), 12 + 1);
     }
 }
