@@ -5,6 +5,7 @@
 //! authentication there is. The optional TCP listener can be reached by anyone who reaches the
 //! address, so it has only what reads counters.
 
+mod limit;
 mod metrics;
 mod openapi;
 mod refusal;

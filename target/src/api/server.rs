@@ -4,6 +4,7 @@
 //! itself. Stopping it ends the listeners at once, then waits for answers that are being made, for
 //! a bounded time: a client that does not read its answer cannot hold the daemon up.
 
+use super::limit::Limited;
 use super::routes;
 use crate::config::ApiConfig;
 use crate::control::Control;
@@ -21,6 +22,10 @@ use tokio::sync::watch;
 
 /// How long answers that are being made when the daemon stops may take to leave.
 const DRAIN_TIME_MAX: Duration = Duration::from_secs(2);
+
+/// Most connections at once: of the owner's tools on the Unix socket, of anyone over TCP.
+const CONNECTIONS_MAX: usize = 256;
+const TCP_CONNECTIONS_MAX: usize = 32;
 
 /// Why the API cannot be served.
 #[derive(Debug, thiserror::Error)]
@@ -129,13 +134,16 @@ async fn serve(
         let _ = stopping.wait_for(|stop| *stop).await;
     };
     let main = match tokio::net::UnixListener::from_std(listener) {
-        Ok(listener) => axum::serve(listener, routes::router(control.clone()))
-            .with_graceful_shutdown(stopped(stopping.clone())),
+        Ok(listener) => {
+            axum::serve(Limited::new(listener, CONNECTIONS_MAX), routes::router(control.clone()))
+                .with_graceful_shutdown(stopped(stopping.clone()))
+        }
         Err(error) => return tracing::error!("cannot serve the API: {error}"),
     };
     if let Some(tcp) = tcp {
         match tokio::net::TcpListener::from_std(tcp) {
             Ok(tcp) => {
+                let tcp = Limited::new(tcp, TCP_CONNECTIONS_MAX);
                 let metrics = axum::serve(tcp, routes::metrics_router(control))
                     .with_graceful_shutdown(stopped(stopping.clone()));
                 tokio::spawn(metrics.into_future());

@@ -86,6 +86,7 @@ impl Core {
     /// Takes the seat. Call it on the thread that polls.
     pub(crate) fn new(mut shard: Shard<FileDevice>, seat: CoreSeat) -> Self {
         shard.device_mut().watch(seat.inbox.fd(), INBOX_WATCH);
+        register_pools(&mut shard);
         Self {
             shard,
             inbox: seat.inbox,
@@ -285,6 +286,17 @@ impl Poller for Core {
 
     fn finished(&self) -> bool {
         self.finished
+    }
+}
+
+/// Registers the shard's own memory with its device, as far as that is possible. At the start, since
+/// no buffer of a pool may be lent meanwhile.
+fn register_pools(shard: &mut Shard<FileDevice>) {
+    let pools = shard.buffer_pools().map(|pool| pool.whole());
+    for (index, whole) in pools.iter().enumerate() {
+        if let Some(registration) = shard.device_mut().register_buffer(whole) {
+            shard.buffer_pools()[index].set_registration(registration);
+        }
     }
 }
 

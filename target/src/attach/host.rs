@@ -59,13 +59,11 @@ impl QueueHost for VolumeHost {
         }
     }
 
-    fn connected(&self, connection: Connection) {
+    fn connected(&self, _: Connection) {
         self.connected.store(true, Ordering::Release);
-        tracing::info!(volume = self.name, pid = connection.pid, "front-end connected");
     }
 
     fn disconnected(&self) {
         self.connected.store(false, Ordering::Release);
-        tracing::info!(volume = self.name, "front-end gone");
     }
 }

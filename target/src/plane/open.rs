@@ -75,7 +75,9 @@ impl ControlPlane {
     ) -> Answered<()> {
         let plan = self.directory.plan_create(name, size, origin, self.clock.wall());
         let plan = plan.map_err(refuse_plan)?;
-        let opened = self.open_at_home(Command::Create(plan.clone()), service.queues);
+        let opened = self
+            .check_socket(&service.socket)
+            .and_then(|()| self.open_at_home(Command::Create(plan.clone()), service.queues));
         let (home, handle) = opened.inspect_err(|_| self.directory.abandoned(&plan))?;
         self.directory.created(&plan);
         self.serve(plan.id, home, handle, service).map_err(|refusal| {
@@ -169,7 +171,7 @@ impl ControlPlane {
     }
 
     /// Refuses a socket path before a volume is made for it.
-    pub(super) fn check_socket(&self, socket: &Path) -> Answered<()> {
+    fn check_socket(&self, socket: &Path) -> Answered<()> {
         if socket.as_os_str().len() > SOCKET_PATH_MAX {
             return Err(Refusal::malformed(format!(
                 "the volume's socket {} would have more than {SOCKET_PATH_MAX} bytes; choose a \

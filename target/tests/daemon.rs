@@ -1,0 +1,361 @@
+//! `bessel serve` as an operator meets it: the real program, a real store file, the real sockets.
+//!
+//! Each test has a directory and a daemon of its own and speaks to it through the command line; what
+//! it waits for is a line of output or the end of a process, never time.
+
+use serde_json::Value;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+
+const PROGRAM: &str = env!("CARGO_BIN_EXE_bessel");
+
+/// A directory for a store and its sockets, on tmpfs where there is one: short paths, no disk.
+struct World {
+    directory: PathBuf,
+    daemon: Option<Child>,
+}
+
+impl World {
+    fn new(tag: &str) -> Self {
+        let shared = Path::new("/dev/shm");
+        let base = if shared.is_dir() { shared.to_owned() } else { std::env::temp_dir() };
+        let directory = base.join(format!("bessel-daemon-{}-{tag}", std::process::id()));
+        std::fs::create_dir_all(&directory).unwrap();
+        Self { directory, daemon: None }
+    }
+
+    fn path(&self, name: &str) -> String {
+        self.directory.join(name).display().to_string()
+    }
+
+    /// Writes a configuration over the store and returns its path.
+    fn configure(&self, name: &str, api: &str, volumes: &str) -> String {
+        let text = format!(
+            "store:\n  device: {}\n  size: 64MiB\n  node_cache: 4MiB\napi:\n  socket: {}\n\
+             volumes:{volumes}",
+            self.path("store.img"),
+            self.path(api),
+        );
+        std::fs::write(self.path(name), text).unwrap();
+        self.path(name)
+    }
+
+    /// Starts the daemon and waits until it says that it is ready. Returns what it said.
+    fn serve(&mut self, volumes: &str) -> String {
+        let config = self.configure("bessel.yaml", "api.sock", volumes);
+        let mut daemon = Command::new(PROGRAM)
+            .args(["serve", "--config", &config])
+            .stdout(Stdio::piped())
+            .stderr(std::fs::File::create(self.path("log")).unwrap())
+            .spawn()
+            .unwrap();
+        let mut said = String::new();
+        let mut lines = BufReader::new(daemon.stdout.take().unwrap());
+        while !said.lines().any(|line| line.starts_with("ready; ")) {
+            let more = lines.read_line(&mut said).unwrap();
+            assert!(more > 0, "the daemon ended: {}", self.log());
+        }
+        self.daemon = Some(daemon);
+        said
+    }
+
+    fn log(&self) -> String {
+        std::fs::read_to_string(self.path("log")).unwrap_or_default()
+    }
+
+    fn pid(&self) -> u32 {
+        self.daemon.as_ref().expect("it runs").id()
+    }
+
+    fn end(&mut self, signal: &str) {
+        let mut daemon = self.daemon.take().expect("it runs");
+        let sent = Command::new("kill").args([signal, &daemon.id().to_string()]).status().unwrap();
+        assert!(sent.success());
+        let status = daemon.wait().unwrap();
+        assert_eq!(status.success(), signal == "-TERM", "{status}: {}", self.log());
+    }
+
+    /// Runs a command of `bessel` against this daemon.
+    fn run(&self, arguments: &str) -> Output {
+        Command::new(PROGRAM)
+            .args(arguments.split_whitespace())
+            .env("BESSEL_API", self.path("api.sock"))
+            .current_dir(&self.directory)
+            .output()
+            .unwrap()
+    }
+
+    /// Runs a command that must succeed, with `--json`.
+    fn json(&self, arguments: &str) -> Value {
+        serde_json::from_str(&self.text(&format!("{arguments} --json"))).unwrap()
+    }
+
+    /// Runs a command that must succeed.
+    fn text(&self, arguments: &str) -> String {
+        let output = self.run(arguments);
+        let error = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{arguments}: {error}\n{}", self.log());
+        String::from_utf8(output.stdout).unwrap()
+    }
+
+    /// Runs a command that must be refused with one line, and returns that.
+    fn refused(&self, arguments: &str) -> String {
+        let output = self.run(arguments);
+        let error = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(1), "{arguments}: {error}");
+        assert!(error.starts_with("bessel: ") && error.lines().count() == 1, "{error:?}");
+        error
+    }
+
+    /// Sends bytes to the API that are no whole request, and waits until the server has hung up.
+    fn garbage(&self, bytes: &[u8]) {
+        let mut stream = UnixStream::connect(self.path("api.sock")).unwrap();
+        // A server that has seen enough may hang up before all is written.
+        let _ = stream.write_all(bytes);
+        let _ = stream.shutdown(std::net::Shutdown::Write);
+        let _ = stream.read_to_end(&mut Vec::new());
+    }
+
+    /// Sends bytes to the API and returns the whole answer.
+    fn raw(&self, request: &[u8]) -> String {
+        let mut stream = UnixStream::connect(self.path("api.sock")).unwrap();
+        let _ = stream.write_all(request);
+        let mut answer = Vec::new();
+        let _ = stream.read_to_end(&mut answer);
+        String::from_utf8_lossy(&answer).into_owned()
+    }
+
+    fn request(&self, method: &str, path: &str, body: &str) -> String {
+        let length = body.len();
+        let head = format!("{method} {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n");
+        self.raw(format!("{head}content-length: {length}\r\n\r\n{body}").as_bytes())
+    }
+}
+
+impl Drop for World {
+    fn drop(&mut self) {
+        if let Some(mut daemon) = self.daemon.take() {
+            let _ = daemon.kill();
+            let _ = daemon.wait();
+        }
+        let _ = std::fs::remove_dir_all(&self.directory);
+    }
+}
+
+const VM1: &str = "\n  - name: vm1\n    size: 1GiB\n    queues: 2\n";
+
+#[test]
+fn volumes_live_from_creation_to_deletion() {
+    let mut world = World::new("volumes");
+    let said = world.serve(VM1);
+    assert!(said.contains(&format!("path={} ", world.path("vm1.sock"))), "{said}");
+    assert!(said.contains("num-queues=2\n") && said.contains("vhost_user=true"), "{said}");
+
+    let created = world.json("volume create vm2 --size 512MiB");
+    assert_eq!(created["size_bytes"], 512 << 20);
+    assert_eq!(created["socket"], world.path("vm2.sock"));
+    assert!(Path::new(&world.path("vm2.sock")).exists());
+    let names = |volumes: Value| -> Vec<String> {
+        let volumes = volumes.as_array().unwrap().iter();
+        volumes.map(|volume| volume["name"].as_str().unwrap().to_owned()).collect()
+    };
+    assert_eq!(names(world.json("volume list")), ["vm1", "vm2"]);
+
+    assert!(world.refused("volume create vm2 --size 1GiB").contains("already a volume named"));
+    assert!(world.refused("volume create x --size 1000").contains("multiple of 512"));
+    assert!(world.refused("volume show nope").contains("there is no volume \"nope\""));
+    assert!(world.refused("volume resize vm2 256MiB").contains("cannot shrink"));
+    assert!(world.refused("volume rename vm2 vm1").contains("already a volume named"));
+
+    assert_eq!(world.json("volume resize vm2 1TiB")["size_bytes"], 1u64 << 40);
+    assert_eq!(world.json("volume rename vm2 vm3")["name"], "vm3");
+    assert_eq!(world.json("volume show vm3")["id"], 2);
+    world.text("volume delete vm3");
+    assert_eq!(names(world.json("volume list")), ["vm1"]);
+    assert!(!Path::new(&world.path("vm2.sock")).exists(), "the socket goes with its volume");
+    assert_eq!(world.json("volume create vm2 --size 1MiB")["id"], 3, "identities are not reused");
+
+    world.end("-TERM");
+    assert!(!Path::new(&world.path("api.sock")).exists());
+    assert!(!Path::new(&world.path("vm1.sock")).exists());
+    assert_eq!(world.json(&format!("check {}", world.path("store.img")))["clean"], true);
+}
+
+#[test]
+fn snapshots_are_labelled_cloned_rolled_back_and_deleted() {
+    let mut world = World::new("snapshots");
+    world.serve(VM1);
+    let taken = world.json("snapshot create vm1 --label base");
+    assert_eq!((&taken["id"], &taken["label"]), (&Value::from("1.0"), &Value::from("base")));
+    assert!(taken["latency_ns"].as_u64().unwrap() > 0);
+    assert_eq!(world.json("snapshot create vm1")["id"], "1.1");
+    assert!(world.refused("snapshot create vm1 --label base").contains("already taken"));
+    assert!(world.refused("snapshot label 1.1 base").contains("already taken"));
+    assert_eq!(world.json("snapshot label 1.1 second")["label"], "second");
+
+    let clone = world.json("volume create clone --from vm1@base");
+    assert_eq!((&clone["origin"], &clone["size_bytes"]), (&"1.0".into(), &(1u64 << 30).into()));
+    let larger = world.json("volume create larger --from 1.1 --size 2GiB");
+    assert_eq!(larger["size_bytes"], 2u64 << 30);
+    assert!(world.refused("volume create x --from 1.1 --size 1MiB").contains("smaller than"));
+    assert!(world.refused("volume create x --from vm1@nope").contains("no snapshot vm1@nope"));
+    assert!(world.refused("volume rollback clone 1.0").contains("not one of volume"));
+
+    world.text("volume rollback vm1 vm1@base");
+    let kept = world.json("snapshot list vm1");
+    assert_eq!(kept.as_array().unwrap().len(), 3, "what the volume held is kept: {kept}");
+
+    world.text("snapshot delete vm1@second");
+    assert!(world.refused("snapshot delete 1.1").contains("no snapshot 1.1"));
+    let tree = world.text("tree");
+    for line in ["vm1 1GiB", "├─ 1.0 @base", "│  └─ clone 1GiB", "(deleted)", "larger 2GiB"]
+    {
+        assert!(tree.contains(line), "{line:?} is not in\n{tree}");
+    }
+    assert!(world.text("tree --format dot").contains("\"s1.0\" -> \"v2\""));
+    let stats = world.json("stats");
+    assert_eq!(stats["snapshot_latency"]["count"], 2);
+
+    // Killed without a word, it finds everything again.
+    world.end("-KILL");
+    world.serve(VM1);
+    assert_eq!(world.text("tree"), tree);
+    world.end("-TERM");
+    assert_eq!(world.json(&format!("check {}", world.path("store.img")))["clean"], true);
+}
+
+#[test]
+fn a_volume_with_a_guest_is_neither_deleted_nor_rolled_back() {
+    let mut world = World::new("guest");
+    world.serve(VM1);
+    world.text("snapshot create vm1 --label base");
+    let guest = UnixStream::connect(world.path("vm1.sock")).unwrap();
+    while world.json("volume show vm1")["connected"] != true {}
+    assert!(world.refused("volume delete vm1").contains("stop the guest first"));
+    assert!(world.refused("volume rollback vm1 vm1@base").contains("stop the guest first"));
+    drop(guest);
+    while world.json("volume show vm1")["connected"] == true {}
+    world.text("volume rollback vm1 vm1@base");
+    world.text("volume delete vm1");
+}
+
+#[test]
+fn a_store_in_use_is_left_alone() {
+    let mut world = World::new("in-use");
+    world.serve(VM1);
+    let holder = format!("in use by process {}", world.pid());
+    let other = world.configure("other.yaml", "other.sock", " []\n");
+    let error = world.refused(&format!("serve --config {other}"));
+    assert!(error.contains("other.yaml:2: ") && error.contains(&holder), "{error}");
+    for command in ["check store.img", "format store.img --force"] {
+        assert!(world.refused(command).contains(&holder), "{command}");
+    }
+    assert!(!Path::new(&world.path("other.sock")).exists());
+    assert_eq!(world.json("volume list").as_array().unwrap().len(), 1);
+}
+
+#[test]
+fn format_destroys_nothing_without_force() {
+    let world = World::new("format");
+    assert!(world.refused("format store.img").contains("give --size"));
+    let made = world.json("format store.img --size 64MiB --extent-size 1MiB");
+    assert_eq!((&made["size_bytes"], &made["extents"]), (&(64 << 20).into(), &64.into()));
+    let before = std::fs::read(world.path("store.img")).unwrap();
+    for command in ["format store.img", "format store.img --size 128MiB"] {
+        let error = world.refused(command);
+        assert!(error.contains("holds a Bessel store") && error.contains("--force"), "{error}");
+    }
+    assert_eq!(std::fs::read(world.path("store.img")).unwrap(), before);
+    assert!(world.json("format store.img --force")["replaced"].is_string());
+
+    std::fs::write(world.path("notes.txt"), "precious".repeat(1 << 20)).unwrap();
+    assert!(world.refused("format notes.txt").contains("--force"));
+    let missing = world.refused("format no/such/store.img --size 64MiB");
+    assert!(missing.contains("cannot create"), "{missing}");
+    let small = world.refused("format small.img --size 1MiB");
+    assert!(small.contains("too small"), "{small}");
+    assert!(!Path::new(&world.path("small.img")).exists(), "what was made for it is gone again");
+}
+
+#[test]
+fn a_device_that_is_no_store_is_refused_with_its_line_and_left_unchanged() {
+    let world = World::new("foreign");
+    let foreign = "not a store".repeat(1 << 20);
+    std::fs::write(world.path("store.img"), &foreign).unwrap();
+    let config = world.configure("bessel.yaml", "api.sock", " []\n");
+    let error = world.refused(&format!("serve --config {config}"));
+    assert!(error.contains("bessel.yaml:2: ") && error.contains("not a Bessel store"), "{error}");
+    assert_eq!(std::fs::read(world.path("store.img")).unwrap(), foreign.as_bytes());
+
+    std::fs::remove_file(world.path("store.img")).unwrap();
+    world.text("format store.img --size 64MiB");
+    let whole = std::fs::read(world.path("store.img")).unwrap();
+    let cut = &whole[..32 << 20];
+    std::fs::write(world.path("store.img"), cut).unwrap();
+    let error = world.refused(&format!("serve --config {config}"));
+    assert!(error.contains("truncated"), "{error}");
+    assert_eq!(std::fs::read(world.path("store.img")).unwrap(), cut);
+}
+
+#[test]
+fn a_refused_configuration_touches_nothing() {
+    let world = World::new("refused");
+    let config = world.configure("bessel.yaml", "api.sock", "\n  - name: a\n    sise: 1GiB\n");
+    let error = world.refused(&format!("serve --config {config}"));
+    assert!(error.contains("bessel.yaml:9: ") && error.contains("sise"), "{error}");
+    let left: Vec<_> = std::fs::read_dir(&world.directory).unwrap().collect();
+    assert_eq!(left.len(), 1, "only the configuration is there: {left:?}");
+    assert_eq!(world.run("volume create x").status.code(), Some(2), "wrong usage");
+    assert!(world.refused("volume list").contains("is `bessel serve` running?"));
+}
+
+#[test]
+fn hostile_clients_get_a_reason_and_others_an_answer() {
+    let mut world = World::new("hostile");
+    world.serve(VM1);
+    let mode = std::fs::metadata(world.path("api.sock")).unwrap().permissions().mode();
+    assert_eq!(mode & 0o777, 0o600);
+    let long = format!("{{\"name\":\"{}\"}}", "x".repeat(1 << 20));
+    let deep = "[".repeat(16_000);
+    for (method, path, body, status) in [
+        ("GET", "/", "", 404),
+        ("GET", "/v1/volumes/nope", "", 404),
+        ("GET", "/v1/volumes/..%2f..%2fetc", "", 400),
+        ("GET", "/v1/volumes/%ff", "", 400),
+        ("PUT", "/v1/volumes", "", 405),
+        ("POST", "/v1/volumes", "", 400),
+        ("POST", "/v1/volumes", "{\"name\":\"x\",\"size_bytes\":-1}", 400),
+        ("POST", "/v1/volumes", "{\"name\":\"x\",\"size_bytes\":1e300}", 400),
+        ("POST", "/v1/volumes", "{\"name\":\"x\",\"size\":512}", 400),
+        ("POST", "/v1/volumes", "{\"name\":\"x\"}", 400),
+        ("POST", "/v1/volumes", "{\"name\":\"../x\",\"size_bytes\":4096}", 400),
+        ("POST", "/v1/volumes", "{\"name\":\"vm1\",\"size_bytes\":4096}", 409),
+        ("POST", "/v1/volumes", &deep, 400),
+        ("POST", "/v1/volumes", &long, 413),
+        ("PATCH", "/v1/volumes/vm1", "{}", 400),
+        ("PATCH", "/v1/volumes/vm1", "{\"name\":\"y\",\"size_bytes\":4096}", 400),
+        ("POST", "/v1/volumes/vm1/snapshots", "{\"label\":\"a b\"}", 400),
+        ("DELETE", "/v1/snapshots/1.99999999999999999999", "", 400),
+        ("DELETE", "/v1/snapshots/99.99", "", 404),
+    ] {
+        let answer = world.request(method, path, body);
+        let context = format!("{method} {path} {:.60}: {answer}", body);
+        assert!(answer.starts_with(&format!("HTTP/1.1 {status} ")), "{context}");
+        let (_, json) = answer.split_once("\r\n\r\n").unwrap();
+        let reason = &serde_json::from_str::<Value>(json).unwrap()["error"];
+        assert!(reason.as_str().is_some_and(|reason| !reason.is_empty()), "{context}");
+    }
+    world.garbage(b"\0\0\0\0\xff\xff\r\n\r\n");
+    world.garbage(&b"GET / HTTP/1.1\r\nx: ".repeat(10_000));
+    let _idle: Vec<_> =
+        (0..100).map(|_| UnixStream::connect(world.path("api.sock")).unwrap()).collect();
+
+    assert!(world.request("GET", "/openapi.json", "").contains("\"openapi\":\"3.1.0\""));
+    let metrics = world.request("GET", "/metrics", "");
+    assert!(metrics.contains("bessel_volume_reads_total{volume=\"vm1\"} 0\n"), "{metrics}");
+    assert_eq!(world.json("volume list").as_array().unwrap().len(), 1);
+    world.end("-TERM");
+}
