@@ -99,3 +99,25 @@ fn filling_and_discarding_over_and_over_leaks_nothing() {
     let least = rounds.iter().min().unwrap();
     assert!(*least >= written - 512, "first {written} sectors fitted, later {rounds:?}");
 }
+
+#[test]
+fn an_orderly_end_gives_every_unused_block_back() {
+    for seed in 0..10 {
+        let mut world = World::new(WorldConfig { shards: 3, ..WorldConfig::new(seed) });
+        let volumes: Vec<_> = (0..4).map(|_| world.create(ByteCount::new(8 << 20))).collect();
+        for volume in volumes.into_iter().map(Result::unwrap) {
+            for _ in 0..20 {
+                let sector = world.random.below(8000);
+                world.start_io(volume, IoKind::Write, sector, 100);
+                let sector = world.random.below(8000);
+                world.start_io(volume, IoKind::Discard, sector, 500);
+            }
+            world.snapshot(volume).unwrap();
+            world.start_io(volume, IoKind::Write, 0, 300);
+        }
+        world.shut_down().unwrap();
+        let report = world.check();
+        assert_eq!((report.data.leaked, report.metadata.leaked), (0, 0), "seed {seed}");
+        world.recover();
+    }
+}

@@ -329,8 +329,11 @@ impl Model {
             };
             let volume = self.volumes.get_mut(&op.volume).expect("as above");
             let content = &mut volume.content;
+            // Zeroes may come from several requests, and then it is not known which one was seen.
+            let sure = allowed.iter().filter(|other| **other == value).count() == 1;
             match content.sectors.get_mut(&sector) {
-                Some(list) => seen(list, value, op.submitted),
+                Some(list) if sure => seen(list, value, op.submitted),
+                Some(_) => {}
                 None => pin_image(&mut self.images, content.base, sector, value),
             }
         }
@@ -354,8 +357,13 @@ impl Model {
     fn begin_cut(&mut self, id: VolumeId, time: u64, label: Option<String>, then: Option<Content>) {
         let submitted = self.tick();
         let content = &self.volumes[&id].content;
-        let sectors =
-            content.sectors.iter().map(|(sector, list)| (*sector, live_of(list))).collect();
+        // A read may have shown a write that had not completed; the snapshot owes it nothing.
+        let standing = |list: &[Candidate]| -> Vec<Value> {
+            let standing = list.iter().filter(|candidate| !candidate.overwritten);
+            standing.map(|candidate| candidate.value).collect()
+        };
+        let written = content.sectors.iter();
+        let sectors = written.map(|(sector, list)| (*sector, standing(list))).collect();
         self.images.push(Image { base: content.base, sectors });
         let image = self.images.len() - 1;
         self.volume(id).pending.push(PendingSnapshot { submitted, time, label, image, then });
@@ -632,9 +640,9 @@ fn end_candidate(list: &mut Vec<Candidate>, op: u64, now: u64, applied: bool, du
 
 /// Draws the conclusions from a read, begun at `submitted`, that returned `value`.
 fn seen(list: &mut Vec<Candidate>, value: Value, submitted: u64) {
-    // With two candidates of one value nothing is certain; only zeroes can repeat.
-    let mut of_value = list.iter().filter(|candidate| candidate.value == value);
-    let (Some(found), None) = (of_value.next().cloned(), of_value.next()) else { return };
+    // It is not there when it has been overwritten since the read began.
+    let found = list.iter().find(|candidate| candidate.value == value).cloned();
+    let Some(found) = found else { return };
     let settled = |candidate: &Candidate| candidate.op == 0;
     for other in list.iter_mut().filter(|other| other.op != found.op || other.value != value) {
         if other.ended < submitted || other.ended < found.submitted {

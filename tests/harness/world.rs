@@ -62,8 +62,8 @@ impl WorldConfig {
         Self {
             seed,
             shards: 1,
-            capacity: ByteCount::new(64 << 20),
-            extent_size: ByteCount::new(2 << 20),
+            capacity: ByteCount::new(32 << 20),
+            extent_size: ByteCount::new(1 << 20), // The smallest: the registry is read often.
             volatile_cache: true,
             schedule: Schedule::Random,
             node_cache: ByteCount::new(1 << 20),
@@ -778,7 +778,7 @@ impl World {
         snapshot: SnapshotId,
         name: &str,
     ) -> Result<Option<VolumeId>, PowerCut> {
-        loop {
+        for _ in 0..STEPS_MAX / 50 {
             let info = self.show(snapshot.volume)?;
             let found = &info.snapshots[snapshot.sequence as usize];
             if found.deleted {
@@ -804,6 +804,7 @@ impl World {
                 reply => panic!("a clone was answered with {reply:?}"),
             };
         }
+        panic!("snapshot {snapshot} never settles");
     }
 
     /// Makes an unused extent one of `kind` on the disk, of which only the last `free` blocks are
