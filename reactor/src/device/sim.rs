@@ -419,10 +419,7 @@ impl SimDisk {
     /// The bytes of a block as a read would see them now.
     pub fn peek(&self, block: BlockAddr) -> [u8; BLOCK] {
         let mut bytes = [0; BLOCK];
-        let disk = self.0.borrow();
-        for (sector, target) in (block.get() * SECTORS_PER_BLOCK..).zip(bytes.chunks_mut(SECTOR)) {
-            disk.read_sector(sector, target);
-        }
+        self.0.borrow().read_block(block.get() * SECTORS_PER_BLOCK, &mut bytes);
         bytes
     }
 
@@ -451,6 +448,24 @@ impl Disk {
             Some(block) => {
                 let start = (sector % SECTORS_PER_BLOCK) as usize * SECTOR;
                 target.copy_from_slice(&block[start..start + SECTOR]);
+            }
+            None => target.fill(self.background),
+        }
+    }
+
+    /// Reads sectors of one block, from `sector` on.
+    fn read_block(&self, sector: u64, target: &mut [u8]) {
+        let end = sector + (target.len() / SECTOR) as u64;
+        if self.volatile.range(sector..end).next().is_some() {
+            for (sector, target) in (sector..).zip(target.chunks_mut(SECTOR)) {
+                self.read_sector(sector, target);
+            }
+            return;
+        }
+        match self.durable.get(&(sector / SECTORS_PER_BLOCK)) {
+            Some(block) => {
+                let start = (sector % SECTORS_PER_BLOCK) as usize * SECTOR;
+                target.copy_from_slice(&block[start..start + target.len()]);
             }
             None => target.fill(self.background),
         }
@@ -610,8 +625,14 @@ impl Disk {
 
     fn fill(&self, op: &Op) {
         let mut bytes = vec![0; op.sectors as usize * SECTOR];
-        for (sector, target) in (op.sector..).zip(bytes.chunks_mut(SECTOR)) {
-            self.read_sector(sector, target);
+        let end = op.sector + op.sectors;
+        let mut sector = op.sector;
+        while sector < end {
+            let block = sector / SECTORS_PER_BLOCK;
+            let next = end.min((block + 1) * SECTORS_PER_BLOCK);
+            let place = |at: u64| (at - op.sector) as usize * SECTOR;
+            self.read_block(sector, &mut bytes[place(sector)..place(next)]);
+            sector = next;
         }
         let mut rest = &bytes[..];
         for segment in &op.segments {
