@@ -300,12 +300,16 @@ fn an_endless_indirect_table_and_an_unnegotiated_one_get_empty_elements() {
 
     let mut guest =
         attack.victim.guest(Options { features: !feature::INDIRECT, ..Options::default() });
-    guest.put_chain(guest.spare() + TABLE, 0, &[(at(&guest, 0), 16, 0)]);
-    let link = (at(&guest, TABLE), 16, flag::INDIRECT);
+    guest.ram.put(guest.spare(), &words(&[u64::from(block::FLUSH), 0]));
+    guest.ram.put_u8(guest.spare() + STATUS, block::PENDING);
+    let flush = [(at(&guest, 0), 16, 0), (at(&guest, STATUS), 1, flag::WRITE)];
+    guest.put_chain(guest.spare() + TABLE, 0, &flush);
+    let link = (at(&guest, TABLE), 32, flag::INDIRECT);
     guest.put_chain(guest.place(0).descriptors, 40, &[link]);
     guest.push(0, 40);
     guest.kick(0);
     assert_eq!(guest.wait_used(0).length, 0, "indirect without the feature");
+    assert_eq!(guest.ram.u8(guest.spare() + STATUS), block::PENDING);
     drop(guest);
     attack.assert_unharmed("indirect tables");
 }
@@ -358,23 +362,25 @@ fn a_ring_that_contradicts_itself_is_given_up_and_the_others_go_on() {
 #[test]
 fn memory_truncated_under_us_stops_that_guest_only() {
     let mut attack = Attack::new("truncate");
-    for (name, keep_rings) in [("rings", false), ("data", true)] {
-        let mut guest = attack.victim.guest(Options { regions: 1, ..Options::default() });
+    for name in ["everything", "all but the rings"] {
+        let mut guest = attack.victim.guest(Options { regions: 2, ..Options::default() });
         let error = eventfd();
         guest.front_end.tell(message::SET_VRING_ERR, &words(&[0]), &[error.as_fd()]).unwrap();
         assert_eq!(guest.read(0, 0, 512).0, block::DONE);
-        let place = guest.place(0);
-        let kept = if keep_rings { (place.used + 6 + 8 * 64).next_multiple_of(4096) } else { 0 };
-        if keep_rings {
-            // A request whose header, data and status are about to go.
-            let chain = [(at(&guest, 0), 16, 0), (at(&guest, STATUS), 1, flag::WRITE)];
-            guest.put_chain(place.descriptors, 40, &chain);
-            ftruncate(guest.ram.file(), kept as i64).unwrap();
-            guest.push(0, 40);
-            guest.push(0, 41);
+        // The second region holds the spare memory, the first the rings.
+        let half = guest.ram.size() / 2;
+        assert!(guest.spare() >= half);
+        if name == "everything" {
+            ftruncate(guest.ram.file(), 0).unwrap();
             guest.kick_hard(0);
         } else {
-            ftruncate(guest.ram.file(), 0).unwrap();
+            let chain = [(at(&guest, 0), 16, 0), (at(&guest, STATUS), 1, flag::WRITE)];
+            guest.put_chain(guest.place(0).descriptors, 40, &chain);
+            ftruncate(guest.ram.file(), half as i64).unwrap();
+            guest.push(0, 40);
+            guest.kick_hard(0);
+            guest.wait_used(0); // Its header was read as zeroes.
+            guest.push(0, 40);
             guest.kick_hard(0);
         }
         wait_for_error(&error, name);

@@ -505,3 +505,151 @@ impl Drop for Queue {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use nix::sys::memfd::{MFdFlags, memfd_create};
+    use nix::unistd::ftruncate;
+
+    use super::*;
+    use crate::disk::DiskInfo;
+    use crate::memory::{GuestMemory, RegionSpec, Window};
+
+    const SIZE: u16 = 8;
+    const AVAILABLE: usize = 0x1000;
+    const USED: usize = 0x2000;
+    const DATA: usize = 0x4000;
+
+    /// A ring of eight flushes, each a header and a status, and the driver's view of it.
+    struct Fixture {
+        queue: Queue,
+        ram: Window,
+    }
+
+    fn fixture(event_idx: bool, kick: bool) -> Fixture {
+        let file = memfd_create("queue", MFdFlags::MFD_CLOEXEC).unwrap();
+        ftruncate(&file, 0x10000).unwrap();
+        let spec = RegionSpec { guest: 0, size: 0x10000, user: 0, offset: 0 };
+        let memory = Arc::new(GuestMemory::map(&[(spec, file)]).unwrap());
+        let ram = memory.window_at_user(0, 0x10000, 16).unwrap();
+        for head in 0..usize::from(SIZE) / 2 {
+            let header = DATA + 64 * head;
+            ram.store_u64(header, 4, Relaxed);
+            ram.store_u64(32 * head, header as u64, Relaxed);
+            ram.store_u64(32 * head + 8, 16 | 1 << 32 | (2 * head as u64 + 1) << 48, Relaxed);
+            ram.store_u64(32 * head + 16, header as u64 + 16, Relaxed);
+            ram.store_u64(32 * head + 24, 1 | 2 << 32, Relaxed);
+        }
+        let [descriptors, available, used] = Ring::lengths(SIZE, true);
+        let ring = Ring {
+            descriptors: memory.window_at_user(0, descriptors, 16).unwrap(),
+            available: memory.window_at_user(AVAILABLE as u64, available, 2).unwrap(),
+            used: memory.window_at_user(USED as u64, used, 4).unwrap(),
+            size: SIZE,
+        };
+        let event = if event_idx { 1 << 29 } else { 0 };
+        let features = VirtioFeatures::offered(false).acknowledge(1 << 32 | event).unwrap();
+        let info = DiskInfo {
+            id: "queue".into(),
+            capacity_sectors: 8,
+            read_only: false,
+            num_queues: 1,
+            queue_size_max: SIZE,
+            writeback: true,
+        };
+        let queue = Queue::new(QueueParts {
+            ring,
+            map: AddressMap::for_queue(memory),
+            features,
+            disk: Arc::new(Disk::new(info)),
+            base: 0,
+            used: 0,
+            kick: kick.then(|| Arc::new(fds::eventfd().unwrap().into())),
+            call: Arc::new(CallFd::new().unwrap()),
+            inflight: None,
+            recovered: Vec::new(),
+            counters: Arc::default(),
+            notice: Notice::new(Arc::new(fds::eventfd().unwrap().into())),
+        });
+        Fixture { queue: queue.unwrap(), ram }
+    }
+
+    impl Fixture {
+        /// Makes `head` available as entry `index`.
+        fn push(&self, index: u16, head: u16) {
+            let slot = usize::from(index % SIZE);
+            self.ram.store_u16(AVAILABLE + 4 + 2 * slot, head, Relaxed);
+            self.ram.store_u16(AVAILABLE + 2, index.wrapping_add(1), Release);
+        }
+
+        fn pop(&mut self) -> Option<u16> {
+            match self.queue.pop() {
+                Popped::Request(request) => Some(request.head),
+                Popped::Empty => None,
+                other => panic!("{other:?}"),
+            }
+        }
+    }
+
+    #[test]
+    fn work_that_came_before_sleeping_is_seen() {
+        for event_idx in [false, true] {
+            let mut fixture = fixture(event_idx, true);
+            fixture.queue.disable_kicks();
+            assert_eq!(fixture.pop(), None);
+            // Between the last look and the sleep, while the guest thinks that kicks are off.
+            fixture.push(0, 2);
+            assert!(fixture.queue.enable_kicks());
+            assert_eq!(fixture.pop(), Some(2));
+            assert!(!fixture.queue.enable_kicks(), "nothing more");
+            fixture.queue.complete(2, Status::Done);
+        }
+    }
+
+    #[test]
+    fn a_queue_without_kicks_never_lets_its_poller_sleep() {
+        assert!(fixture(true, false).queue.enable_kicks());
+        assert!(!fixture(true, true).queue.enable_kicks());
+    }
+
+    #[test]
+    fn a_request_put_back_comes_again_before_any_other() {
+        let mut fixture = fixture(false, true);
+        fixture.push(0, 4);
+        fixture.push(1, 6);
+        assert_eq!(fixture.pop(), Some(4));
+        fixture.queue.put_back(4);
+        assert!(fixture.queue.has_put_back() && fixture.queue.in_flight() == 1);
+        assert!(fixture.queue.enable_kicks(), "it is work to do");
+        assert_eq!((fixture.pop(), fixture.pop(), fixture.pop()), (Some(4), Some(6), None));
+        fixture.queue.complete(6, Status::Done);
+        fixture.queue.complete(4, Status::IoError);
+        fixture.queue.publish();
+        assert_eq!(fixture.ram.load_u16(USED + 2, Relaxed), 2);
+        assert_eq!(fixture.ram.load_u8(DATA + 64 * 2 + 16, Relaxed), Status::IoError as u8);
+    }
+
+    #[test]
+    fn completions_are_invisible_until_published() {
+        let mut fixture = fixture(true, true);
+        fixture.push(0, 0);
+        assert_eq!(fixture.pop(), Some(0));
+        fixture.queue.complete(0, Status::Done);
+        assert_eq!(fixture.ram.load_u16(USED + 2, Relaxed), 0);
+        fixture.queue.publish();
+        assert_eq!(fixture.ram.load_u16(USED + 2, Relaxed), 1);
+        assert_eq!(fixture.queue.counters().calls(), 1, "index 0 was asked for");
+        fixture.queue.publish();
+        assert_eq!(fixture.queue.counters().calls(), 1, "nothing new, no call");
+    }
+
+    #[test]
+    #[should_panic(expected = "head 0 completed while not in flight")]
+    fn completing_twice_is_our_bug() {
+        let mut fixture = fixture(false, true);
+        fixture.push(0, 0);
+        fixture.pop();
+        fixture.queue.complete(0, Status::Done);
+        fixture.queue.complete(0, Status::Done);
+    }
+}
