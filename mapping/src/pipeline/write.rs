@@ -17,7 +17,7 @@ use crate::format::{Entry, EntryKind, NODE_ENTRIES};
 use crate::message::{BlockKind, BlockRun};
 use crate::nodes::cache::FrameId;
 use crate::radix::{Located, Path, slot_at};
-use crate::request::{CacheMode, IoKind, IoStatus, VolumeHandle};
+use crate::request::{IoKind, IoStatus, VolumeHandle};
 use crate::shard::{Shard, TokenKind};
 
 /// Where the write's next block is, and how much of it the write covers.
@@ -80,6 +80,10 @@ impl<D: Device> Shard<D> {
     /// Starts a write in place of as many adjacent blocks as the write and the leaf have.
     fn overwrite(&mut self, index: u32, target: Target, leaf: FrameId, slot: usize) -> Step {
         let handle = self.requests[index].volume;
+        // The block may have been installed by a write whose commit is still under way.
+        let change_round = self.cache.frame(leaf).change_round;
+        let request = &mut self.requests[index];
+        request.commit_round = request.commit_round.max(change_round);
         let home = self.cache.entries(leaf)[slot].block();
         let covered = (target.offset as u64 + target.left).div_ceil(BLOCK_SIZE);
         let end = NODE_ENTRIES.min(slot + covered as usize);
@@ -98,20 +102,7 @@ impl<D: Device> Shard<D> {
             }
             wanted = whole;
         }
-        if self.cache_mode(index) == CacheMode::Writethrough {
-            // The block may have been installed by a write whose commit is still under way.
-            let change_round = self.cache.frame(leaf).change_round;
-            let durable = self.volume(handle).durable_round;
-            let request = &mut self.requests[index];
-            if change_round > durable {
-                request.commit_round = request.commit_round.max(change_round);
-            }
-        }
         self.start_write(index, target, PieceKind::WriteInPlace, home, wanted)
-    }
-
-    fn cache_mode(&self, index: u32) -> CacheMode {
-        self.volume(self.requests[index].volume).cache
     }
 
     /// Whole blocks from `slot` on that the write covers, that need a new home, and that nobody
