@@ -16,8 +16,8 @@ use crate::shard::Shard;
 
 /// What the tree has for the next blocks of the request.
 enum Cover {
-    /// These many blocks are holes already.
-    Hole { blocks: u64 },
+    /// These many blocks are holes already, durably so once this round is.
+    Hole { blocks: u64, change_round: u64 },
     /// One link, in a node of this level, to a subtree that is shared and wholly covered.
     Shared { level: u8 },
     /// Entries of a leaf.
@@ -42,7 +42,9 @@ impl<D: Device> Shard<D> {
         }
         let blocks = left / BLOCK_SIZE;
         match self.cover(handle, block, blocks) {
-            Cover::Hole { blocks: hole } => {
+            Cover::Hole { blocks: hole, change_round } => {
+                let request = &mut self.requests[index];
+                request.commit_round = request.commit_round.max(change_round);
                 self.consume(index, hole.min(blocks) * BLOCK_SIZE);
                 Step::On
             }
@@ -64,7 +66,8 @@ impl<D: Device> Shard<D> {
             let entry = self.cache.entries(frame)[slot_at(block, level)];
             let span = slot_span(level);
             let EntryKind::Node(_) = entry.kind() else {
-                return Cover::Hole { blocks: span - block.get() % span };
+                let change_round = self.cache.frame(frame).change_round;
+                return Cover::Hole { blocks: span - block.get() % span, change_round };
             };
             shared |= entry.read_only();
             if shared && block.get().is_multiple_of(span) && blocks >= span {
@@ -85,7 +88,11 @@ impl<D: Device> Shard<D> {
         let slot = slot_at(block, 1);
         let entries = &self.cache.entries(frame)[slot..];
         let hole = entries.iter().take_while(|entry| entry.is_hole()).count();
-        if hole > 0 { Cover::Hole { blocks: hole as u64 } } else { Cover::Leaf }
+        if hole == 0 {
+            return Cover::Leaf;
+        }
+        let change_round = self.cache.frame(frame).change_round;
+        Cover::Hole { blocks: hole as u64, change_round }
     }
 
     fn hole(&self, index: u32) -> Entry {
