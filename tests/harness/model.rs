@@ -640,9 +640,9 @@ fn end_candidate(list: &mut Vec<Candidate>, op: u64, now: u64, applied: bool, du
 
 /// Draws the conclusions from a read, begun at `submitted`, that returned `value`.
 fn seen(list: &mut Vec<Candidate>, value: Value, submitted: u64) {
-    // It is not there when it has been overwritten since the read began.
-    let found = list.iter().find(|candidate| candidate.value == value).cloned();
-    let Some(found) = found else { return };
+    // It is gone when it has been overwritten since the read began.
+    let mut of_value = list.iter().filter(|other| other.value == value && !other.gone);
+    let (Some(found), None) = (of_value.next().cloned(), of_value.next()) else { return };
     let settled = |candidate: &Candidate| candidate.op == 0;
     for other in list.iter_mut().filter(|other| other.op != found.op || other.value != value) {
         if other.ended < submitted || other.ended < found.submitted {
