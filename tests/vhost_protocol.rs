@@ -689,6 +689,7 @@ fn victim() {
     io::Read::read_to_end(&mut io::stdin(), &mut Vec::new()).unwrap();
 }
 
+/// A file that is removed at the end.
 struct Scratch(PathBuf);
 
 impl Scratch {
@@ -708,6 +709,7 @@ impl Drop for Scratch {
 #[test]
 fn requests_in_flight_survive_a_killed_server_in_order() {
     let (socket, disk) = (socket_path("kill"), Scratch::disk("kill"));
+    let _left_behind = Scratch(socket.clone());
     let victim = Victim::start(&socket, &disk.0, 100);
     let options = Options { inflight: true, queues: 2, ..Options::default() };
     let mut guest = Guest::connect(&socket, options).unwrap();
@@ -743,6 +745,7 @@ fn requests_in_flight_survive_a_killed_server_in_order() {
 #[test]
 fn no_request_is_lost_or_answered_twice_over_many_kills() {
     let (socket, disk) = (socket_path("kills"), Scratch::disk("kills"));
+    let _left_behind = Scratch(socket.clone());
     let options = Options { inflight: true, queue_size: 32, data_max: 512, ..Options::default() };
     let mut victim = Victim::start(&socket, &disk.0, u64::MAX);
     let mut guest = Guest::connect(&socket, options).unwrap();
