@@ -585,6 +585,21 @@ volumes:
     }
 
     #[test]
+    fn the_examples_that_are_shipped_are_read() {
+        let examples = Path::new(env!("CARGO_MANIFEST_DIR")).join("../configs");
+        let mut count = 0;
+        for entry in std::fs::read_dir(examples).unwrap() {
+            let file = entry.unwrap().path();
+            if file.extension().is_some_and(|extension| extension == "yaml") {
+                let config = Config::read(&file).unwrap_or_else(|error| panic!("{error}"));
+                assert!(!config.volumes.is_empty(), "{}", file.display());
+                count += 1;
+            }
+        }
+        assert!(count > 0, "there are no examples");
+    }
+
+    #[test]
     fn each_mistake_is_one_line_that_names_file_line_and_remedy() {
         let long = format!("    socket: /run/{}", "x".repeat(103));
         for (line, replacement, message) in [

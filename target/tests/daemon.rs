@@ -3,149 +3,17 @@
 //! Each test has a directory and a daemon of its own and speaks to it through the command line; what
 //! it waits for is a line of output or the end of a process, never time.
 
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
+
+mod support;
+
 use serde_json::Value;
-use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
-use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Output, Stdio};
+use std::path::Path;
+use support::World;
 
-const PROGRAM: &str = env!("CARGO_BIN_EXE_bessel");
-
-/// A directory for a store and its sockets, on tmpfs where there is one: short paths, no disk.
-struct World {
-    directory: PathBuf,
-    daemon: Option<Child>,
-}
-
-impl World {
-    fn new(tag: &str) -> Self {
-        let shared = Path::new("/dev/shm");
-        let base = if shared.is_dir() { shared.to_owned() } else { std::env::temp_dir() };
-        let directory = base.join(format!("bessel-daemon-{}-{tag}", std::process::id()));
-        std::fs::create_dir_all(&directory).unwrap();
-        Self { directory, daemon: None }
-    }
-
-    fn path(&self, name: &str) -> String {
-        self.directory.join(name).display().to_string()
-    }
-
-    /// Writes a configuration over the store and returns its path.
-    fn configure(&self, name: &str, api: &str, volumes: &str) -> String {
-        let text = format!(
-            "store:\n  device: {}\n  size: 64MiB\n  node_cache: 4MiB\napi:\n  socket: {}\n\
-             volumes:{volumes}",
-            self.path("store.img"),
-            self.path(api),
-        );
-        std::fs::write(self.path(name), text).unwrap();
-        self.path(name)
-    }
-
-    /// Starts the daemon and waits until it says that it is ready. Returns what it said.
-    fn serve(&mut self, volumes: &str) -> String {
-        let config = self.configure("bessel.yaml", "api.sock", volumes);
-        let mut daemon = Command::new(PROGRAM)
-            .args(["serve", "--config", &config])
-            .stdout(Stdio::piped())
-            .stderr(std::fs::File::create(self.path("log")).unwrap())
-            .spawn()
-            .unwrap();
-        let mut said = String::new();
-        let mut lines = BufReader::new(daemon.stdout.take().unwrap());
-        while !said.lines().any(|line| line.starts_with("ready; ")) {
-            let more = lines.read_line(&mut said).unwrap();
-            assert!(more > 0, "the daemon ended: {}", self.log());
-        }
-        self.daemon = Some(daemon);
-        said
-    }
-
-    fn log(&self) -> String {
-        std::fs::read_to_string(self.path("log")).unwrap_or_default()
-    }
-
-    fn pid(&self) -> u32 {
-        self.daemon.as_ref().expect("it runs").id()
-    }
-
-    fn end(&mut self, signal: &str) {
-        let mut daemon = self.daemon.take().expect("it runs");
-        let sent = Command::new("kill").args([signal, &daemon.id().to_string()]).status().unwrap();
-        assert!(sent.success());
-        let status = daemon.wait().unwrap();
-        assert_eq!(status.success(), signal == "-TERM", "{status}: {}", self.log());
-    }
-
-    /// Runs a command of `bessel` against this daemon.
-    fn run(&self, arguments: &str) -> Output {
-        Command::new(PROGRAM)
-            .args(arguments.split_whitespace())
-            .env("BESSEL_API", self.path("api.sock"))
-            .current_dir(&self.directory)
-            .output()
-            .unwrap()
-    }
-
-    /// Runs a command that must succeed, with `--json`.
-    fn json(&self, arguments: &str) -> Value {
-        serde_json::from_str(&self.text(&format!("{arguments} --json"))).unwrap()
-    }
-
-    /// Runs a command that must succeed.
-    fn text(&self, arguments: &str) -> String {
-        let output = self.run(arguments);
-        let error = String::from_utf8_lossy(&output.stderr);
-        assert!(output.status.success(), "{arguments}: {error}\n{}", self.log());
-        String::from_utf8(output.stdout).unwrap()
-    }
-
-    /// Runs a command that must be refused with one line, and returns that.
-    fn refused(&self, arguments: &str) -> String {
-        let output = self.run(arguments);
-        let error = String::from_utf8(output.stderr).unwrap();
-        assert_eq!(output.status.code(), Some(1), "{arguments}: {error}");
-        assert!(error.starts_with("bessel: ") && error.lines().count() == 1, "{error:?}");
-        error
-    }
-
-    /// Sends bytes to the API that are no whole request, and waits until the server has hung up.
-    fn garbage(&self, bytes: &[u8]) {
-        let mut stream = UnixStream::connect(self.path("api.sock")).unwrap();
-        // A server that has seen enough may hang up before all is written.
-        let _ = stream.write_all(bytes);
-        let _ = stream.shutdown(std::net::Shutdown::Write);
-        let _ = stream.read_to_end(&mut Vec::new());
-    }
-
-    /// Sends bytes to the API and returns the whole answer.
-    fn raw(&self, request: &[u8]) -> String {
-        let mut stream = UnixStream::connect(self.path("api.sock")).unwrap();
-        let _ = stream.write_all(request);
-        let mut answer = Vec::new();
-        let _ = stream.read_to_end(&mut answer);
-        String::from_utf8_lossy(&answer).into_owned()
-    }
-
-    fn request(&self, method: &str, path: &str, body: &str) -> String {
-        let length = body.len();
-        let head = format!("{method} {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n");
-        self.raw(format!("{head}content-length: {length}\r\n\r\n{body}").as_bytes())
-    }
-}
-
-impl Drop for World {
-    fn drop(&mut self) {
-        if let Some(mut daemon) = self.daemon.take() {
-            let _ = daemon.kill();
-            let _ = daemon.wait();
-        }
-        let _ = std::fs::remove_dir_all(&self.directory);
-    }
-}
-
-const VM1: &str = "\n  - name: vm1\n    size: 1GiB\n    queues: 2\n";
+const VM1: &str = "volumes:\n  - name: vm1\n    size: 1GiB\n    queues: 2\n";
 
 #[test]
 fn volumes_live_from_creation_to_deletion() {
@@ -247,7 +115,7 @@ fn a_store_in_use_is_left_alone() {
     let mut world = World::new("in-use");
     world.serve(VM1);
     let holder = format!("in use by process {}", world.pid());
-    let other = world.configure("other.yaml", "other.sock", " []\n");
+    let other = world.configure("other.yaml", "other.sock", "volumes: []\n");
     let error = world.refused(&format!("serve --config {other}"));
     assert!(error.contains("other.yaml:2: ") && error.contains(&holder), "{error}");
     for command in ["check store.img", "format store.img --force"] {
@@ -285,7 +153,7 @@ fn a_device_that_is_no_store_is_refused_with_its_line_and_left_unchanged() {
     let world = World::new("foreign");
     let foreign = "not a store".repeat(1 << 20);
     std::fs::write(world.path("store.img"), &foreign).unwrap();
-    let config = world.configure("bessel.yaml", "api.sock", " []\n");
+    let config = world.configure("bessel.yaml", "api.sock", "volumes: []\n");
     let error = world.refused(&format!("serve --config {config}"));
     assert!(error.contains("bessel.yaml:2: ") && error.contains("not a Bessel store"), "{error}");
     assert_eq!(std::fs::read(world.path("store.img")).unwrap(), foreign.as_bytes());
@@ -303,7 +171,8 @@ fn a_device_that_is_no_store_is_refused_with_its_line_and_left_unchanged() {
 #[test]
 fn a_refused_configuration_touches_nothing() {
     let world = World::new("refused");
-    let config = world.configure("bessel.yaml", "api.sock", "\n  - name: a\n    sise: 1GiB\n");
+    let config =
+        world.configure("bessel.yaml", "api.sock", "volumes:\n  - name: a\n    sise: 1GiB\n");
     let error = world.refused(&format!("serve --config {config}"));
     assert!(error.contains("bessel.yaml:9: ") && error.contains("sise"), "{error}");
     let left: Vec<_> = std::fs::read_dir(&world.directory).unwrap().collect();

@@ -1,0 +1,200 @@
+//! Guests on volumes of the real daemon: what they write is there, in snapshots, in clones, and after
+//! the daemon was killed.
+//!
+//! The guest is the misbehaving-when-asked driver of `bessel-tests`; here it behaves.
+
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
+
+mod support;
+
+use bessel_tests::guest::{Guest, Options, block};
+use std::path::Path;
+use support::World;
+
+const SECTORS_PER_BLOCK: u64 = 8;
+
+fn volumes(names: &[&str]) -> String {
+    let volume = |name: &&str| format!("  - name: {name}\n    size: 1GiB\n    queues: 2\n");
+    format!("volumes:\n{}", names.iter().map(volume).collect::<String>())
+}
+
+fn connect(world: &World, volume: &str, options: Options) -> Guest {
+    let socket = world.path(&format!("{volume}.sock"));
+    Guest::connect(Path::new(&socket), options).unwrap()
+}
+
+/// Bytes that tell blocks and writes apart.
+fn pattern(block: u64, write: u8) -> Vec<u8> {
+    (0..4096u64).map(|byte| (block * 31 + byte) as u8 ^ write).collect()
+}
+
+fn write(guest: &mut Guest, block: u64, write: u8) {
+    let status = guest.write(0, block * SECTORS_PER_BLOCK, &pattern(block, write));
+    assert_eq!(status, block::DONE, "block {block}");
+}
+
+fn holds(guest: &mut Guest, block: u64, expected: &[u8]) {
+    let (status, bytes) = guest.read(0, block * SECTORS_PER_BLOCK, 4096);
+    assert_eq!(status, block::DONE, "block {block}");
+    assert!(bytes == expected, "block {block} holds something else");
+}
+
+#[test]
+fn a_snapshot_and_its_clone_keep_what_the_guest_had_written_before() {
+    let mut world = World::new("clone");
+    world.serve(&volumes(&["vm1"]));
+    let mut guest = connect(&world, "vm1", Options::default());
+    for block in 0..50 {
+        write(&mut guest, block * 1000, 1);
+    }
+    world.text("snapshot create vm1 --label base");
+    for block in 0..25 {
+        write(&mut guest, block * 1000, 2);
+    }
+    world.text("volume create clone --from vm1@base");
+    let mut cloned = connect(&world, "clone", Options::default());
+    for block in 0..50 {
+        holds(&mut cloned, block * 1000, &pattern(block * 1000, 1));
+        let now = if block < 25 { 2 } else { 1 };
+        holds(&mut guest, block * 1000, &pattern(block * 1000, now));
+    }
+    write(&mut cloned, 0, 3);
+    holds(&mut guest, 0, &pattern(0, 2));
+    holds(&mut cloned, 1, &[0; 4096]);
+
+    drop(guest);
+    while world.json("volume show vm1")["connected"] == true {}
+    world.text("volume rollback vm1 vm1@base");
+    let mut guest = connect(&world, "vm1", Options::default());
+    holds(&mut guest, 0, &pattern(0, 1));
+    world.end("-TERM");
+    assert_eq!(world.json(&format!("check {}", world.path("store.img")))["clean"], true);
+}
+
+#[test]
+fn volumes_on_two_reactors_do_not_touch_each_other() {
+    let cores = bessel_reactor::reactor::usable_cores();
+    let cores = format!("{:?}", &cores[..cores.len().min(2)]);
+    let mut world = World::new("reactors");
+    world.serve(&format!("reactors:\n  cores: {cores}\n{}", volumes(&["a", "b", "c"])));
+    let names = ["a", "b", "c"];
+    let mut guests = names.map(|name| connect(&world, name, Options::default()));
+    for block in 0..200 {
+        for (index, guest) in guests.iter_mut().enumerate() {
+            write(guest, block * 77, index as u8);
+        }
+    }
+    for (index, guest) in guests.iter_mut().enumerate() {
+        assert_eq!(guest.flush(0), block::DONE);
+        for block in 0..200 {
+            holds(guest, block * 77, &pattern(block * 77, index as u8));
+        }
+    }
+    let stats = world.json("stats");
+    assert_eq!(stats["volumes"][1]["writes"], 200);
+    assert_eq!(stats["volumes"][1]["read_bytes"], 200 * 4096);
+    assert_eq!(stats["store"]["data_bytes"], 600 * 4096);
+    world.end("-TERM");
+    let report = world.json(&format!("check {}", world.path("store.img")));
+    assert_eq!(report["clean"], true, "{report}");
+    assert_eq!(report["data"]["leaked_bytes"], 0, "claims were given back: {report}");
+}
+
+/// Kills the daemon with requests in flight and starts it again under a guest that stays. Every
+/// request is answered; those of `promised` have happened.
+fn kill_under_load(tag: &str, cache: &str, promised: fn(answered_before: bool) -> bool) {
+    let mut world = World::new(tag);
+    let config = format!("{}    cache: {cache}\n", volumes(&["vm1"]));
+    world.serve(&config);
+    let options = Options { inflight: true, ..Options::default() };
+    let mut guest = connect(&world, "vm1", options);
+    for block in 0..20 {
+        write(&mut guest, block, 1);
+    }
+    assert_eq!(guest.flush(0), block::DONE);
+    let tickets: Vec<_> = (0..60)
+        .map(|block| {
+            let bytes = pattern(block, 2);
+            guest.submit(0, block::OUT, block * SECTORS_PER_BLOCK, &bytes, 0)
+        })
+        .collect();
+    guest.kick(0);
+    world.end("-KILL");
+    let pending = |guest: &Guest| -> Vec<bool> {
+        tickets.iter().map(|ticket| guest.status(*ticket) == block::PENDING).collect()
+    };
+    let unanswered = pending(&guest);
+
+    world.serve(&config);
+    guest.reconnect(Path::new(&world.path("vm1.sock"))).unwrap();
+    while pending(&guest).contains(&true) {
+        guest.wait_used(0);
+    }
+    while guest.poll_used(0).is_some() {}
+    for ticket in &tickets {
+        assert_eq!(guest.status(*ticket), block::DONE);
+        guest.release(*ticket);
+    }
+    for (block, unanswered) in unanswered.into_iter().enumerate() {
+        if promised(!unanswered) {
+            holds(&mut guest, block as u64, &pattern(block as u64, 2));
+        }
+    }
+    world.end("-TERM");
+    assert_eq!(world.json(&format!("check {}", world.path("store.img")))["clean"], true);
+}
+
+#[test]
+fn a_killed_daemon_answers_what_was_in_flight_when_it_comes_back() {
+    // What was answered before was in the cache, and nobody had flushed it.
+    kill_under_load("writeback", "writeback", |answered_before| !answered_before);
+}
+
+#[test]
+fn a_killed_daemon_has_lost_nothing_that_was_answered_in_writethrough_mode() {
+    kill_under_load("writethrough", "writethrough", |_| true);
+}
+
+#[test]
+fn a_volume_grows_under_its_guest() {
+    let mut world = World::new("grow");
+    world.serve(&volumes(&["vm1"]));
+    let mut guest = connect(&world, "vm1", Options::default());
+    let last = (1 << 30) / 4096;
+    let (status, _) = guest.read(0, last * SECTORS_PER_BLOCK, 4096);
+    assert_eq!(status, block::IO_ERROR, "past the end");
+    world.text("volume resize vm1 2TiB");
+    write(&mut guest, last, 1);
+    let far = (2 << 40) / 4096 - 1;
+    write(&mut guest, far, 2);
+    holds(&mut guest, last, &pattern(last, 1));
+    holds(&mut guest, far, &pattern(far, 2));
+    let sectors = guest.front_end.config(0, 8).unwrap();
+    assert_eq!(sectors, ((2u64 << 40) / 512).to_le_bytes());
+}
+
+#[test]
+fn a_full_store_refuses_new_blocks_and_serves_the_rest() {
+    let mut world = World::new("full");
+    world.serve(&volumes(&["vm1"]));
+    let mut guest = connect(&world, "vm1", Options::default());
+    let bytes = vec![7; 64 << 10];
+    let sectors = (bytes.len() / 512) as u64;
+    // The store has 64 MiB, the volume 1 GiB.
+    let full = (0..).find(|place| guest.write(0, place * sectors, &bytes) != block::DONE).unwrap();
+    assert!((600..1024).contains(&full), "full after {full} writes of 64 KiB");
+    assert_eq!(guest.write(0, 0, &[8; 4096]), block::DONE, "an overwrite needs no block");
+    assert_eq!(guest.read(0, 0, 4096), (block::DONE, vec![8; 4096]));
+    assert_eq!(guest.read(0, (full - 1) * sectors, 4096).0, block::DONE);
+    assert!(world.json("stats")["reactors"][0]["no_space"].as_u64().unwrap() > 0);
+    assert!(world.json("volume show vm1")["latched"].is_null());
+    for place in 0..64 {
+        assert_eq!(guest.discard(0, place * sectors, sectors as u32), block::DONE);
+    }
+    assert_eq!(guest.flush(0), block::DONE);
+    assert_eq!(
+        guest.write(0, full * sectors, &bytes),
+        block::DONE,
+        "discarded blocks are used again"
+    );
+}

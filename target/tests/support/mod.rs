@@ -1,0 +1,144 @@
+//! A daemon with a directory of its own, for tests that meet it from outside.
+
+#![allow(dead_code, reason = "each test program uses its part")]
+
+use serde_json::Value;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+
+const PROGRAM: &str = env!("CARGO_BIN_EXE_bessel");
+
+/// A directory for a store and its sockets, on tmpfs where there is one: short paths, no disk.
+pub(crate) struct World {
+    pub(crate) directory: PathBuf,
+    daemon: Option<Child>,
+}
+
+impl World {
+    pub(crate) fn new(tag: &str) -> Self {
+        let shared = Path::new("/dev/shm");
+        let base = if shared.is_dir() { shared.to_owned() } else { std::env::temp_dir() };
+        let directory = base.join(format!("bessel-daemon-{}-{tag}", std::process::id()));
+        std::fs::create_dir_all(&directory).unwrap();
+        Self { directory, daemon: None }
+    }
+
+    pub(crate) fn path(&self, name: &str) -> String {
+        self.directory.join(name).display().to_string()
+    }
+
+    /// Writes a configuration over the store, with `rest` at its end, and returns its path.
+    pub(crate) fn configure(&self, name: &str, api: &str, rest: &str) -> String {
+        let text = format!(
+            "store:\n  device: {}\n  size: 64MiB\n  node_cache: 4MiB\napi:\n  socket: {}\n\
+             {rest}",
+            self.path("store.img"),
+            self.path(api),
+        );
+        std::fs::write(self.path(name), text).unwrap();
+        self.path(name)
+    }
+
+    /// Starts the daemon and waits until it says that it is ready. Returns what it said.
+    pub(crate) fn serve(&mut self, rest: &str) -> String {
+        let config = self.configure("bessel.yaml", "api.sock", rest);
+        let mut daemon = Command::new(PROGRAM)
+            .args(["serve", "--config", &config])
+            .stdout(Stdio::piped())
+            .stderr(std::fs::File::create(self.path("log")).unwrap())
+            .spawn()
+            .unwrap();
+        let mut said = String::new();
+        let mut lines = BufReader::new(daemon.stdout.take().unwrap());
+        while !said.lines().any(|line| line.starts_with("ready; ")) {
+            let more = lines.read_line(&mut said).unwrap();
+            assert!(more > 0, "the daemon ended: {}", self.log());
+        }
+        self.daemon = Some(daemon);
+        said
+    }
+
+    fn log(&self) -> String {
+        std::fs::read_to_string(self.path("log")).unwrap_or_default()
+    }
+
+    pub(crate) fn pid(&self) -> u32 {
+        self.daemon.as_ref().expect("it runs").id()
+    }
+
+    pub(crate) fn end(&mut self, signal: &str) {
+        let mut daemon = self.daemon.take().expect("it runs");
+        let sent = Command::new("kill").args([signal, &daemon.id().to_string()]).status().unwrap();
+        assert!(sent.success());
+        let status = daemon.wait().unwrap();
+        assert_eq!(status.success(), signal == "-TERM", "{status}: {}", self.log());
+    }
+
+    /// Runs a command of `bessel` against this daemon.
+    pub(crate) fn run(&self, arguments: &str) -> Output {
+        Command::new(PROGRAM)
+            .args(arguments.split_whitespace())
+            .env("BESSEL_API", self.path("api.sock"))
+            .current_dir(&self.directory)
+            .output()
+            .unwrap()
+    }
+
+    /// Runs a command that must succeed, with `--json`.
+    pub(crate) fn json(&self, arguments: &str) -> Value {
+        serde_json::from_str(&self.text(&format!("{arguments} --json"))).unwrap()
+    }
+
+    /// Runs a command that must succeed.
+    pub(crate) fn text(&self, arguments: &str) -> String {
+        let output = self.run(arguments);
+        let error = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{arguments}: {error}\n{}", self.log());
+        String::from_utf8(output.stdout).unwrap()
+    }
+
+    /// Runs a command that must be refused with one line, and returns that.
+    pub(crate) fn refused(&self, arguments: &str) -> String {
+        let output = self.run(arguments);
+        let error = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(1), "{arguments}: {error}");
+        assert!(error.starts_with("bessel: ") && error.lines().count() == 1, "{error:?}");
+        error
+    }
+
+    /// Sends bytes to the API that are no whole request, and waits until the server has hung up.
+    pub(crate) fn garbage(&self, bytes: &[u8]) {
+        let mut stream = UnixStream::connect(self.path("api.sock")).unwrap();
+        // A server that has seen enough may hang up before all is written.
+        let _ = stream.write_all(bytes);
+        let _ = stream.shutdown(std::net::Shutdown::Write);
+        let _ = stream.read_to_end(&mut Vec::new());
+    }
+
+    /// Sends bytes to the API and returns the whole answer.
+    fn raw(&self, request: &[u8]) -> String {
+        let mut stream = UnixStream::connect(self.path("api.sock")).unwrap();
+        let _ = stream.write_all(request);
+        let mut answer = Vec::new();
+        let _ = stream.read_to_end(&mut answer);
+        String::from_utf8_lossy(&answer).into_owned()
+    }
+
+    pub(crate) fn request(&self, method: &str, path: &str, body: &str) -> String {
+        let length = body.len();
+        let head = format!("{method} {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n");
+        self.raw(format!("{head}content-length: {length}\r\n\r\n{body}").as_bytes())
+    }
+}
+
+impl Drop for World {
+    fn drop(&mut self) {
+        if let Some(mut daemon) = self.daemon.take() {
+            let _ = daemon.kill();
+            let _ = daemon.wait();
+        }
+        let _ = std::fs::remove_dir_all(&self.directory);
+    }
+}
