@@ -130,14 +130,7 @@ impl<D: Device> Shard<D> {
             }
             Command::Grow { volume, size } => self.grow(ticket, *volume, *size),
             Command::Delete { volume } => self.delete(ticket, *volume),
-            Command::SetCache { volume, cache } => {
-                self.volume_mut(*volume).cache = *cache;
-                if *cache == CacheMode::Writethrough {
-                    self.want_commit(*volume);
-                }
-                self.reply(ticket, Reply::Done);
-                Ok(())
-            }
+            Command::SetCache { volume, cache } => self.set_cache(ticket, *volume, *cache),
             Command::Stats => {
                 let stats = self.stats();
                 self.reply(ticket, Reply::Stats(Box::new(stats)));
@@ -407,6 +400,21 @@ impl<D: Device> Shard<D> {
         change(&mut self.volume_mut(handle).record);
         self.seal_plain(handle, None, true, After::Reply(ticket, Reply::Done));
         Ok(())
+    }
+
+    /// Switches at once, and keeps the choice: a front-end that outlives the daemon does not make
+    /// it again, and a guest that chose writethrough sends no flush.
+    fn set_cache(&mut self, ticket: u64, handle: VolumeHandle, cache: CacheMode) -> Tried {
+        self.volume_mut(handle).cache = cache;
+        if cache == CacheMode::Writethrough {
+            self.want_commit(handle);
+        }
+        let volume = self.volume(handle);
+        if volume.record.cache == cache || volume.latched.is_some() {
+            self.reply(ticket, Reply::Done);
+            return Ok(());
+        }
+        self.change_record(ticket, handle, |record| record.cache = cache)
     }
 
     // Snapshots.

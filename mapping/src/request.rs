@@ -213,7 +213,8 @@ pub enum Command {
         /// Which volume.
         volume: VolumeHandle,
     },
-    /// Switches between writeback and writethrough (virtio CONFIG_WCE).
+    /// Switches between writeback and writethrough (virtio CONFIG_WCE), for good: the volume is
+    /// opened with its last mode.
     SetCache {
         /// Which volume.
         volume: VolumeHandle,
