@@ -33,6 +33,7 @@ use bessel_reactor::reactor::{
     PollMode, ReactorHandle, ReactorOptions, SpawnError, spawn, usable_cores,
 };
 use bessel_reactor::units::ByteCount;
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::signal::{SigSet, Signal};
 use std::fs::File;
 use std::io::IsTerminal as _;
@@ -47,6 +48,7 @@ const INBOX_MESSAGES: usize = 256;
 /// Serves what the configuration says until SIGTERM or SIGINT.
 pub(crate) fn serve(file: &Path) -> Outcome {
     start_log();
+    raise_descriptor_limit();
     let config = Config::read(file)?;
     config.check_machine()?;
     // Blocked before any thread starts, so that all of them inherit it and only `wait` sees these.
@@ -120,6 +122,18 @@ fn wait(signals: &SigSet) -> Outcome {
     let signal = signals.wait()?;
     tracing::info!("stopping on {signal}");
     Ok(())
+}
+
+/// A volume takes about a dozen descriptors, and the usual soft limit of 1024 is for programs that
+/// still use `select`.
+fn raise_descriptor_limit() {
+    let raised = getrlimit(Resource::RLIMIT_NOFILE)
+        .and_then(|(_, hard)| setrlimit(Resource::RLIMIT_NOFILE, hard, hard));
+    if let Err(error) = raised {
+        tracing::warn!(
+            "cannot raise the limit of open files: {error}; expect room for few volumes"
+        );
+    }
 }
 
 fn start_log() {

@@ -1,7 +1,7 @@
 //! Carries a volume's queues between its vhost server and its home reactor.
 
 use super::port::{CoreMessage, CorePort, QueueSlot, Start};
-use bessel_mapping::request::{CacheMode, Command, Reply, VolumeHandle};
+use bessel_mapping::request::{CacheChooser, CacheMode, Command, Reply, VolumeHandle};
 use bessel_vhost::{Connection, Queue, QueueHost};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard};
@@ -53,7 +53,7 @@ impl QueueHost for VolumeHost {
 
     fn set_cache(&self, writeback: bool) {
         let cache = if writeback { CacheMode::Writeback } else { CacheMode::Writethrough };
-        let command = Command::SetCache { volume: self.volume, cache };
+        let command = Command::SetCache { volume: self.volume, cache, by: CacheChooser::Guest };
         if let Reply::Failed(error) = self.home.command(command).reply {
             tracing::error!(volume = self.name, "cannot switch the cache mode: {error}");
         }

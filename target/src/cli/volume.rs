@@ -122,7 +122,8 @@ pub(crate) fn run(arguments: &VolumeArgs) -> Outcome {
             let request = ChangeVolume { name: Some(name.clone()), size_bytes: None };
             let renamed: VolumeView = client.patch(&format!("/v1/volumes/{volume}"), &request)?;
             print_either(json, &renamed, |renamed| {
-                format!("volume {volume} is called {} now", renamed.name)
+                let name = &renamed.name;
+                format!("volume {volume} is called {name} now; rename it in the configuration too")
             })
         }
         VolumeCommand::Rollback { volume, snapshot } => {

@@ -5,7 +5,9 @@ use crate::api::Refusal;
 use crate::api::types::Cache;
 use crate::attach::VolumeHost;
 use crate::config::{QUEUES_DEFAULT, SOCKET_PATH_MAX, VolumeConfig};
-use bessel_mapping::request::{CacheMode, CloneOrigin, Command, Reply, VolumeHandle, VolumeId};
+use bessel_mapping::request::{
+    CacheChooser, CacheMode, CloneOrigin, Command, Reply, VolumeHandle, VolumeId,
+};
 use bessel_reactor::units::ByteCount;
 use bessel_vhost::{DiskInfo, Server};
 use std::path::{Path, PathBuf};
@@ -143,7 +145,8 @@ impl ControlPlane {
         let host = Arc::new(VolumeHost::new(name, handle, port, queues));
         self.served.insert(id, Served { handle, home, queues, socket, host, server: None });
         if let Some(cache) = cache {
-            self.ask(home, Command::SetCache { volume: handle, cache })?;
+            let by = CacheChooser::Operator;
+            self.ask(home, Command::SetCache { volume: handle, cache, by })?;
         }
         self.start_server(id)
     }
