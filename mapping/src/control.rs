@@ -19,8 +19,8 @@ use crate::nodes::cache::{FrameId, FrameState};
 use crate::pipeline::Work;
 use crate::radix::{Missing, Path};
 use crate::request::{
-    CacheMode, CloneOrigin, Command, CommandError, CreatePlan, Reply, ShardStats, SnapshotId,
-    SnapshotInfo, SpaceStats, VolumeHandle, VolumeInfo,
+    CacheChooser, CacheMode, CloneOrigin, Command, CommandError, CreatePlan, Reply, ShardStats,
+    SnapshotId, SnapshotInfo, SpaceStats, VolumeHandle, VolumeInfo,
 };
 use crate::shard::Shard;
 use crate::snapshot_log::SnapshotLog;
@@ -130,7 +130,7 @@ impl<D: Device> Shard<D> {
             }
             Command::Grow { volume, size } => self.grow(ticket, *volume, *size),
             Command::Delete { volume } => self.delete(ticket, *volume),
-            Command::SetCache { volume, cache } => self.set_cache(ticket, *volume, *cache),
+            Command::SetCache { volume, cache, by } => self.set_cache(ticket, *volume, *cache, *by),
             Command::Stats => {
                 let stats = self.stats();
                 self.reply(ticket, Reply::Stats(Box::new(stats)));
@@ -168,6 +168,7 @@ impl<D: Device> Shard<D> {
             size: plan.size,
             height,
             cache: CacheMode::Writeback,
+            cache_by_guest: false,
             root: self.cache.frame(root).addr,
             log_tail: None,
             log_count: 0,
@@ -402,19 +403,39 @@ impl<D: Device> Shard<D> {
         Ok(())
     }
 
-    /// Switches at once, and keeps the choice: a front-end that outlives the daemon does not make
-    /// it again, and a guest that chose writethrough sends no flush.
-    fn set_cache(&mut self, ticket: u64, handle: VolumeHandle, cache: CacheMode) -> Tried {
-        self.volume_mut(handle).cache = cache;
+    /// Switches at once, and keeps the choice for the next opening.
+    fn set_cache(
+        &mut self,
+        ticket: u64,
+        handle: VolumeHandle,
+        cache: CacheMode,
+        by: CacheChooser,
+    ) -> Tried {
+        let volume = self.volume_mut(handle);
+        let by_guest = by == CacheChooser::Guest;
+        let kept = volume.record.cache_by_guest && volume.cache == CacheMode::Writethrough;
+        if kept && !by_guest && cache == CacheMode::Writeback {
+            tracing::info!(
+                volume = volume.record.name,
+                "stays writethrough, as its guest chose; the guest can switch it back"
+            );
+            self.reply(ticket, Reply::Done);
+            return Ok(());
+        }
+        volume.cache = cache;
         if cache == CacheMode::Writethrough {
             self.want_commit(handle);
         }
         let volume = self.volume(handle);
-        if volume.record.cache == cache || volume.latched.is_some() {
+        let known = (volume.record.cache, volume.record.cache_by_guest) == (cache, by_guest);
+        if known || volume.latched.is_some() {
             self.reply(ticket, Reply::Done);
             return Ok(());
         }
-        self.change_record(ticket, handle, |record| record.cache = cache)
+        self.change_record(ticket, handle, |record| {
+            record.cache = cache;
+            record.cache_by_guest = by_guest;
+        })
     }
 
     // Snapshots.

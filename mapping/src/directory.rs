@@ -345,6 +345,7 @@ mod tests {
             size: GIB,
             height: 3,
             cache: CacheMode::Writeback,
+            cache_by_guest: false,
             root: BlockAddr::new(1000),
             log_tail: None,
             log_count: 0,

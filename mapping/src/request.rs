@@ -64,6 +64,16 @@ pub enum CacheMode {
     Writeback,
 }
 
+/// Who chose a cache mode. A guest that chose writethrough sends no flushes, and does not choose
+/// again when the daemon restarts below it; so the operator's writeback gives way to it.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum CacheChooser {
+    /// The configuration.
+    Operator,
+    /// The guest, by virtio's CONFIG_WCE.
+    Guest,
+}
+
 /// What a guest asks for.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum IoKind {
@@ -220,6 +230,8 @@ pub enum Command {
         volume: VolumeHandle,
         /// The new mode.
         cache: CacheMode,
+        /// Who wants it.
+        by: CacheChooser,
     },
     /// Counters of the shard.
     Stats,

@@ -13,7 +13,7 @@ use bessel_mapping::format::{
 };
 use bessel_mapping::message::Message;
 use bessel_mapping::request::{
-    Busy, CacheMode, CloneOrigin, Command, CommandError, CreatePlan, IoKind, IoRequest, IoStatus,
+    CacheChooser, Busy, CacheMode, CloneOrigin, Command, CommandError, CreatePlan, IoKind, IoRequest, IoStatus,
     Reply, SnapshotId, VolumeHandle, VolumeId, VolumeInfo,
 };
 use bessel_mapping::shard::{Shard, ShardConfig};
@@ -628,7 +628,7 @@ impl World {
                 if cache == CacheMode::Writeback {
                     self.model.set_writethrough(id, false);
                 }
-                Command::SetCache { volume, cache }
+                Command::SetCache { volume, cache, by: CacheChooser::Guest }
             }
         };
         if matches!(action, Action::Delete { .. }) {

@@ -91,6 +91,7 @@ impl Craft {
             size: ByteCount::new(1 << 30),
             height: 3,
             cache: CacheMode::Writeback,
+            cache_by_guest: false,
             root: BlockAddr::new(root),
             log_tail: (!log.is_empty()).then_some(BlockAddr::new(log_addr)),
             log_count: log.len() as u64,

@@ -25,7 +25,7 @@ pub const VOLUME_SIZE_MAX: ByteCount = ByteCount::from_blocks(tree_blocks(4));
 /// |-------:|-----:|--------------------|--------------------------------------------------------|
 /// |      0 |    8 | `generation`       | counts writes of this record; slot = its parity        |
 /// |      8 |    8 | `id`               | identity, never reused                                 |
-/// |     16 |    4 | `flags`            | bit 0 deleted, bit 1 has an origin                     |
+/// |     16 |    4 | `flags`            | bit 0 deleted, bit 1 has an origin, bit 2 the guest chose `cache` |
 /// |     20 |    1 | `height`           | levels of the tree, 3 or 4                             |
 /// |     21 |    1 | `cache`            | 0 writeback, 1 writethrough                            |
 /// |     22 |    2 | `owner_host`       | the host that may write the volume                     |
@@ -73,6 +73,7 @@ const COUNT_MAX: u64 = 1 << 62;
 
 const FLAG_DELETED: u32 = 1 << 0;
 const FLAG_ORIGIN: u32 = 1 << 1;
+const FLAG_GUEST_CACHE: u32 = 1 << 2;
 
 /// A volume, as the registry has it.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -89,6 +90,8 @@ pub struct VolumeRecord {
     pub height: u8,
     /// When a write counts as done.
     pub cache: CacheMode,
+    /// The guest chose that, not the operator.
+    pub cache_by_guest: bool,
     /// Root node of the current tree.
     pub root: BlockAddr,
     /// Newest block of the snapshot log; none exactly when `log_count` is 0.
@@ -123,8 +126,10 @@ impl VolumeRecord {
         let disk = DiskVolume {
             generation: self.generation.into(),
             id: self.id.0.into(),
-            flags: (flag(self.deleted, FLAG_DELETED) | flag(self.origin.is_some(), FLAG_ORIGIN))
-                .into(),
+            flags: (flag(self.deleted, FLAG_DELETED)
+                | flag(self.origin.is_some(), FLAG_ORIGIN)
+                | flag(self.cache_by_guest, FLAG_GUEST_CACHE))
+            .into(),
             height: self.height,
             cache: match self.cache {
                 CacheMode::Writeback => 0,
@@ -181,13 +186,14 @@ impl VolumeRecord {
         let disk = DiskVolume::ref_from_bytes(bytes).expect("a record is one sector");
         let bad = |what| place.damage(Kind::Volume, Fault::Field(what));
         let flags = disk.flags.get();
-        if flags & !(FLAG_DELETED | FLAG_ORIGIN) != 0 {
+        if flags & !(FLAG_DELETED | FLAG_ORIGIN | FLAG_GUEST_CACHE) != 0 {
             return Err(bad("unknown flags"));
         }
         let record = Self {
             generation: disk.generation.get(),
             id: VolumeId(disk.id.get()),
             deleted: flags & FLAG_DELETED != 0,
+            cache_by_guest: flags & FLAG_GUEST_CACHE != 0,
             size: ByteCount::new(disk.size_bytes.get()),
             height: disk.height,
             cache: match disk.cache {
@@ -258,6 +264,7 @@ mod tests {
             size: ByteCount::new(4 << 30),
             height: 3,
             cache: CacheMode::Writethrough,
+            cache_by_guest: false,
             root: BlockAddr::new(0xabc_def0_1234),
             log_tail: Some(BlockAddr::new(777)),
             log_count: 25,
@@ -282,6 +289,7 @@ mod tests {
             sample(),
             change(|r| r.origin = None),
             change(|r| r.deleted = true),
+            change(|r| r.cache_by_guest = true),
             change(|r| r.cache = CacheMode::Writeback),
             change(|r| (r.log_tail, r.log_count) = (None, 0)),
             change(|r| r.name = "x".repeat(64)),

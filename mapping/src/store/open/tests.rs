@@ -64,6 +64,7 @@ fn record(id: u64, name: &str) -> VolumeRecord {
         size: ByteCount::new(1 << 30),
         height: 3,
         cache: CacheMode::Writeback,
+        cache_by_guest: false,
         root: BlockAddr::new(257),
         log_tail: None,
         log_count: 0,
