@@ -288,7 +288,10 @@ impl<D: Device> Shard<D> {
         };
         pool.returned(&buffer);
         pool.put(buffer);
+        let mark = self.flusher.mark();
         let volume = self.volume_mut(handle);
+        // A flush that fails from here on leaves the image unknown, whoever asked for that flush.
+        volume.write_mark = Some(mark);
         let flight = volume.flight.as_mut().expect("images are written by a round in flight");
         flight.writes_in_flight -= 1;
         if let Err(error) = result {
@@ -438,6 +441,8 @@ impl<D: Device> Shard<D> {
         }
         // The nodes stay dirty, so that they are never evicted, but nobody waits for them any more.
         self.dirty_nodes -= std::mem::take(&mut volume.dirty).len();
+        let volume = self.volume_mut(handle);
+        volume.dirty_since = None;
         self.wake_committing(handle);
         self.released = true;
     }

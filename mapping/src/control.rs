@@ -78,7 +78,14 @@ impl<D: Device> Shard<D> {
                     held_back.extend(volume);
                     self.commands.push_back(pending);
                 }
-                Err(NotNow::Refused(error)) => self.reply(pending.ticket, Reply::Failed(error)),
+                Err(NotNow::Refused(error)) => {
+                    if let Command::Delete { volume } = pending.command
+                        && let Some(volume) = self.volume_if_open(volume)
+                    {
+                        volume.closing = false; // It stays.
+                    }
+                    self.reply(pending.ticket, Reply::Failed(error));
+                }
             }
         }
     }
@@ -105,6 +112,9 @@ impl<D: Device> Shard<D> {
                 && command.changes_the_device()
             {
                 return Err(CommandError::Latched(why.clone()).into());
+            }
+            if volume.closing && !matches!(command, Command::Delete { .. }) {
+                return Err(CommandError::Limit("the volume is being deleted".to_owned()).into());
             }
             if volume.sealed.len() >= SEALED_MAX {
                 return Err(NotNow::Wait);
@@ -252,7 +262,7 @@ impl<D: Device> Shard<D> {
             return Ok(());
         }
         match self.claims.ask(BlockKind::Metadata, self.now) {
-            Taken::Full => Err(CommandError::NoSpace.into()),
+            Taken::Full if !self.rounds_free_blocks() => Err(CommandError::NoSpace.into()),
             _ => Err(NotNow::Wait),
         }
     }

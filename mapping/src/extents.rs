@@ -93,6 +93,8 @@ pub(crate) struct Authority {
     current: Option<(BitmapId, Bitmap)>,
     token: Token,
     grants: Vec<(usize, Message)>,
+    /// A flush failed while the job's writes were under way: they may never become durable.
+    doubted: bool,
     /// Failures since start, for the log and the metrics.
     pub(crate) failures: u64,
 }
@@ -114,6 +116,7 @@ impl Authority {
             current: None,
             token,
             grants: Vec::new(),
+            doubted: false,
             failures: 0,
         }
     }
@@ -122,9 +125,17 @@ impl Authority {
     pub(crate) fn accept(&mut self, message: Message) {
         match message {
             Message::Claim { shard, kind, count } => {
-                self.jobs.push_back(Job::Claim { shard, kind, count });
+                // Before the returns that have not begun: somebody waits for it.
+                let started = usize::from(!matches!(self.state, State::Idle));
+                let is_claim = |job: &&Job| matches!(job, Job::Claim { .. });
+                let claims = self.jobs.iter().skip(started).take_while(is_claim).count();
+                self.jobs.insert(started + claims, Job::Claim { shard, kind, count });
             }
-            Message::Return { runs } => self.jobs.push_back(Job::Return { runs }),
+            Message::Return { mut runs } => {
+                // One bitmap block after the other, from the end.
+                runs.sort_unstable_by_key(|run| run.start.get());
+                self.jobs.push_back(Job::Return { runs });
+            }
             Message::Granted { .. } => unreachable!("grants go to shards, not to the authority"),
         }
     }
@@ -157,6 +168,11 @@ impl Authority {
 
     fn type_of(&self, extent: u64) -> ExtentType {
         self.catalogue[extent as usize].kind
+    }
+
+    /// A flush of the device has failed: what the job under way has written is unknown.
+    pub(crate) fn doubt(&mut self) {
+        self.doubted = !matches!(self.state, State::Idle);
     }
 
     /// Starts the next job when idle.
@@ -302,24 +318,16 @@ impl Authority {
         device: &mut D,
     ) -> Step {
         self.pool.returned(&self.buffer);
+        if matches!(self.state, State::ReadBitmap) {
+            return self.bitmap_read(result, device);
+        }
         if let Err(error) = result {
-            return self.fail(&error.to_string());
+            return self.fail(&error.to_string(), device);
+        }
+        if std::mem::take(&mut self.doubted) {
+            return self.fail("a flush of the device failed meanwhile", device);
         }
         match std::mem::replace(&mut self.state, State::Idle) {
-            State::ReadBitmap => {
-                let (id, _) = self.current.take().expect("a bitmap was made current");
-                let addr = self.geometry.bitmap_block(id.extent, id.index);
-                match Bitmap::decode(self.pool.bytes(&self.buffer), addr, self.secret) {
-                    Ok(bitmap) => self.current = Some((id, bitmap)),
-                    Err(error) => {
-                        // Nothing is ever allocated from, or freed to, a damaged bitmap.
-                        self.free.set(id.extent, id.index, 0);
-                        return self.fail(&error.to_string());
-                    }
-                }
-                self.apply(device);
-                self.poll(device)
-            }
             State::InitBitmap { extent, done } if done + 1 < self.geometry.bitmap_blocks => {
                 self.write_fresh_bitmap(extent, done + 1, device);
                 Step::Wait
@@ -347,6 +355,36 @@ impl Authority {
         }
     }
 
+    /// The bitmap that the job needs has been read. Nothing is ever allocated from one that cannot
+    /// be read or is damaged, nor freed to it; others may have room.
+    fn bitmap_read<D: Device>(&mut self, result: Result<(), DeviceError>, device: &mut D) -> Step {
+        self.state = State::Idle;
+        self.doubted = false;
+        let (id, _) = self.current.take().expect("a bitmap was made current");
+        let addr = self.geometry.bitmap_block(id.extent, id.index);
+        let read = result.map_err(|error| format!("bitmap at block {addr}: {error}"));
+        let bitmap = read.and_then(|()| {
+            Bitmap::decode(self.pool.bytes(&self.buffer), addr, self.secret)
+                .map_err(|error| error.to_string())
+        });
+        match bitmap {
+            Ok(bitmap) => {
+                self.current = Some((id, bitmap));
+                self.apply(device);
+                self.poll(device)
+            }
+            Err(why) => {
+                self.free.set(id.extent, id.index, 0);
+                if matches!(self.jobs[0], Job::Claim { .. }) {
+                    self.failures += 1;
+                    tracing::error!("{why}: nothing more is allocated there");
+                    return self.poll(device);
+                }
+                self.fail(&why, device)
+            }
+        }
+    }
+
     /// Takes in the flush that [`Step::Flush`] asked for.
     pub(crate) fn flushed<D: Device>(
         &mut self,
@@ -354,7 +392,10 @@ impl Authority {
         device: &mut D,
     ) -> Step {
         if let Err(error) = result {
-            return self.fail(&error.to_string());
+            return self.fail(&error.to_string(), device);
+        }
+        if std::mem::take(&mut self.doubted) {
+            return self.fail("a flush of the device failed meanwhile", device);
         }
         match std::mem::replace(&mut self.state, State::Idle) {
             State::InitFlush { extent } => {
@@ -379,7 +420,8 @@ impl Authority {
 
     /// Ends the current job: a claim is answered with nothing, a return is a leak. What is on the
     /// device is unknown, so the bitmap in memory is forgotten.
-    fn fail(&mut self, why: &str) -> Step {
+    fn fail<D: Device>(&mut self, why: &str, device: &mut D) -> Step {
+        self.doubted = false;
         self.failures += 1;
         tracing::error!("allocation: {why}; blocks may leak until the store is checked");
         self.current = None;
@@ -395,7 +437,7 @@ impl Authority {
                 self.jobs.pop_front();
             }
         }
-        Step::Wait
+        self.poll(device)
     }
 }
 

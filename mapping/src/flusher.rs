@@ -4,8 +4,14 @@
 //! the flush it needs by number: flushes are numbered from 1 in the order they are started, and a
 //! write that completed when `n` had been started is durable once flush `n + 1` or a later one has
 //! succeeded. On a device without a volatile cache there is nothing to do and nobody asks.
+//!
+//! Shards share the device's cache and not their flushes. When another shard's flush has failed, the
+//! device may have dropped what this one has written, and a flush that succeeds afterwards does not
+//! bring it back: so it counts as failed as well, once.
 
 use std::collections::VecDeque;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::request::VolumeHandle;
 
@@ -29,12 +35,23 @@ pub(crate) struct Flusher {
     done: u64,
     in_flight: bool,
     waiters: VecDeque<(u64, FlushWaiter)>,
+    /// Flushes of the device that failed, whoever started them.
+    failures: Arc<AtomicU64>,
+    /// How many of those this shard has taken note of.
+    failures_seen: u64,
 }
 
 impl Flusher {
-    pub(crate) fn new(volatile: bool, waiters_max: usize) -> Self {
-        let waiters = VecDeque::with_capacity(waiters_max);
-        Self { volatile, started: 0, done: 0, in_flight: false, waiters }
+    pub(crate) fn new(volatile: bool, waiters_max: usize, failures: Arc<AtomicU64>) -> Self {
+        Self {
+            volatile,
+            started: 0,
+            done: 0,
+            in_flight: false,
+            waiters: VecDeque::with_capacity(waiters_max),
+            failures_seen: failures.load(Ordering::Acquire),
+            failures,
+        }
     }
 
     /// The mark of a write that completes now.
@@ -63,13 +80,21 @@ impl Flusher {
         true
     }
 
-    /// Takes in the end of the flush in flight; its waiters come out of [`Flusher::served`].
-    pub(crate) fn completed(&mut self, success: bool) {
+    /// Takes in the end of the flush in flight; its waiters come out of [`Flusher::served`]. False
+    /// when what it should have made durable is unknown.
+    pub(crate) fn completed(&mut self, success: bool) -> bool {
         assert!(self.in_flight, "a flush completed that nobody started");
         self.in_flight = false;
-        if success {
+        if !success {
+            self.failures.fetch_add(1, Ordering::AcqRel);
+        }
+        let failures = self.failures.load(Ordering::Acquire);
+        let good = success && failures == self.failures_seen;
+        self.failures_seen = failures;
+        if good {
             self.done = self.started;
         }
+        good
     }
 
     /// The next waiter whose flush has ended, whichever way.
@@ -92,7 +117,7 @@ mod tests {
 
     #[test]
     fn a_write_that_completes_during_a_flush_needs_the_next_one() {
-        let mut flusher = Flusher::new(true, 8);
+        let mut flusher = Flusher::new(true, 8, Arc::default());
         flusher.want(flusher.mark(), A);
         assert!(flusher.start());
         let mark = flusher.mark();
@@ -110,8 +135,27 @@ mod tests {
     }
 
     #[test]
+    fn another_shards_failed_flush_spoils_the_next_one_here() {
+        let failures = Arc::new(AtomicU64::new(0));
+        let mut here = Flusher::new(true, 8, Arc::clone(&failures));
+        let mut there = Flusher::new(true, 8, failures);
+        let mark = here.mark();
+        there.want(there.mark(), A);
+        there.start();
+        assert!(!there.completed(false));
+        here.want(mark, B);
+        here.start();
+        assert!(!here.completed(true));
+        assert!(!here.covers(mark));
+        here.want(here.mark(), C);
+        assert_eq!(here.served(), Some(B));
+        here.start();
+        assert!(here.completed(true), "once is enough");
+    }
+
+    #[test]
     fn a_failed_flush_covers_nothing() {
-        let mut flusher = Flusher::new(true, 8);
+        let mut flusher = Flusher::new(true, 8, Arc::default());
         let mark = flusher.mark();
         flusher.want(mark, A);
         flusher.start();

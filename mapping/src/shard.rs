@@ -7,6 +7,7 @@
 //! first, then acted on.
 
 use std::collections::VecDeque;
+use std::sync::Arc;
 use std::time::Duration;
 
 use bessel_reactor::buffer::{Buffer, BufferPool, Segment};
@@ -14,13 +15,13 @@ use bessel_reactor::clock::Instant;
 use bessel_reactor::device::{Completion, Device, DeviceError, SEGMENTS_MAX, Token};
 use bessel_reactor::units::{BLOCK_SIZE, BlockAddr, ByteCount};
 
-use crate::claims::Claims;
+use crate::claims::{Claims, Taken};
 use crate::commit::ImageWrite;
 use crate::control::Pending;
 use crate::extents::{Authority, Step};
 use crate::flusher::{FlushWaiter, Flusher};
 use crate::format::{ExtentMap, Geometry, TagKey};
-use crate::message::Message;
+use crate::message::{BlockKind, Message};
 use crate::nodes::cache::{FrameId, NodeCache};
 use crate::pipeline::{BOUNCE_BYTES, Piece, Request, Work};
 use crate::request::{IoCompletion, Reply, ShardStats, VolumeHandle};
@@ -191,7 +192,11 @@ impl<D: Device> Shard<D> {
             volumes: Vec::new(),
             claims: Claims::new(store.geometry.extent_blocks),
             authority,
-            flusher: Flusher::new(properties.volatile_cache, config.requests_max + 64),
+            flusher: Flusher::new(
+                properties.volatile_cache,
+                config.requests_max + 64,
+                Arc::clone(&store.flush_failures),
+            ),
             requests: Slab::new(config.requests_max),
             segments: (0..config.requests_max)
                 .map(|_| Vec::with_capacity(SEGMENTS_EXPECTED))
@@ -362,9 +367,16 @@ impl<D: Device> Shard<D> {
     /// Serves everyone whose flush has ended. After a failed one, what any volume has written since
     /// the last good one is unknown (DESIGN §4).
     fn flush_completed(&mut self, result: Result<(), DeviceError>) {
-        self.flusher.completed(result.is_ok());
+        let good = self.flusher.completed(result.is_ok());
+        let result = match result {
+            Ok(()) if !good => Err(DeviceError::FlushFailedElsewhere),
+            result => result,
+        };
         if let Err(error) = result {
             self.counters.device_errors += 1;
+            if let Some(authority) = &mut self.authority {
+                authority.doubt();
+            }
             let flusher = &self.flusher;
             let unsure = self
                 .volumes
@@ -426,6 +438,25 @@ impl<D: Device> Shard<D> {
                 self.want_commit(VolumeHandle(index as u32));
             }
         }
+    }
+
+    /// Takes up to `count` adjacent blocks. A full store is one only when no round in sight frees
+    /// any: what a guest has discarded, it may write again.
+    pub(crate) fn take_blocks(&mut self, kind: BlockKind, count: u32) -> Taken {
+        let taken = self.claims.take(kind, count, self.now);
+        if taken == Taken::Full && self.rounds_free_blocks() { Taken::Wait } else { taken }
+    }
+
+    /// True when a round that is on its way, or now is, gives blocks back.
+    pub(crate) fn rounds_free_blocks(&mut self) -> bool {
+        let mut found = false;
+        for index in 0..self.volumes.len() {
+            if self.volumes[index].as_ref().is_some_and(Volume::frees_with_a_round) {
+                found = true;
+                self.want_commit(VolumeHandle(index as u32));
+            }
+        }
+        found
     }
 
     /// Makes sure that a change made now reaches the device in time.

@@ -96,7 +96,10 @@ pub(crate) struct Volume {
     pub(crate) active_tail: u32,
     pub(crate) last_stamp: u64,
     pub(crate) locks: Vec<RangeLock>,
-    /// The last flush that had been started when a write of this volume last completed.
+    /// Writes in place that have not landed.
+    pub(crate) overwrites: u32,
+    /// The last flush that had been started when a write of this volume, data or metadata, last
+    /// completed.
     pub(crate) write_mark: Option<u64>,
     /// Snapshots that wait for the requests up to a stamp: (stamp, sequence).
     pub(crate) settling: VecDeque<(u64, u64)>,
@@ -139,6 +142,7 @@ impl Volume {
             active_tail: NO_REQUEST,
             last_stamp: 0,
             locks: Vec::with_capacity(256),
+            overwrites: 0,
             write_mark: None,
             settling: VecDeque::new(),
             latched: None,
@@ -205,6 +209,13 @@ impl Volume {
         let sealed = self.sealed.back().map(|sealed| sealed.round);
         let in_flight = self.flight.as_ref().map(Flight::round);
         sealed.or(in_flight).unwrap_or(0)
+    }
+
+    /// True when blocks come free with a round that has not ended. Those that wait for requests do
+    /// not count: one of these may be waiting for blocks.
+    pub(crate) fn frees_with_a_round(&self) -> bool {
+        let round = self.unlinked.front().map(|unlinked| unlinked.round);
+        self.latched.is_none() && round.is_some_and(|round| round > self.durable_round)
     }
 
     /// True when nothing is under way: no request, no round, nothing to commit.

@@ -350,9 +350,12 @@ impl<D: Device> Shard<D> {
         self.released = true;
         let request = &mut self.requests[piece.request];
         request.pieces -= 1;
-        let handle = request.volume;
-        if !matches!(piece.kind, PieceKind::Read | PieceKind::WriteInPlace) {
-            self.volume_mut(handle).unlock(index);
+        let volume = self.volumes[request.volume.0 as usize].as_mut();
+        let volume = volume.expect("a volume with requests is open");
+        match piece.kind {
+            PieceKind::Read => {}
+            PieceKind::WriteInPlace => volume.overwrites -= 1,
+            _ => volume.unlock(index),
         }
         piece.request
     }
@@ -369,9 +372,20 @@ impl<D: Device> Shard<D> {
         match self.pieces[index].kind {
             PieceKind::Read => self.read_completed(index),
             PieceKind::WriteInPlace | PieceKind::Rewrite => self.overwrite_completed(index),
-            PieceKind::Allocate => self.install(index),
+            PieceKind::Allocate => {
+                // Not when it is installed, which may be later: a flush that fails meanwhile leaves
+                // the data unknown.
+                self.note_data_written(index);
+                self.install(index);
+            }
             PieceKind::MergeRead { target } => self.merge(index, target),
         }
+    }
+
+    fn note_data_written(&mut self, index: u32) {
+        let mark = self.flusher.mark();
+        let handle = self.requests[self.pieces[index].request].volume;
+        self.volume_mut(handle).write_mark = Some(mark);
     }
 
     fn data_error(&mut self, index: u32, error: DeviceError) {
@@ -409,7 +423,12 @@ impl<D: Device> Shard<D> {
                 FrameState::Loading,
                 "present nodes are found"
             );
-            self.parked_on_nodes.push((frame, work));
+            // A command is tried again whenever anything is released, and may be here already.
+            let waits =
+                matches!(work, Work::Command(_)) && self.parked_on_nodes.contains(&(frame, work));
+            if !waits {
+                self.parked_on_nodes.push((frame, work));
+            }
             return;
         }
         let Some(buffer) = self.loads.take() else {

@@ -16,8 +16,8 @@ use crate::shard::Shard;
 
 /// What the tree has for the next blocks of the request.
 enum Cover {
-    /// These many blocks are holes already, durably so once this round is.
-    Hole { blocks: u64, change_round: u64 },
+    /// These many blocks are holes already, in memory.
+    Hole { blocks: u64 },
     /// One link, in a node of this level, to a subtree that is shared and wholly covered.
     Shared { level: u8 },
     /// Entries of a leaf.
@@ -42,9 +42,12 @@ impl<D: Device> Shard<D> {
         }
         let blocks = left / BLOCK_SIZE;
         match self.cover(handle, block, blocks) {
-            Cover::Hole { blocks: hole, change_round } => {
+            Cover::Hole { blocks: hole } => {
+                // It may not be one on the device yet. (The node's own round would not do: the node
+                // may be shared, and another volume counts its rounds by itself.)
+                let round = self.volume(handle).newest_change_round();
                 let request = &mut self.requests[index];
-                request.commit_round = request.commit_round.max(change_round);
+                request.commit_round = request.commit_round.max(round);
                 self.consume(index, hole.min(blocks) * BLOCK_SIZE);
                 Step::On
             }
@@ -66,8 +69,7 @@ impl<D: Device> Shard<D> {
             let entry = self.cache.entries(frame)[slot_at(block, level)];
             let span = slot_span(level);
             let EntryKind::Node(_) = entry.kind() else {
-                let change_round = self.cache.frame(frame).change_round;
-                return Cover::Hole { blocks: span - block.get() % span, change_round };
+                return Cover::Hole { blocks: span - block.get() % span };
             };
             shared |= entry.read_only();
             if shared && block.get().is_multiple_of(span) && blocks >= span {
@@ -88,11 +90,7 @@ impl<D: Device> Shard<D> {
         let slot = slot_at(block, 1);
         let entries = &self.cache.entries(frame)[slot..];
         let hole = entries.iter().take_while(|entry| entry.is_hole()).count();
-        if hole == 0 {
-            return Cover::Leaf;
-        }
-        let change_round = self.cache.frame(frame).change_round;
-        Cover::Hole { blocks: hole as u64, change_round }
+        if hole > 0 { Cover::Hole { blocks: hole as u64 } } else { Cover::Leaf }
     }
 
     fn hole(&self, index: u32) -> Entry {

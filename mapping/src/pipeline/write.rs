@@ -136,7 +136,7 @@ impl<D: Device> Shard<D> {
     /// Starts the write of up to `blocks` whole blocks to new homes.
     fn allocate(&mut self, index: u32, target: Target, blocks: u64) -> Step {
         let wanted = (blocks * BLOCK_SIZE).min(io_bytes_max(0));
-        let run = match self.claims.take(BlockKind::Data, (wanted / BLOCK_SIZE) as u32, self.now) {
+        let run = match self.take_blocks(BlockKind::Data, (wanted / BLOCK_SIZE) as u32) {
             Taken::Run(run) => run,
             Taken::Wait => return self.park(index),
             Taken::Full => return Step::Failed(IoStatus::NoSpace),
@@ -189,6 +189,9 @@ impl<D: Device> Shard<D> {
             let handle = self.requests[index].volume;
             self.volume_mut(handle).lock(target.block, u64::from(count), piece_index);
             self.note_data_allocated(handle, count);
+        } else {
+            let handle = self.requests[index].volume;
+            self.volume_mut(handle).overwrites += 1;
         }
         self.requests[index].pieces += 1;
         self.device.write(TokenKind::Piece.token(piece_index), from, &self.scratch);
@@ -239,7 +242,7 @@ impl<D: Device> Shard<D> {
         if self.bounces.available() == 0 {
             return self.park(index);
         }
-        let home = match self.claims.take(BlockKind::Data, 1, self.now) {
+        let home = match self.take_blocks(BlockKind::Data, 1) {
             Taken::Run(run) => run.start,
             Taken::Wait => return self.park(index),
             Taken::Full => return Step::Failed(IoStatus::NoSpace),
@@ -261,6 +264,9 @@ impl<D: Device> Shard<D> {
     /// True while a write in place to the block has not landed: what a merge read now could miss it.
     fn overwrites_in_flight(&self, index: u32, block: VolumeBlock) -> bool {
         let handle = self.requests[index].volume;
+        if self.volume(handle).overwrites == 0 {
+            return false;
+        }
         self.pieces.iter().any(|piece| {
             piece.kind == PieceKind::WriteInPlace
                 && piece.first <= block
@@ -331,11 +337,9 @@ impl<D: Device> Shard<D> {
 
     /// A write in place has landed.
     pub(super) fn overwrite_completed(&mut self, index: u32) {
-        let mark = self.flusher.mark();
+        self.note_data_written(index);
         let request = self.end_piece(index);
-        let handle = self.requests[request].volume;
-        self.volume_mut(handle).write_mark = Some(mark);
-        self.requests[request].flush_mark = Some(mark);
+        self.requests[request].flush_mark = Some(self.flusher.mark());
         self.finish_if_dispatched(request);
     }
 
@@ -368,10 +372,7 @@ impl<D: Device> Shard<D> {
         for at in 0..count as usize {
             self.set_entry(handle, leaf, slot + at, Entry::data(home.add(at as u64)));
         }
-        let mark = self.flusher.mark();
-        let volume = self.volume_mut(handle);
-        volume.write_mark = Some(mark);
-        let round = volume.next_round;
+        let round = self.volume(handle).next_round;
         let request = self.end_piece(index);
         let waiting = &mut self.requests[request];
         waiting.commit_round = waiting.commit_round.max(round);

@@ -148,7 +148,7 @@ impl<D: Device> Shard<D> {
 
     /// A frame with a new block for a node of `level`; its entries are still to be filled in.
     pub(crate) fn new_frame(&mut self, level: u8, parent: Option<FrameId>) -> Path {
-        let run = match self.claims.take(BlockKind::Metadata, 1, self.now) {
+        let run = match self.take_blocks(BlockKind::Metadata, 1) {
             Taken::Run(run) => run,
             Taken::Wait => return Path::Wait,
             Taken::Full => return Path::Full,

@@ -4,6 +4,9 @@
 //! one volume takes that volume out alone. Only when all has been read is anything written: bad
 //! superblock copies are renewed, and the host's epoch is raised, before a shard sees the store.
 
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
+
 use bessel_reactor::clock::WallTime;
 use bessel_reactor::device::{Device, DeviceError};
 use bessel_reactor::units::{BLOCK_SIZE, BlockAddr, ByteCount};
@@ -64,6 +67,8 @@ pub struct OpenedStore {
     pub faults: Vec<String>,
     /// What else was found to be wrong and could be lived with.
     pub findings: Vec<Finding>,
+    /// Device flushes that failed since, of whichever shard: all shards write to one cache.
+    pub flush_failures: Arc<AtomicU64>,
 }
 
 /// Why a store was not opened. It has not been changed.
@@ -162,6 +167,7 @@ pub fn open<D: Device>(device: &mut D, mode: OpenMode) -> Result<OpenedStore, Op
         directory: Directory::new(geometry.registry_slots),
         faults: Vec::new(),
         findings,
+        flush_failures: Arc::default(),
         superblock,
     };
     read_registry(&mut io, &mut store)?;

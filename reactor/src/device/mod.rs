@@ -56,6 +56,10 @@ pub enum DeviceError {
     /// The device gave fewer bytes than asked, and no more on asking again: it is truncated.
     #[error("the device ended early; is it truncated?")]
     EndOfDevice,
+    /// A flush succeeded, but one of another user of the device had failed: its cache may have lost
+    /// what both had written.
+    #[error("a flush of the device failed on another reactor")]
+    FlushFailedElsewhere,
 }
 
 /// A block device that is driven by polling.
