@@ -323,7 +323,7 @@ mod tests {
             let damage = VolumeRecord::decode(&bytes, ADDR, SECRET).unwrap_err();
             assert!(matches!(damage.fault, Fault::Field(_)), "byte {offset}: {damage}");
         };
-        refuse(16, 4); // An unknown flag.
+        refuse(16, 8); // An unknown flag.
         refuse(20, 5); // Height.
         refuse(21, 2); // Cache mode.
         refuse(24, 1); // Size, no multiple of 512.
