@@ -298,7 +298,7 @@ scenarios! {
         w.settle()
     };
     a_claim_takes_a_new_extent: written, |w| {
-        for part in 0..10 {
+        for part in 0..5 {
             write(w, LEAF + part * 512, 512)?;
         }
         w.flush(first(w)).map(drop)

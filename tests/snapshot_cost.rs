@@ -1,14 +1,17 @@
 //! A snapshot is three block writes, whatever the volume's size, contents and history.
 
+use bessel_mapping::request::VolumeId;
 use bessel_reactor::device::sim::{OpKind, Schedule, Traced};
 use bessel_reactor::units::{BLOCK_SIZE, ByteCount};
 use bessel_tests::world::{World, WorldConfig};
 
-fn snapshot_writes(world: &mut World, volume: bessel_mapping::request::VolumeId) -> Vec<Traced> {
+/// What a snapshot writes, but for claims of blocks: they are made for many requests at once.
+fn snapshot_writes(world: &mut World, volume: VolumeId) -> Vec<Traced> {
     world.idle().expect("the power is on");
     world.disk.trace();
     world.snapshot(volume).expect("the power is on");
-    let writes = world.disk.trace().into_iter().filter(|op| op.kind == OpKind::Write);
+    let operations = world.disk.trace().into_iter();
+    let writes = operations.filter(|op| op.kind == OpKind::Write && !world.is_allocation(op.block));
     writes.collect()
 }
 

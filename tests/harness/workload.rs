@@ -38,6 +38,9 @@ impl Workload {
     /// Starts one thing, or lets the world go on a little. Stops early when the power goes.
     pub fn step(&self, world: &mut World) {
         if world.volumes().is_empty() {
+            if world.disk.is_failing() {
+                return; // It would be refused again and again.
+            }
             let size = ByteCount::new(8 << 20);
             let name = world.fresh_name();
             world.start(Action::Create { name, size });

@@ -13,15 +13,15 @@ use bessel_mapping::format::{
 };
 use bessel_mapping::message::Message;
 use bessel_mapping::request::{
-    CacheChooser, Busy, CacheMode, CloneOrigin, Command, CommandError, CreatePlan, IoKind, IoRequest, IoStatus,
-    Reply, SnapshotId, VolumeHandle, VolumeId, VolumeInfo,
+    Busy, CacheChooser, CacheMode, CloneOrigin, Command, CommandError, CreatePlan, IoKind,
+    IoRequest, IoStatus, Reply, SnapshotId, VolumeHandle, VolumeId, VolumeInfo,
 };
 use bessel_mapping::shard::{Shard, ShardConfig};
 use bessel_mapping::store;
 use bessel_reactor::buffer::{Buffer, BufferPool, Segment};
 use bessel_reactor::clock::{Instant, WallTime};
 use bessel_reactor::device::sim::{Keep, Random, Schedule, SimConfig, SimDevice, SimDisk};
-use bessel_reactor::units::{BLOCK_SIZE, ByteCount, SECTOR_SIZE, Sector};
+use bessel_reactor::units::{BLOCK_SIZE, BlockAddr, ByteCount, SECTOR_SIZE, Sector};
 
 use crate::model::{Model, stamp};
 
@@ -505,7 +505,7 @@ impl World {
         let request = self.requests.remove(&ticket).expect("a request completes once");
         let expected = match status {
             IoStatus::Done => true,
-            IoStatus::NoSpace => self.config.may_fill,
+            IoStatus::NoSpace => self.config.may_fill || self.config.may_fail,
             IoStatus::Failed => self.config.may_fail,
             IoStatus::Refused => false,
         };
@@ -690,7 +690,13 @@ impl World {
                 self.store.directory.removed(volume);
             }
             (Action::SetCache { volume, cache }, Reply::Done) => {
-                self.model.set_writethrough(volume, cache == CacheMode::Writethrough);
+                // A later one may have taken effect already.
+                let other = |pending: &Pending| {
+                    matches!(pending, Pending::Act { action: Action::SetCache { volume: v, .. }, .. }
+                        if *v == volume)
+                };
+                let last = !self.commands.values().any(other);
+                self.model.set_writethrough(volume, last && cache == CacheMode::Writethrough);
             }
             (action, reply) => panic!("{action:?} was answered with {reply:?}"),
         }
@@ -698,24 +704,32 @@ impl World {
 
     fn failed(&mut self, pending: &Pending, error: &CommandError) {
         let expected = match error {
-            CommandError::NoSpace => self.config.may_fill,
+            CommandError::NoSpace => self.config.may_fill || self.config.may_fail,
             CommandError::Device(_) | CommandError::Latched(_) => self.config.may_fail,
             // Several may be under way, and the first one decides.
             CommandError::Settling | CommandError::NoSuchSnapshot => true,
             _ => false,
         };
         assert!(expected, "{pending:?} failed: {error}");
+        // After an error of the device nobody knows what is on it: it may turn up after a power cut.
+        let unknown = matches!(error, CommandError::Device(_) | CommandError::Latched(_));
         match pending {
+            Pending::Act { action: Action::Rollback { snapshot }, .. } if unknown => {
+                // Nor what it reads as until then.
+                self.volumes.remove(&snapshot.volume);
+            }
             Pending::Act {
                 action: action @ (Action::Snapshot { .. } | Action::Rollback { .. }),
                 time,
-            } => self.model.fail_snapshot(subject(action), *time),
+            } if !unknown => self.model.fail_snapshot(subject(action), *time),
             Pending::Act { action: Action::Rename { volume, name }, .. } => {
                 self.store.directory.rename_ended(*volume, name, false);
             }
             Pending::Create { plan, .. } => {
                 self.store.directory.abandoned(plan);
-                self.model.fail_create(plan.id);
+                if !unknown {
+                    self.model.fail_create(plan.id);
+                }
             }
             _ => {}
         }
@@ -800,7 +814,7 @@ impl World {
             let clone = plan.id;
             return match self.reply(ticket)? {
                 Reply::Opened(_) => Ok(Some(clone)),
-                Reply::Failed(CommandError::NoSpace) => Ok(None),
+                Reply::Failed(_) => Ok(None), // It was looked at when it came.
                 reply => panic!("a clone was answered with {reply:?}"),
             };
         }
@@ -833,6 +847,19 @@ impl World {
         self.disk.poke(block, &bytes);
         self.crash(Keep::Everything);
         self.recover();
+    }
+
+    /// True for blocks by which blocks are claimed, the catalogue and the bitmaps: work that is
+    /// done for many requests at once, ahead of need.
+    pub fn is_allocation(&self, block: BlockAddr) -> bool {
+        let geometry = &self.store.geometry;
+        let extent = geometry.extent_of(block);
+        if extent == 0 {
+            let (first, _) = geometry.catalogue_block_of(0);
+            let (last, _) = geometry.catalogue_block_of(geometry.extent_count - 1);
+            return (first..=last).contains(&block);
+        }
+        block.get() - geometry.extent_start(extent).get() < geometry.bitmap_blocks
     }
 
     // ---- the end, and after it ----

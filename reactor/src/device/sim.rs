@@ -13,7 +13,7 @@
 #![forbid(unsafe_code)]
 
 use std::cell::{Cell, RefCell};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::rc::Rc;
 
@@ -280,6 +280,9 @@ struct Disk {
     /// Writes and flushes that may still complete before the power goes.
     power_left: Option<u64>,
     faults: Vec<Fault>,
+    /// Front-ends that have not heard of a failed flush: their next one fails too, as each open
+    /// file of Linux hears of a write-back error once.
+    owed_failures: BTreeSet<u64>,
     hold: Option<OpFilter>,
     exclusive: Option<OpFilter>,
     trace: Option<Vec<Traced>>,
@@ -318,6 +321,7 @@ impl SimDisk {
             next_number: 0,
             power_left: None,
             faults: Vec::new(),
+            owed_failures: BTreeSet::new(),
             hold: None,
             exclusive: None,
             trace: None,
@@ -373,6 +377,11 @@ impl SimDisk {
     /// Adds a fault. Operations are counted from here, when they are queued.
     pub fn inject(&self, fault: Fault) {
         self.0.borrow_mut().faults.push(fault);
+    }
+
+    /// True while a lasting fault is at work.
+    pub fn is_failing(&self) -> bool {
+        self.0.borrow().faults.iter().any(|fault| fault.lasting && fault.after == 0)
     }
 
     /// Takes all faults away.
@@ -618,7 +627,16 @@ impl Disk {
                     self.completions += 1;
                 }
             }
-            Work::Flush { covers } => self.settle(*covers, op.failure.is_some()),
+            Work::Flush { covers } => {
+                let owed = self.owed_failures.remove(&op.front);
+                if op.failure.is_some() {
+                    self.owed_failures = (self.first_living_front..self.next_front).collect();
+                    self.owed_failures.remove(&op.front);
+                } else if owed {
+                    op.failure = Some(DeviceError::Os(libc::EIO));
+                }
+                self.settle(*covers, op.failure.is_some());
+            }
         }
         Completion { token: op.token, result: op.failure.map_or(Ok(()), Err) }
     }
@@ -699,6 +717,7 @@ impl Disk {
         self.first_living_front = self.next_front;
         self.power_left = None;
         self.faults.clear();
+        self.owed_failures.clear();
         self.hold = None;
         self.counters.crashes += 1;
     }
@@ -1102,6 +1121,16 @@ mod tests {
             }
         }
         assert!(kept > 0 && lost > 0);
+    }
+
+    #[test]
+    fn every_front_end_hears_of_a_failed_flush_once() {
+        let disk = disk(16);
+        let (mut one, mut two) = (Desk::at(&disk), Desk::at(&disk));
+        disk.inject(Fault { kind: Some(OpKind::Flush), after: 0, lasting: false });
+        assert!(one.flush().is_err());
+        assert!(two.flush().is_err());
+        assert!(one.flush().is_ok() && two.flush().is_ok() && Desk::at(&disk).flush().is_ok());
     }
 
     #[test]
