@@ -198,3 +198,39 @@ fn a_full_store_refuses_new_blocks_and_serves_the_rest() {
         "discarded blocks are used again"
     );
 }
+
+#[test]
+fn front_ends_that_come_and_go_leave_nothing_behind() {
+    let mut world = World::new("come-and-go");
+    world.serve(&volumes(&["vm1"]));
+    let gone = |world: &World| while world.json("volume show vm1")["connected"] == true {};
+    let descriptors =
+        |world: &World| std::fs::read_dir(format!("/proc/{}/fd", world.pid())).unwrap().count();
+    let options = || Options { queues: 2, inflight: true, ..Options::default() };
+    drop(connect(&world, "vm1", options()));
+    gone(&world);
+    let before = descriptors(&world);
+    for round in 0..30 {
+        let mut guest = connect(&world, "vm1", options());
+        for block in 0..40 {
+            let queue = block as usize % 2;
+            let sector = (round * 40 + block) * SECTORS_PER_BLOCK;
+            guest.submit(queue, block::OUT, sector, &pattern(block, 1), 0);
+        }
+        guest.kick(0);
+        guest.kick(1);
+        if round % 3 == 0 {
+            guest.stop_queue(0).unwrap();
+        }
+    }
+    gone(&world);
+    // The API may be about to close a connection, ours of a moment ago.
+    let closed = (0..10_000).any(|_| descriptors(&world) <= before);
+    assert!(closed, "{} descriptors instead of {before}", descriptors(&world));
+    let mut guest = connect(&world, "vm1", options());
+    write(&mut guest, 7, 9);
+    holds(&mut guest, 7, &pattern(7, 9));
+    drop(guest);
+    world.end("-TERM");
+    assert_eq!(world.json(&format!("check {}", world.path("store.img")))["clean"], true);
+}
