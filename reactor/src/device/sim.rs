@@ -622,10 +622,9 @@ impl Disk {
                 assert!(now == *data.bytes, "memory changed under the write of {}", op.block());
                 let failed = op.failure.is_some();
                 self.land_some(&mut op, |random, _| !failed || random.chance(1, 2));
-                if !failed {
-                    data.completed.set(self.completions);
-                    self.completions += 1;
-                }
+                // What a failed write has left in the cache is flushed like anything else there.
+                data.completed.set(self.completions);
+                self.completions += 1;
             }
             Work::Flush { covers } => {
                 let owed = self.owed_failures.remove(&op.front);
