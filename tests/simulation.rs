@@ -15,7 +15,7 @@ use bessel_tests::world::{World, WorldConfig};
 const REGRESSIONS: &[u64] = &[1, 7, 12, 60];
 
 /// Seeds that every run of the suite tries.
-const FIXED: Range<u64> = 0..150;
+const FIXED: Range<u64> = 0..400;
 
 fn seeds() -> Vec<u64> {
     let number = |text: &str| text.parse().expect("SEEDS is `n` or `from..to`");
