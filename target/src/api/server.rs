@@ -55,11 +55,8 @@ impl ApiServer {
     /// # Errors
     /// When a socket is taken or cannot be made. Nothing is left behind then.
     pub(crate) fn start(config: &ApiConfig, control: Control) -> Result<Self, ApiError> {
-        let listener = bind(&config.socket)?;
-        let tcp = match config.listen {
-            None => None,
-            Some(address) => Some(bind_tcp(address)?),
-        };
+        let tcp = config.listen.map(bind_tcp).transpose()?;
+        let listener = bind(&config.socket)?; // Last, since it leaves a file behind.
         let (stop, stopping) = watch::channel(false);
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
