@@ -9,7 +9,7 @@ use std::cell::Cell;
 use std::time::Duration;
 
 use bessel_mapping::request::{
-    CacheMode, Command, IoKind, IoRequest, IoStatus, Reply, VolumeHandle,
+    CacheChooser, CacheMode, Command, IoKind, IoRequest, IoStatus, Reply, VolumeHandle,
 };
 use bessel_mapping::shard::{Shard, ShardConfig};
 use bessel_mapping::store::{self, FormatOptions, OpenMode};
@@ -109,7 +109,10 @@ impl Bench {
             reply => panic!("{reply:?}"),
         }
         let volume = bench.volume;
-        assert_eq!(bench.command(Command::SetCache { volume, cache }), Reply::Done);
+        assert_eq!(
+            bench.command(Command::SetCache { volume, cache, by: CacheChooser::Operator }),
+            Reply::Done
+        );
         bench
     }
 
