@@ -89,6 +89,8 @@ pub(crate) struct ReactorsConfig {
     pub(crate) cores: Option<Vec<usize>>,
     /// Whether an idle reactor sleeps.
     pub(crate) poll: Poll,
+    /// Whether guests' memory is registered with the device.
+    pub(crate) pin_guest_memory: bool,
 }
 
 /// Whether an idle reactor sleeps.
@@ -191,6 +193,8 @@ struct RawReactors {
     cores: Option<Vec<usize>>,
     #[serde(default)]
     poll: Poll,
+    #[serde(default)]
+    pin_guest_memory: bool,
 }
 
 #[derive(Default, Deserialize)]
@@ -433,7 +437,7 @@ fn checked_reactors(raw: RawReactors, source: &Source) -> Result<ReactorsConfig,
             }
         }
     }
-    Ok(ReactorsConfig { cores: raw.cores, poll: raw.poll })
+    Ok(ReactorsConfig { cores: raw.cores, poll: raw.poll, pin_guest_memory: raw.pin_guest_memory })
 }
 
 fn checked_api(raw: RawApi, source: &Source) -> Result<ApiConfig, ConfigError> {
@@ -566,6 +570,7 @@ volumes:
         assert_eq!(config.store.node_cache, ByteCount::new(64 << 20));
         assert_eq!(config.reactors.cores.as_deref(), Some(&[0, 1][..]));
         assert_eq!(config.reactors.poll, Poll::Adaptive);
+        assert!(!config.reactors.pin_guest_memory);
         assert_eq!(config.api.socket, Path::new("/run/bessel/api.sock"));
         assert_eq!(config.api.listen, Some("127.0.0.1:9400".parse().unwrap()));
         let [vm1, vm2] = &config.volumes[..] else { panic!("two volumes") };

@@ -257,8 +257,13 @@ impl Reactors {
         for (index, (core, inbox)) in cores.iter().zip(inboxes).enumerate() {
             let port = CorePort::new(senders[index].clone());
             let counters = Arc::<CoreCounters>::default();
-            let seat =
-                CoreSeat { inbox, peers: senders.clone(), counters: Arc::clone(&counters), clock };
+            let seat = CoreSeat {
+                inbox,
+                peers: senders.clone(),
+                counters: Arc::clone(&counters),
+                clock,
+                pin_guest_memory: config.reactors.pin_guest_memory,
+            };
             match start_reactor(config, store, index, *core, cores.len(), seat) {
                 Ok(handle) => started.handles.push(handle),
                 Err(error) => {

@@ -61,6 +61,7 @@ pub(crate) struct CoreSeat {
     pub(crate) peers: Vec<Sender<CoreMessage>>,
     pub(crate) counters: Arc<CoreCounters>,
     pub(crate) clock: SystemClock,
+    pub(crate) pin_guest_memory: bool,
 }
 
 /// See the module's documentation.
@@ -95,7 +96,7 @@ impl Core {
             queues: Vec::new(),
             first: 0,
             commands: Vec::new(),
-            memory: RegisteredMemory::default(),
+            memory: RegisteredMemory::new(seat.pin_guest_memory),
             counters: seat.counters,
             clock: seat.clock,
             finished: false,

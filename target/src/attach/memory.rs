@@ -1,8 +1,11 @@
 //! Guest memory that is registered with a core's device, once for all queues of a guest.
 //!
-//! Registering pins pages, which spares the kernel that work for each request. It also makes the
-//! kernel allocate every page of the range and takes the polling thread's time, so the memory of
-//! large guests is left unregistered.
+//! Registering pins pages, which spares the kernel that work for each request. Off unless the
+//! operator asks for it: a page that the hypervisor takes from its guest and gives back (balloon,
+//! free page reporting, memory unplug) is another page then, while the device goes on with the
+//! pinned one, and the guest would silently read stale data. It also makes the kernel allocate every
+//! page of the range and takes the polling thread's time, so the memory of large guests is left
+//! unregistered.
 
 use bessel_reactor::buffer::Segment;
 use bessel_reactor::device::FileDevice;
@@ -23,14 +26,23 @@ struct Range {
 }
 
 /// The ranges registered with one device.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct RegisteredMemory {
+    wanted: bool,
     ranges: Vec<Range>,
 }
 
 impl RegisteredMemory {
+    /// None yet; and none ever unless `wanted`.
+    pub(super) fn new(wanted: bool) -> Self {
+        Self { wanted, ranges: Vec::new() }
+    }
+
     /// Registers the memory of a queue's guest, as far as that is possible.
     pub(super) fn attach(&mut self, queue: &mut Queue, device: &mut FileDevice) {
+        if !self.wanted {
+            return;
+        }
         let segments: Vec<Segment> = queue.memory_ranges().collect();
         if segments.iter().map(|segment| segment.len() as u64).sum::<u64>() > GUEST_BYTES_MAX {
             return;
