@@ -7,9 +7,8 @@
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::Duration;
 
-use bessel_mapping::check;
 use bessel_mapping::format::{
-    Bitmap, CATALOGUE_ENTRIES_PER_BLOCK, ExtentMap, ExtentType, encode_catalogue_block,
+    Bitmap, CATALOGUE_ENTRIES_PER_BLOCK, ExtentType, encode_catalogue_block,
 };
 use bessel_mapping::message::Message;
 use bessel_mapping::request::{
@@ -18,12 +17,16 @@ use bessel_mapping::request::{
 };
 use bessel_mapping::shard::{Shard, ShardConfig};
 use bessel_mapping::store;
-use bessel_reactor::buffer::{Buffer, BufferPool, Segment};
 use bessel_reactor::clock::{Instant, WallTime};
 use bessel_reactor::device::sim::{Keep, Random, Schedule, SimConfig, SimDevice, SimDisk};
 use bessel_reactor::units::{BLOCK_SIZE, BlockAddr, ByteCount, SECTOR_SIZE, Sector};
 
-use crate::model::{Model, stamp};
+use crate::model::Model;
+
+mod memory;
+mod recovery;
+
+use memory::Memory;
 
 /// Steps without an end after which the world is called stuck. The slowest operation of the disk
 /// takes 200 reaps, a chain of a dozen of them 2,400; requests queue behind one another.
@@ -149,68 +152,6 @@ struct OpenVolume {
     shard: usize,
     handle: VolumeHandle,
     size: ByteCount,
-}
-
-/// Guest memory of one request, kept until it completes.
-struct Memory {
-    pool: BufferPool,
-    buffer: Option<Buffer>,
-    start: usize,
-    length: usize,
-    segments: Vec<Segment>,
-}
-
-impl Memory {
-    /// Guest memory for `length` bytes, in pieces of any size that start anywhere.
-    fn new(length: usize, random: &mut Random) -> Self {
-        let start = match random.below(3) {
-            0 => 0,
-            1 => SECTOR_SIZE as usize * random.below(8) as usize,
-            _ => random.below(BLOCK_SIZE) as usize,
-        };
-        let page = BLOCK_SIZE as usize;
-        let mut pool = BufferPool::new(1, (start + length).div_ceil(page) * page);
-        let buffer = pool.take();
-        let mut memory = Self { pool, buffer, start, length, segments: Vec::new() };
-        memory.segments = memory.split(random);
-        memory
-    }
-
-    fn split(&mut self, random: &mut Random) -> Vec<Segment> {
-        let buffer = self.buffer.as_ref().expect("taken in `new`");
-        let whole = self.pool.lend(buffer).part(self.start, self.length);
-        self.pool.returned(buffer);
-        let mut segments = Vec::new();
-        let mut at = 0;
-        let piece = *random.pick(&[self.length, 4096, 512, 1000]);
-        while at < self.length {
-            let left = self.length - at;
-            // At most 32 pieces, as a front-end with a sensible SEG_MAX gives.
-            let length = if segments.len() == 31 { left } else { piece.min(left) };
-            segments.push(whole.part(at, length));
-            at += length;
-        }
-        segments
-    }
-
-    fn fill(&mut self, value: u64, sector: u64) {
-        let range = self.start..self.start + self.length;
-        let buffer = self.buffer.as_mut().expect("taken in `new`");
-        let bytes = &mut self.pool.bytes_mut(buffer)[range];
-        for (sector, bytes) in (sector..).zip(bytes.chunks_exact_mut(SECTOR_SIZE as usize)) {
-            stamp(value, sector, bytes);
-        }
-    }
-
-    fn spoil(&mut self) {
-        let buffer = self.buffer.as_mut().expect("taken in `new`");
-        self.pool.bytes_mut(buffer).fill(0xdd);
-    }
-
-    fn bytes(&self) -> &[u8] {
-        let buffer = self.buffer.as_ref().expect("taken in `new`");
-        &self.pool.bytes(buffer)[self.start..self.start + self.length]
-    }
 }
 
 struct Request {
@@ -860,178 +801,6 @@ impl World {
             return (first..=last).contains(&block);
         }
         block.get() - geometry.extent_start(extent).get() < geometry.bitmap_blocks
-    }
-
-    // ---- the end, and after it ----
-
-    /// What each extent holds, as the shards know it now.
-    pub fn extents(&self) -> ExtentMap {
-        self.store.extents.clone()
-    }
-
-    /// Cuts the power in one of several cruel ways, chosen by the world's dice.
-    pub fn crash_somehow(&mut self) {
-        let extents = self.store.extents.clone();
-        let metadata = |block| extents.kind_of(block) != ExtentType::Data;
-        let data = |block| extents.kind_of(block) == ExtentType::Data;
-        let way = self.random.below(6);
-        self.tell(format_args!("way {way} of keeping"));
-        match way {
-            0 => self.crash(Keep::Nothing),
-            1 => self.crash(Keep::Everything),
-            2 => self.crash(Keep::Where(&metadata)),
-            3 => self.crash(Keep::Where(&data)),
-            _ => self.crash(Keep::Random),
-        }
-    }
-
-    /// Cuts the power. [`World::recover`] comes next.
-    pub fn crash(&mut self, keep: Keep<'_>) {
-        self.tell(format_args!("power cut"));
-        self.disk.crash(keep);
-        self.forget();
-        self.model.crash();
-    }
-
-    fn forget(&mut self) {
-        self.shards.clear(); // Before the guest memory that their requests point to.
-        self.requests.clear();
-        self.waiting.clear();
-        self.mail.clear();
-        self.commands.clear();
-        self.outcomes.clear();
-        self.volumes.clear();
-    }
-
-    /// Closes the store in order, and cuts the power afterwards to see that all was durable.
-    pub fn shut_down(&mut self) -> Result<(), PowerCut> {
-        self.settle()?;
-        // The authority last: the others give their claims back to it.
-        for shard in (0..self.shards.len()).rev() {
-            let ticket = self.ticket();
-            self.commands.insert(ticket, Pending::Shutdown);
-            self.shards[shard].control(ticket, Command::Shutdown);
-            self.wait(ticket)?;
-            self.run_until(|world| world.mail.values().all(VecDeque::is_empty))?;
-        }
-        // Stopped disks complete nothing, and closing waits for the disk.
-        if self.disk.stopped() {
-            return Err(PowerCut);
-        }
-        self.disk.stay_on();
-        let time = self.wall();
-        self.disk.set_schedule(Schedule::AtOnce);
-        let closed = store::close(&mut self.disk.connect(), &self.store, time);
-        closed.expect("the device works");
-        self.model.shut_down();
-        self.crash(Keep::Nothing);
-        Ok(())
-    }
-
-    /// Opens the store after a power cut and looks at everything: the offline check, the registry,
-    /// the logs, and every sector that anybody ever wrote.
-    pub fn recover(&mut self) {
-        self.disk.set_schedule(Schedule::AtOnce);
-        self.check();
-        let wall = self.wall().as_unix_nanos();
-        self.store = open(&self.disk, wall);
-        let live = self.store.directory.entries().filter(|entry| !entry.record.deleted);
-        let entries: Vec<_> = live.cloned().collect();
-        self.model.recover_volumes(&entries.iter().map(|entry| entry.record.id).collect());
-        self.start_shards();
-        for entry in entries {
-            let (ticket, volume) = (self.ticket(), entry.record.id);
-            let shard = volume.0 as usize % self.shards.len();
-            let size = entry.record.size;
-            self.commands.insert(ticket, Pending::Open { volume, shard, size });
-            self.shards[shard].control(ticket, Command::Open(Box::new(entry)));
-        }
-        self.settle().expect("the power is back");
-        for id in self.volumes() {
-            let info = self.show(id).expect("the power is back");
-            self.model.recover_volume(&info);
-            self.model.set_writethrough(id, info.cache == CacheMode::Writethrough);
-            self.observe(id);
-        }
-    }
-
-    /// Runs the offline check on the disk as it is.
-    ///
-    /// # Panics
-    /// When it finds anything corrupt.
-    pub fn check(&self) -> check::CheckReport {
-        let report = check::check(&mut self.disk.connect(), &mut |_, _| {});
-        let report = report.expect("the store opens");
-        let corrupt = report.findings.iter().filter(|f| f.severity == check::Severity::Corrupt);
-        let corrupt: Vec<_> = corrupt.collect();
-        assert!(corrupt.is_empty(), "check found: {corrupt:#?}");
-        report
-    }
-
-    /// Reads every sector of the volume that was ever written, and some that never were.
-    fn observe(&mut self, id: VolumeId) {
-        let sectors = self.size(id).sectors();
-        let mut wanted: BTreeSet<u64> = self.model.touched(id);
-        for near in [0, sectors / 2, sectors - 1, self.random.below(sectors)] {
-            wanted.insert(near);
-        }
-        wanted.retain(|sector| *sector < sectors);
-        let mut run: Option<(u64, u64)> = None;
-        for sector in wanted.into_iter().chain([u64::MAX]) {
-            run = match run {
-                Some((first, count)) if first + count == sector && count < 512 => {
-                    Some((first, count + 1))
-                }
-                Some((first, count)) => {
-                    self.observe_run(id, first, count);
-                    Some((sector, 1))
-                }
-                None => Some((sector, 1)),
-            };
-        }
-    }
-
-    /// A read that the model does not see as a request: nothing else goes on.
-    fn observe_run(&mut self, id: VolumeId, sector: u64, sectors: u64) {
-        let mut memory = Memory::new((sectors * SECTOR_SIZE) as usize, &mut self.random);
-        memory.spoil();
-        let OpenVolume { shard, handle: volume, .. } = self.volumes[&id];
-        let request = IoRequest {
-            tag: u64::MAX,
-            volume,
-            kind: IoKind::Read,
-            sector: Sector::new(sector),
-            sectors,
-            segments: &memory.segments,
-        };
-        self.shards[shard].submit(&request).expect("the shard has nothing else to do");
-        let mut steps = 0;
-        let done = loop {
-            self.shards[shard].poll(self.now);
-            if let Some(done) = self.shards[shard].pop_completion() {
-                break done;
-            }
-            steps += 1;
-            assert!(steps < STEPS_MAX, "a read of {sector}+{sectors} never ended");
-        };
-        assert_eq!((done.tag, done.status), (u64::MAX, IoStatus::Done), "{sector}+{sectors}");
-        self.model.observe(id, sector, memory.bytes());
-    }
-
-    /// Clones every snapshot and reads the clones: snapshots never change.
-    pub fn verify_snapshots(&mut self) -> Result<(), PowerCut> {
-        for id in self.volumes() {
-            for sequence in self.model.snapshots(id) {
-                let name = self.fresh_name();
-                let snapshot = SnapshotId { volume: id, sequence };
-                if let Some(clone) = self.clone_of(snapshot, &name)? {
-                    self.settle()?;
-                    self.observe(clone);
-                    self.perform(Action::Delete { volume: clone })?;
-                }
-            }
-        }
-        Ok(())
     }
 }
 
