@@ -6,7 +6,7 @@
 //! with nothing kept, compare again. Then the same with n + 1, until the act survives whole.
 
 use bessel_mapping::format::ExtentType;
-use bessel_mapping::request::{CacheMode, IoKind, SnapshotId, VolumeId};
+use bessel_mapping::request::{CacheMode, IoKind, IoStatus, SnapshotId, VolumeId};
 use bessel_reactor::device::sim::{Keep, Schedule};
 use bessel_reactor::units::{BlockAddr, ByteCount, SECTORS_PER_BLOCK};
 use bessel_tests::world::{Action, PowerCut, World, WorldConfig};
@@ -433,4 +433,20 @@ scenarios! {
         w.recover();
         Ok(())
     };
+}
+
+/// A hole below a node that a clone shares with its origin: whose rounds would it wait for?
+#[test]
+fn zeroing_a_shared_hole_completes_in_a_writethrough_clone() {
+    let mut world = World::new(WorldConfig { schedule: Schedule::AtOnce, ..WorldConfig::new(1) });
+    let origin = world.create(ByteCount::new(1 << 30)).unwrap();
+    for block in 0..8 {
+        assert_eq!(world.write(origin, block * 8, 8).unwrap(), IoStatus::Done);
+        assert_eq!(world.flush(origin).unwrap(), IoStatus::Done);
+    }
+    let snapshot = world.snapshot(origin).unwrap();
+    let clone = world.clone_of(snapshot, "clone").unwrap().expect("the snapshot has settled");
+    let cache = CacheMode::Writethrough;
+    world.perform(Action::SetCache { volume: clone, cache }).unwrap();
+    assert_eq!(world.io(clone, IoKind::WriteZeroes, 800, 8).unwrap(), IoStatus::Done);
 }

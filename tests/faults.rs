@@ -5,13 +5,16 @@
 //! flush is the worst of them: the simulated disk, as a real one, succeeds with the next flush and
 //! has lost what the failed one had in hand.
 
+use std::cell::Cell;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::rc::Rc;
 
-use bessel_mapping::request::{IoStatus, Reply};
+use bessel_mapping::format::ExtentType;
+use bessel_mapping::request::{IoKind, IoStatus, Reply};
 use bessel_reactor::device::sim::{Fault, Keep, OpKind, Schedule};
 use bessel_reactor::units::ByteCount;
 use bessel_tests::workload::Workload;
-use bessel_tests::world::{Action, World, WorldConfig};
+use bessel_tests::world::{Action, Outcome, World, WorldConfig};
 
 fn failing(seed: u64, schedule: Schedule) -> World {
     World::new(WorldConfig {
@@ -115,4 +118,82 @@ fn a_failed_flush_is_not_retried_into_success() {
         world.perform(Action::Snapshot { volume, label: None }).unwrap(),
         Reply::Snapshot(_)
     ));
+}
+
+/// W's flush fails while V's round has some of its new nodes in the device's cache: V's own flush,
+/// which succeeds afterwards, must not make anything reachable that was lost.
+#[test]
+fn another_volumes_failed_flush_spoils_a_round_half_written() {
+    for seed in 0..10 {
+        let mut world = World::new(WorldConfig {
+            schedule: Schedule::AtOnce,
+            may_fail: true,
+            ..WorldConfig::new(seed)
+        });
+        let [v, w] = [(); 2].map(|()| world.create(ByteCount::new(1 << 30)).unwrap());
+        assert_eq!(world.write(v, 0, 8).unwrap(), IoStatus::Done);
+        assert_eq!(world.write(w, 0, 8).unwrap(), IoStatus::Done);
+        assert_eq!(world.flush(w).unwrap(), IoStatus::Done);
+        // Of V's nodes, the first to be written stays in flight; the others complete.
+        let held = Rc::new(Cell::new(None));
+        let (extents, first) = (world.extents(), Rc::clone(&held));
+        world.disk.hold(move |kind, block| {
+            let node = kind == OpKind::Write && extents.holds(block, ExtentType::Metadata);
+            if node && first.get().is_none() {
+                first.set(Some(block));
+            }
+            node && first.get() == Some(block)
+        });
+        let flush = world.start_io(v, IoKind::Flush, 0, 0);
+        for _ in 0..20 {
+            world.step();
+        }
+        assert!(held.get().is_some() && !world.has_ended(flush));
+        assert_eq!(world.write(w, 0, 8).unwrap(), IoStatus::Done);
+        world.disk.inject(Fault { kind: Some(OpKind::Flush), after: 0, lasting: false });
+        assert_eq!(world.flush(w).unwrap(), IoStatus::Failed);
+        world.disk.release();
+        assert_eq!(world.wait(flush).unwrap(), Outcome::Io(IoStatus::Failed), "seed {seed}");
+        world.crash(Keep::Nothing);
+        world.recover();
+    }
+}
+
+/// Reactors share the device's cache: what one of them has written is as lost as the other's.
+#[test]
+fn a_failed_flush_is_known_on_every_reactor() {
+    for seed in 0..10 {
+        let mut world = World::new(WorldConfig {
+            shards: 2,
+            schedule: Schedule::AtOnce,
+            may_fail: true,
+            ..WorldConfig::new(seed)
+        });
+        let [v, w] = [(); 2].map(|()| world.create(ByteCount::new(1 << 30)).unwrap());
+        for volume in [v, w] {
+            assert_eq!(world.write(volume, 0, 8).unwrap(), IoStatus::Done);
+            assert_eq!(world.flush(volume).unwrap(), IoStatus::Done);
+            assert_eq!(world.write(volume, 0, 8).unwrap(), IoStatus::Done);
+        }
+        world.disk.inject(Fault { kind: Some(OpKind::Flush), after: 0, lasting: false });
+        assert_eq!(world.flush(w).unwrap(), IoStatus::Failed);
+        assert_eq!(world.flush(v).unwrap(), IoStatus::Failed, "seed {seed}");
+        world.crash(Keep::Nothing);
+        world.recover();
+    }
+}
+
+#[test]
+fn volumes_that_could_not_be_made_do_not_stay_open() {
+    let mut world = failing(1, Schedule::AtOnce);
+    let volume = world.create(ByteCount::new(8 << 20)).unwrap();
+    for attempt in 0..40 {
+        world.disk.inject(Fault { kind: Some(OpKind::Write), after: 0, lasting: false });
+        let (name, size) = (world.fresh_name(), ByteCount::new(8 << 20));
+        let ticket = world.start(Action::Create { name, size });
+        let reply = format!("{:?}", world.wait(ticket).unwrap());
+        assert!(reply.contains("Latched") || reply.contains("NoSpace"), "{attempt}: {reply}");
+        world.disk.heal();
+    }
+    assert_eq!(world.write(volume, 0, 8).unwrap(), IoStatus::Done);
 }

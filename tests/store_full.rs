@@ -121,3 +121,11 @@ fn an_orderly_end_gives_every_unused_block_back() {
         world.recover();
     }
 }
+
+/// The freed blocks wait for a commit, and so does the write.
+#[test]
+fn what_a_discard_has_just_freed_can_be_written_at_once() {
+    let (mut world, volume, sectors) = full(WorldConfig::new(1));
+    assert_eq!(world.io(volume, IoKind::Discard, 0, sectors / 2).unwrap(), IoStatus::Done);
+    assert_eq!(world.write(volume, 0, 8).unwrap(), IoStatus::Done);
+}

@@ -39,6 +39,8 @@ pub(crate) enum After {
     Nothing,
     /// Answer a command.
     Reply(u64, Reply),
+    /// A new volume exists.
+    Create { ticket: u64 },
     /// A snapshot has become durable.
     Snapshot {
         ticket: u64,
@@ -357,7 +359,8 @@ impl<D: Device> Shard<D> {
             for (addr, buffer) in linked.drain(..) {
                 self.write_image(handle, addr, buffer, ImagePool::Round);
             }
-            self.image_lists.push(linked);
+            let flight = self.volume_mut(handle).flight.as_mut().expect("a round is in flight");
+            flight.linked = linked; // Empty, for reuse.
             return;
         }
         if flight.record.is_none() {
@@ -387,8 +390,8 @@ impl<D: Device> Shard<D> {
             flight.frames.clear();
             self.frame_lists.push(flight.frames);
             self.latch(handle, &why);
-            self.fail_after(handle, flight.after);
             self.fail_sealed(handle);
+            self.fail_after(handle, flight.after);
             return;
         }
         for id in flight.frames.drain(..) {
@@ -459,15 +462,27 @@ impl<D: Device> Shard<D> {
         }
     }
 
+    /// Closes a volume whose creation failed: nobody has its handle.
+    fn forget_unborn(&mut self, handle: VolumeHandle) {
+        let volume = self.volumes[handle.0 as usize].take().expect("the volume is open");
+        self.cache.unpin(volume.root);
+        // Whatever became of its image, nobody reads or writes the node any more.
+        self.cache.frame_mut(volume.root).in_rounds = 0;
+    }
+
     fn fail_after(&mut self, handle: VolumeHandle, after: After) {
         let ticket = match after {
             After::Nothing => return,
             After::Reply(ticket, _)
             | After::Snapshot { ticket, .. }
+            | After::Create { ticket }
             | After::Grow { ticket }
             | After::Close { ticket } => ticket,
         };
         let why = self.volume_mut(handle).latched.clone().unwrap_or_default();
+        if matches!(after, After::Create { .. }) {
+            self.forget_unborn(handle);
+        }
         self.reply(ticket, Reply::Failed(CommandError::Latched(why)));
     }
 }

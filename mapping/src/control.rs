@@ -197,7 +197,7 @@ impl<D: Device> Shard<D> {
                 return Err(error);
             }
         };
-        self.seal_root(handle, root, None, After::Reply(ticket, Reply::Opened(handle)));
+        self.seal_root(handle, root, None, After::Create { ticket });
         Ok(())
     }
 
@@ -680,6 +680,7 @@ impl<D: Device> Shard<D> {
         match after {
             After::Nothing => {}
             After::Reply(ticket, reply) => self.reply(ticket, reply),
+            After::Create { ticket } => self.reply(ticket, Reply::Opened(handle)),
             After::Snapshot { ticket, sequence } => {
                 self.volume_mut(handle).durable_snapshots = sequence + 1;
                 let info = self.snapshot_info(handle, sequence);

@@ -491,6 +491,11 @@ impl World {
         self.io(id, IoKind::Flush, 0, 0)
     }
 
+    /// True once `ticket` has ended.
+    pub fn has_ended(&self, ticket: Ticket) -> bool {
+        self.outcomes.contains_key(&ticket)
+    }
+
     /// Guest requests that have not ended.
     pub fn requests_in_flight(&self) -> usize {
         self.requests.len()
