@@ -48,6 +48,8 @@ fn config(seed: u64) -> WorldConfig {
         requests: *random.pick(&[4, 16, 64]),
         offset_alignment: *random.pick(&[512, 512, 4096]),
         may_fill: true,
+        // Full all the time, or never.
+        journal_entries: *random.pick(&[50, 1000]),
         ..WorldConfig::new(seed)
     }
 }
@@ -62,7 +64,8 @@ fn run(seed: u64) -> (u64, u64) {
         for _ in 0..steps {
             workload.step(&mut world);
         }
-        match world.random.below(8) {
+        match world.random.below(12) {
+            8.. => world.kill(),
             0 => world.shut_down().expect("nobody cuts the power here"),
             1 => {
                 world.settle().expect("nobody cuts the power here");

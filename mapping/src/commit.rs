@@ -40,7 +40,9 @@ pub(crate) enum After {
     /// Answer a command.
     Reply(u64, Reply),
     /// A new volume exists.
-    Create { ticket: u64 },
+    Create {
+        ticket: u64,
+    },
     /// A snapshot has become durable.
     Snapshot {
         ticket: u64,
@@ -402,6 +404,7 @@ impl<D: Device> Shard<D> {
         self.frame_lists.push(flight.frames);
         let volume = self.volume_mut(handle);
         volume.durable_round = volume.durable_round.max(flight.round);
+        self.retire_changes();
         self.release_unlinked(handle);
         self.wake_committing(handle);
         self.finish_after(handle, flight.after);
@@ -446,6 +449,7 @@ impl<D: Device> Shard<D> {
         self.dirty_nodes -= std::mem::take(&mut volume.dirty).len();
         let volume = self.volume_mut(handle);
         volume.dirty_since = None;
+        self.retire_changes();
         self.wake_committing(handle);
         self.released = true;
     }

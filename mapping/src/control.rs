@@ -8,16 +8,19 @@
 use bessel_reactor::buffer::Buffer;
 use bessel_reactor::clock::WallTime;
 use bessel_reactor::device::Device;
-use bessel_reactor::units::{BlockAddr, ByteCount};
+use bessel_reactor::units::{BlockAddr, ByteCount, VolumeBlock};
 
 use crate::claims::Taken;
 use crate::commit::{After, Sealed};
 use crate::directory::VolumeEntry;
-use crate::format::{Entry, ExtentType, LogEntry, VolumeRecord, height_for, tree_blocks};
+use crate::format::{
+    Entry, ExtentType, LogEntry, NODE_ENTRIES, VolumeRecord, height_for, tree_blocks,
+};
+use crate::journal::{Change, Entry as JournalEntry, Mapped};
 use crate::message::{BlockKind, BlockRun, Message};
 use crate::nodes::cache::{FrameId, FrameState};
 use crate::pipeline::Work;
-use crate::radix::{Missing, Path};
+use crate::radix::{Located, Missing, Path, slot_at};
 use crate::request::{
     CacheChooser, CacheMode, CloneOrigin, Command, CommandError, CreatePlan, Reply, ShardStats,
     SnapshotId, SnapshotInfo, SpaceStats, VolumeHandle, VolumeInfo,
@@ -123,6 +126,7 @@ impl<D: Device> Shard<D> {
         match command {
             Command::Create(plan) => self.create(ticket, plan),
             Command::Open(entry) => self.open(ticket, entry),
+            Command::Restore { volume, changes } => self.restore(ticket, *volume, changes),
             Command::Snapshot { volume, label, time } => {
                 self.snapshot(ticket, *volume, label.as_deref(), *time)
             }
@@ -448,6 +452,90 @@ impl<D: Device> Shard<D> {
         })
     }
 
+    /// Makes the changes again. When one has to wait, all are tried again: those that are made
+    /// already change nothing.
+    fn restore(&mut self, ticket: u64, handle: VolumeHandle, changes: &[Change]) -> Tried {
+        for change in changes {
+            let end = change.first.get().saturating_add(change.count);
+            if end > ByteCount::from_sectors(self.volume(handle).sectors).blocks_ceil() {
+                let what = format!("a change past the end of the volume, at block {}", end - 1);
+                return Err(CommandError::Corrupt(what).into());
+            }
+            let mut at = change.first;
+            while at.get() < end {
+                at = self.restore_in_leaf(ticket, handle, change, at, end)?;
+            }
+        }
+        if !self.volume(handle).is_quiet() {
+            self.want_commit(handle);
+            return Err(NotNow::Wait);
+        }
+        self.reply(ticket, Reply::Done);
+        Ok(())
+    }
+
+    /// Makes the part of a change again that lies below one leaf. Returns where to go on.
+    fn restore_in_leaf(
+        &mut self,
+        ticket: u64,
+        handle: VolumeHandle,
+        change: &Change,
+        first: VolumeBlock,
+        end: u64,
+    ) -> Result<VolumeBlock, NotNow> {
+        let slot = slot_at(first, 1);
+        let count = (end - first.get()).min((NODE_ENTRIES - slot) as u64);
+        let wanted = |at: usize| match change.now {
+            Mapped::Data(home) => {
+                Entry::data(home.add(first.get() - change.first.get() + at as u64))
+            }
+            Mapped::Sparse => Entry::sparse(),
+            Mapped::Zeroed => Entry::zeroed(),
+        };
+        if let Mapped::Data(home) = change.now
+            && !self.extents.holds(home, ExtentType::Data)
+        {
+            let what = format!("data at block {home}, which is in no data extent");
+            return Err(CommandError::Corrupt(what).into());
+        }
+        let is_made = |found: Entry, wanted: Entry| {
+            // A block that a snapshot has taken over since stays where it is, read-only. Holes of
+            // either kind read the same.
+            let same = found.kind() == wanted.kind() && found.block() == wanted.block();
+            same || (found.is_hole() && wanted.is_hole())
+        };
+        match self.locate(handle, first) {
+            Located::Absent(missing) => {
+                self.wait_for_node(missing, Work::Command(ticket));
+                return Err(NotNow::Wait);
+            }
+            Located::Hole { .. } if wanted(0).is_hole() => return Ok(first.add(count)),
+            Located::Hole { .. } => {}
+            Located::Leaf { frame, .. } => {
+                let entries = &self.cache.entries(frame)[slot..slot + count as usize];
+                let made = entries.iter().zip(0..).all(|(found, at)| is_made(*found, wanted(at)));
+                if made {
+                    return Ok(first.add(count));
+                }
+            }
+        }
+        let leaf = match self.make_writable(handle, first, 1) {
+            Path::Writable(leaf) => leaf,
+            Path::Absent(missing) => {
+                self.wait_for_node(missing, Work::Command(ticket));
+                return Err(NotNow::Wait);
+            }
+            Path::Wait => return Err(NotNow::Wait),
+            Path::Full => return Err(CommandError::NoSpace.into()),
+        };
+        for at in 0..count as usize {
+            if !is_made(self.cache.entries(leaf)[slot + at], wanted(at)) {
+                self.set_entry(handle, leaf, slot + at, wanted(at));
+            }
+        }
+        Ok(first.add(count))
+    }
+
     // Snapshots.
 
     /// Takes a snapshot: the new root is a copy of the old one whose links are all read-only.
@@ -585,9 +673,22 @@ impl<D: Device> Shard<D> {
             size: entry.size,
         };
         let source = self.origin_node(Some(&origin), ticket)?;
+        if !self.volume(handle).is_quiet() {
+            // Changes of the old tree must not be made again in the new one after a kill.
+            self.want_commit(handle);
+            return Err(NotNow::Wait);
+        }
+        if self.journal.as_ref().is_some_and(|journal| !journal.has_room()) {
+            self.want_all_commits();
+            return Err(NotNow::Wait);
+        }
         self.needs_for_cut(handle)?;
         let root = self.make_root(height, Some(&origin), source)?;
         self.cut(ticket, handle, root, None, time);
+        let round = self.volume(handle).next_round - 1;
+        if let Some(journal) = &mut self.journal {
+            journal.append(id, round, &JournalEntry::Replaced(id));
+        }
         Ok(())
     }
 
@@ -760,6 +861,7 @@ impl Command {
         match self {
             Self::Create(_) | Self::Open(_) | Self::Stats | Self::Shutdown => None,
             Self::Snapshot { volume, .. }
+            | Self::Restore { volume, .. }
             | Self::Label { volume, .. }
             | Self::DeleteSnapshot { volume, .. }
             | Self::Rollback { volume, .. }

@@ -18,6 +18,7 @@ mod commit;
 mod control;
 mod extents;
 mod flusher;
+pub mod journal;
 pub mod message;
 pub mod nodes;
 mod pipeline;

@@ -169,6 +169,14 @@ pub enum Command {
     Create(CreatePlan),
     /// Opens a volume that is in the registry. Its record was read by [`crate::store::open`].
     Open(Box<crate::directory::VolumeEntry>),
+    /// Makes changes again that a killed process had made and not yet made durable, and answers
+    /// when they are. Before anybody uses the volume.
+    Restore {
+        /// Which volume.
+        volume: VolumeHandle,
+        /// None covers a block of another ([`crate::journal::outstanding`]).
+        changes: Vec<crate::journal::Change>,
+    },
     /// Takes a snapshot; answered when it is durable.
     Snapshot {
         /// Which volume.

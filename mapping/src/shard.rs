@@ -21,6 +21,7 @@ use crate::control::Pending;
 use crate::extents::{Authority, Step};
 use crate::flusher::{FlushWaiter, Flusher};
 use crate::format::{ExtentMap, Geometry, TagKey};
+use crate::journal::{Change, Entry as JournalEntry, Journal};
 use crate::message::{BlockKind, Message};
 use crate::nodes::cache::{FrameId, NodeCache};
 use crate::pipeline::{BOUNCE_BYTES, Piece, Request, Work};
@@ -120,6 +121,7 @@ pub struct Shard<D: Device> {
     pub(crate) claims: Claims,
     pub(crate) authority: Option<Authority>,
     pub(crate) flusher: Flusher,
+    pub(crate) journal: Option<Journal>,
 
     pub(crate) requests: Slab<Request>,
     /// Guest memory of each request, by its slot.
@@ -197,6 +199,7 @@ impl<D: Device> Shard<D> {
                 config.requests_max + 64,
                 Arc::clone(&store.flush_failures),
             ),
+            journal: None,
             requests: Slab::new(config.requests_max),
             segments: (0..config.requests_max)
                 .map(|_| Vec::with_capacity(SEGMENTS_EXPECTED))
@@ -242,6 +245,12 @@ impl<D: Device> Shard<D> {
     /// The pools that data goes through, to register with the device; set the registration on each.
     pub fn buffer_pools(&mut self) -> [&mut BufferPool; 4] {
         [&mut self.bounces, &mut self.loads, &mut self.images, &mut self.sealed_images]
+    }
+
+    /// From now on notes every change of a mapping in `journal`, so that it outlives the process.
+    /// Its memory must live at least as long as the shard.
+    pub fn set_journal(&mut self, journal: Journal) {
+        self.journal = Some(journal);
     }
 
     /// One turn. True when anything was done, or is left to do without waiting for the device.
@@ -438,6 +447,25 @@ impl<D: Device> Shard<D> {
                 self.want_commit(VolumeHandle(index as u32));
             }
         }
+    }
+
+    /// Notes a change that the volume's next round will hold, before anybody is told of it.
+    pub(crate) fn note_change(&mut self, handle: VolumeHandle, change: Change) {
+        let Some(journal) = &mut self.journal else { return };
+        let volume = self.volumes[handle.0 as usize].as_ref().expect("the volume is open");
+        let id = volume.record.id;
+        journal.append(id, volume.next_round, &JournalEntry::Changed(id, change));
+    }
+
+    /// Forgets the changes that rounds have made durable, or that will never be.
+    pub(crate) fn retire_changes(&mut self) {
+        let Some(journal) = &mut self.journal else { return };
+        let volumes = &self.volumes;
+        let retired = journal.retire(|id, round| {
+            let open = volumes.iter().flatten().find(|volume| volume.record.id == id);
+            open.is_none_or(|volume| volume.latched.is_some() || volume.durable_round >= round)
+        });
+        self.released |= retired;
     }
 
     /// Takes up to `count` adjacent blocks. A full store is one only when no round in sight frees

@@ -498,6 +498,15 @@ impl Model {
 
     // ---- power cuts ----
 
+    /// The process was killed and the machine goes on: everything that completed must be there.
+    /// [`Model::crash`] comes next.
+    pub fn kill(&mut self) {
+        let now = self.tick();
+        for volume in self.volumes.values_mut() {
+            volume.content.make_durable(now);
+        }
+    }
+
     /// The power went. What may be there afterwards is whatever no durable write had replaced.
     pub fn crash(&mut self) {
         let now = self.tick();

@@ -10,6 +10,7 @@ use std::time::Duration;
 use bessel_mapping::format::{
     Bitmap, CATALOGUE_ENTRIES_PER_BLOCK, ExtentType, encode_catalogue_block,
 };
+use bessel_mapping::journal::Journal;
 use bessel_mapping::message::Message;
 use bessel_mapping::request::{
     Busy, CacheChooser, CacheMode, CloneOrigin, Command, CommandError, CreatePlan, IoKind,
@@ -26,7 +27,7 @@ use crate::model::Model;
 mod memory;
 mod recovery;
 
-use memory::Memory;
+use memory::{JournalMemory, Memory};
 
 /// Steps without an end after which the world is called stuck. The slowest operation of the disk
 /// takes 200 reaps, a chain of a dozen of them 2,400; requests queue behind one another.
@@ -57,6 +58,8 @@ pub struct WorldConfig {
     pub may_fill: bool,
     /// The device fails: requests may end with `Failed`, commands with an error.
     pub may_fail: bool,
+    /// Entries in each shard's journal.
+    pub journal_entries: usize,
 }
 
 impl WorldConfig {
@@ -74,6 +77,7 @@ impl WorldConfig {
             offset_alignment: 512,
             may_fill: false,
             may_fail: false,
+            journal_entries: 1000,
         }
     }
 }
@@ -165,6 +169,7 @@ struct Request {
 
 #[derive(Clone, Debug)]
 enum Pending {
+    Restore,
     Open { volume: VolumeId, shard: usize, size: ByteCount },
     Show,
     Create { plan: CreatePlan, shard: usize },
@@ -207,6 +212,9 @@ pub struct World {
     waiting: VecDeque<Ticket>,
     commands: BTreeMap<Ticket, Pending>,
     outcomes: BTreeMap<Ticket, Outcome>,
+    /// Memory that outlives a killed process: this life's journals, and those of lives whose changes
+    /// are not made again yet.
+    journals: Vec<JournalMemory>,
 }
 
 impl World {
@@ -248,6 +256,7 @@ impl World {
             waiting: VecDeque::new(),
             commands: BTreeMap::new(),
             outcomes: BTreeMap::new(),
+            journals: Vec::new(),
         };
         world.start_shards();
         world
@@ -260,6 +269,12 @@ impl World {
         let config = |index| ShardConfig { index, node_cache, requests_max: requests };
         let shard = |index| Shard::new(&config(index), self.disk.connect(), &self.store);
         self.shards = (0..shards).map(shard).collect();
+        let identity = self.identity();
+        for shard in &mut self.shards {
+            let memory = JournalMemory::new(self.config.journal_entries);
+            shard.set_journal(Journal::create(memory.segment, &identity));
+            self.journals.push(memory);
+        }
         self.disk.set_schedule(self.config.schedule);
     }
 
@@ -604,7 +619,8 @@ impl World {
                 self.store.directory.created(&plan);
                 self.model.end_create(plan.id);
             }
-            (Pending::Show, Reply::Volume(_)) | (Pending::Shutdown, Reply::Done) => {}
+            (Pending::Show, Reply::Volume(_))
+            | (Pending::Shutdown | Pending::Restore, Reply::Done) => {}
             (Pending::Act { action, time }, reply) => self.acted(action, time, reply),
             (pending, reply) => panic!("{pending:?} was answered with {reply:?}"),
         }

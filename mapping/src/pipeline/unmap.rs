@@ -9,6 +9,7 @@ use bessel_reactor::units::{BLOCK_SIZE, VolumeBlock};
 
 use super::{Step, Work};
 use crate::format::{Entry, EntryKind, NODE_ENTRIES};
+use crate::journal::{Change, Mapped};
 use crate::nodes::cache::FrameState;
 use crate::radix::{Missing, Path, slot_at, slot_span};
 use crate::request::{IoKind, IoStatus, VolumeHandle};
@@ -164,7 +165,12 @@ impl<D: Device> Shard<D> {
     }
 
     fn unmapped(&mut self, index: u32, blocks: u64) {
-        let handle = self.requests[index].volume;
+        let (handle, first, ..) = self.position(index);
+        let now = match self.requests[index].kind {
+            IoKind::Discard => Mapped::Sparse,
+            _ => Mapped::Zeroed,
+        };
+        self.note_change(handle, Change { first, count: blocks, now });
         let round = self.volume(handle).next_round;
         let request = &mut self.requests[index];
         request.commit_round = request.commit_round.max(round);

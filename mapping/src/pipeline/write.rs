@@ -14,6 +14,7 @@ use super::read::io_bytes_max;
 use super::{BOUNCE_BYTES, MergeTarget, Piece, PieceKind, Step, Work, copy_from_guest};
 use crate::claims::Taken;
 use crate::format::{Entry, EntryKind, NODE_ENTRIES};
+use crate::journal::{Change, Mapped};
 use crate::message::{BlockKind, BlockRun};
 use crate::nodes::cache::FrameId;
 use crate::radix::{Located, Path, slot_at};
@@ -368,6 +369,8 @@ impl<D: Device> Shard<D> {
                 return;
             }
         };
+        let now = Mapped::Data(home);
+        self.note_change(handle, Change { first, count: u64::from(count), now });
         let slot = slot_at(first, 1);
         for at in 0..count as usize {
             self.set_entry(handle, leaf, slot + at, Entry::data(home.add(at as u64)));

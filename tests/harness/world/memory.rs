@@ -6,6 +6,21 @@ use bessel_reactor::units::{BLOCK_SIZE, SECTOR_SIZE};
 
 use crate::model::stamp;
 
+/// Memory of one journal.
+pub(super) struct JournalMemory {
+    _pool: BufferPool,
+    pub(super) segment: Segment,
+}
+
+impl JournalMemory {
+    pub(super) fn new(entries: usize) -> Self {
+        let mut pool = BufferPool::new(1, (64 + entries * 48).next_multiple_of(4096));
+        let buffer = pool.take().expect("it has one");
+        let segment = pool.lend(&buffer);
+        Self { _pool: pool, segment }
+    }
+}
+
 /// Guest memory of one request, kept until it completes.
 pub(super) struct Memory {
     pool: BufferPool,

@@ -1,10 +1,11 @@
 //! The end of a world, and what comes after: power cuts and orderly ends, opening the store again,
 //! and looking at everything that it says and holds.
 
-use std::collections::{BTreeSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use bessel_mapping::check;
 use bessel_mapping::format::{ExtentMap, ExtentType};
+use bessel_mapping::journal::{self, Change, Identity};
 use bessel_mapping::request::{
     CacheMode, Command, IoKind, IoRequest, IoStatus, SnapshotId, VolumeId,
 };
@@ -42,7 +43,22 @@ impl World {
         self.tell(format_args!("power cut"));
         self.disk.crash(keep);
         self.forget();
+        self.journals.clear();
         self.model.crash();
+    }
+
+    /// Kills the process: what the disk has taken it keeps, and so does memory that was made to
+    /// outlive it. [`World::recover`] comes next.
+    pub fn kill(&mut self) {
+        self.tell(format_args!("killed"));
+        self.disk.crash(Keep::Everything);
+        self.forget();
+        self.model.kill();
+        self.model.crash();
+    }
+
+    pub(super) fn identity(&self) -> Identity {
+        Identity { store: [7; 16], boot: [8; 16], epoch: self.store.epoch }
     }
 
     fn forget(&mut self) {
@@ -83,6 +99,18 @@ impl World {
     /// Opens the store after a power cut and looks at everything: the offline check, the registry,
     /// the logs, and every sector that anybody ever wrote.
     pub fn recover(&mut self) {
+        while !self.recover_unless_killed() {}
+        for id in self.volumes() {
+            let info = self.show(id).expect("the power is back");
+            self.model.recover_volume(&info);
+            self.model.set_writethrough(id, info.cache == CacheMode::Writethrough);
+            self.observe(id);
+        }
+    }
+
+    /// Opens the store and makes the changes of killed lives again. False when this life was killed
+    /// at that in turn.
+    fn recover_unless_killed(&mut self) -> bool {
         self.disk.set_schedule(Schedule::AtOnce);
         self.check();
         let wall = self.wall().as_unix_nanos();
@@ -90,6 +118,9 @@ impl World {
         let live = self.store.directory.entries().filter(|entry| !entry.record.deleted);
         let entries: Vec<_> = live.cloned().collect();
         self.model.recover_volumes(&entries.iter().map(|entry| entry.record.id).collect());
+        let journals = self.journals.iter().filter_map(|memory| journal::read(&memory.segment));
+        let outstanding = journal::outstanding(journals.collect(), &self.identity());
+        let earlier_lives = self.journals.len();
         self.start_shards();
         for entry in entries {
             let (ticket, volume) = (self.ticket(), entry.record.id);
@@ -99,12 +130,34 @@ impl World {
             self.shards[shard].control(ticket, Command::Open(Box::new(entry)));
         }
         self.settle().expect("the power is back");
-        for id in self.volumes() {
-            let info = self.show(id).expect("the power is back");
-            self.model.recover_volume(&info);
-            self.model.set_writethrough(id, info.cache == CacheMode::Writethrough);
-            self.observe(id);
+        if !self.restore(outstanding) {
+            return false;
         }
+        self.journals.drain(..earlier_lives);
+        true
+    }
+
+    /// Makes the changes of killed lives again; some of these lives are killed at it in turn.
+    fn restore(&mut self, outstanding: BTreeMap<VolumeId, Vec<Change>>) -> bool {
+        for (id, changes) in outstanding {
+            let Some(open) = self.volumes.get(&id) else { continue };
+            let (shard, volume) = (open.shard, open.handle);
+            let ticket = self.ticket();
+            self.tell(format_args!("{ticket}: {} changes of {id} again", changes.len()));
+            self.commands.insert(ticket, Pending::Restore);
+            self.shards[shard].control(ticket, Command::Restore { volume, changes });
+            if self.random.chance(1, 8) {
+                for _ in 0..self.random.below(60) {
+                    self.step();
+                }
+                self.tell(format_args!("killed again"));
+                self.disk.crash(Keep::Everything);
+                self.forget();
+                return false;
+            }
+            self.wait(ticket).expect("the power is back");
+        }
+        true
     }
 
     /// Runs the offline check on the disk as it is.
