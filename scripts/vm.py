@@ -98,7 +98,7 @@ def wait_until(condition, seconds, what, log=None, every=0.02):
 class Daemon:
     """`bessel serve` on a store file in the run's directory, and the command line that talks to it."""
 
-    def __init__(self, run, program, volumes, store=None, store_size="8GiB", cache="writeback"):
+    def __init__(self, run, program, volumes, store=None, store_size="8GiB"):
         self._run, self._program = run, program
         self.log = run.path("daemon.log")
         self.api = run.socket("api.sock")
@@ -108,8 +108,7 @@ class Daemon:
         lines = ["store:", f"  device: {self.store}", f"  size: {store_size}", "reactors:", f"  cores: [{core}]",
                  "  poll: adaptive", "api:", f"  socket: {self.api}", "volumes:"]
         for name, size in volumes.items():
-            lines += [f"  - name: {name}", f"    size: {size}", f"    socket: {run.socket(name + '.sock')}", "    queues: 2",
-                      f"    cache: {cache}"]
+            lines += [f"  - name: {name}", f"    size: {size}", f"    socket: {run.socket(name + '.sock')}", "    queues: 2"]
         with open(self.config, "w") as config:
             config.write("\n".join(lines) + "\n")
         self.process = None

@@ -27,10 +27,7 @@ class World:
     def __init__(self, run, options, accelerator):
         self.run, self._accelerator, self.bench = run, accelerator, options.bench
         self.program = options.program
-        self.start_daemon("writeback")
-
-    def start_daemon(self, cache):
-        self.daemon = vm.Daemon(self.run, self.program, {VOLUME: "1GiB"}, cache=cache)
+        self.daemon = vm.Daemon(run, options.program, {VOLUME: "1GiB"})
         self.daemon.start()
 
     def guest(self, name, job, volume=VOLUME, **options):
@@ -99,10 +96,6 @@ def fsynced_files_survive_killing_daemon_and_guest_again_and_again(world):
 
 
 def a_guest_outlives_the_daemon_with_a_pause(world):
-    # In writeback mode a killed daemon loses what no flush has covered, as a power cut would, and this guest would not
-    # know that there was one.
-    world.stop_cleanly()
-    world.start_daemon("writethrough")
     files = {}
     guest = world.guest("writer", "write", reconnect=True, fio=1, files=10)
     guest.wait_for("busy", 120, collect(files))

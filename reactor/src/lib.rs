@@ -17,6 +17,8 @@ pub mod buffer;
 pub mod clock;
 pub mod device;
 pub mod inbox;
+#[expect(unsafe_code, reason = "it maps files")]
+pub mod outliving;
 pub mod poller;
 pub mod reactor;
 pub mod stats;

@@ -20,8 +20,9 @@
 use crate::api::ApiServer;
 use crate::attach::{Core, CoreCounters, CoreMessage, CorePort, CoreSeat};
 use crate::cli::{Outcome, output};
-use crate::config::{Config, ConfigError, Poll};
+use crate::config::{Config, ConfigError, Poll, QUEUES_DEFAULT};
 use crate::control::Control;
+use crate::journals::Journals;
 use crate::plane::{ControlPlane, Home, Service, StoreFacts};
 use crate::{entropy, one_line};
 use bessel_mapping::shard::{Shard, ShardConfig};
@@ -78,7 +79,30 @@ fn serve_store(
     clock: SystemClock,
     signals: &SigSet,
 ) -> Outcome {
-    let reactors = Reactors::start(config, store, clock)?;
+    let refuse = |error: &dyn std::error::Error| {
+        config.device_error(format!(
+            "cannot look for journals in {}: {}",
+            config.socket_directory().display(),
+            one_line(error)
+        ))
+    };
+    let found = Journals::find(config.socket_directory(), store);
+    let mut journals = found.map_err(|error| refuse(&error))?;
+    let served = serve_with_journals(config, store, clock, signals, &mut journals);
+    if served.is_ok() {
+        journals.forget_made();
+    }
+    served
+}
+
+fn serve_with_journals(
+    config: &Config,
+    store: &Arc<OpenedStore>,
+    clock: SystemClock,
+    signals: &SigSet,
+    journals: &mut Journals,
+) -> Outcome {
+    let reactors = Reactors::start(config, store, clock, journals)?;
     let facts = StoreFacts {
         device: config.store.device.clone(),
         uuid: store.superblock.uuid,
@@ -89,7 +113,9 @@ fn serve_store(
     let sockets = config.socket_directory().to_owned();
     let Reactors { homes, handles } = reactors;
     let mut plane = ControlPlane::new(directory, homes, facts, sockets, clock);
-    let served = match open_volumes(config, &mut plane) {
+    let opened = restore_volumes(config, &mut plane, journals)
+        .and_then(|()| open_volumes(config, &mut plane));
+    let served = match opened {
         Ok(()) => serve_plane(config, plane, signals),
         Err(error) => {
             plane.shut_down();
@@ -244,6 +270,7 @@ impl Reactors {
         config: &Config,
         store: &Arc<OpenedStore>,
         clock: SystemClock,
+        journals: &mut Journals,
     ) -> Result<Self, ConfigError> {
         let cores = match &config.reactors.cores {
             Some(cores) => cores.clone(),
@@ -257,12 +284,20 @@ impl Reactors {
         for (index, (core, inbox)) in cores.iter().zip(inboxes).enumerate() {
             let port = CorePort::new(senders[index].clone());
             let counters = Arc::<CoreCounters>::default();
+            let journal = match journals.make(index) {
+                Ok(journal) => journal,
+                Err(error) => {
+                    started.end();
+                    return Err(config.device_error(error));
+                }
+            };
             let seat = CoreSeat {
                 inbox,
                 peers: senders.clone(),
                 counters: Arc::clone(&counters),
                 clock,
                 pin_guest_memory: config.reactors.pin_guest_memory,
+                journal,
             };
             match start_reactor(config, store, index, *core, cores.len(), seat) {
                 Ok(handle) => started.handles.push(handle),
@@ -315,6 +350,30 @@ fn start_reactor(
         let device = FileDevice::open(&path, &OpenOptions { depth, ..OpenOptions::default() })?;
         Ok(Core::new(Shard::new(&shard, device, &store), seat))
     })
+}
+
+/// Makes the changes again that a killed daemon had made and not yet made durable. All of them, before
+/// anybody is served: until then its journals count, and what is written meanwhile would be undone.
+fn restore_volumes(
+    config: &Config,
+    plane: &mut ControlPlane,
+    journals: &mut Journals,
+) -> Result<(), ConfigError> {
+    for (id, changes) in journals.take_outstanding() {
+        let Some(name) = plane.name_of_live(id) else { continue };
+        let configured = config.volumes.iter().find(|volume| volume.name == name);
+        let queues = configured.map_or(QUEUES_DEFAULT, |volume| volume.queues);
+        tracing::info!(volume = name, changes = changes.len(), "restoring what was not durable");
+        plane.restore(id, changes, queues).map_err(|refusal| {
+            config.device_error(format!(
+                "cannot restore volume {name:?} after the daemon was killed: {refusal}; to give up \
+                 what it had not flushed, remove the .bessel-*.journal files in {}",
+                config.socket_directory().display()
+            ))
+        })?;
+    }
+    journals.forget_found();
+    Ok(())
 }
 
 /// Opens the volumes of the configuration, which must succeed, and then all others of the store,

@@ -12,6 +12,7 @@ mod config;
 mod control;
 mod daemon;
 mod entropy;
+mod journals;
 mod placement;
 mod plane;
 mod reference;

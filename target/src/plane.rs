@@ -72,6 +72,8 @@ pub(crate) struct ControlPlane {
     homes: Vec<Home>,
     placement: Placement,
     served: BTreeMap<VolumeId, Served>,
+    /// Volumes that are open on a reactor and not served yet.
+    restored: BTreeMap<VolumeId, (usize, VolumeHandle)>,
     /// Snapshots of volumes that were deleted since the start: clones may descend from them.
     departed: BTreeMap<VolumeId, Vec<SnapshotInfo>>,
     store: StoreFacts,
@@ -96,6 +98,7 @@ impl ControlPlane {
             placement: Placement::new(homes.len()),
             homes,
             served: BTreeMap::new(),
+            restored: BTreeMap::new(),
             departed: BTreeMap::new(),
             store,
             socket_directory,

@@ -13,6 +13,7 @@
 use super::counters::CoreCounters;
 use super::memory::RegisteredMemory;
 use super::port::{Answer, CoreMessage, QueueSlot, Start};
+use bessel_mapping::journal::Journal;
 use bessel_mapping::message::Message;
 use bessel_mapping::request::{
     Command, IoCompletion, IoKind, IoRequest, IoStatus, Reply, VolumeHandle,
@@ -21,6 +22,7 @@ use bessel_mapping::shard::Shard;
 use bessel_reactor::clock::{Instant, SystemClock};
 use bessel_reactor::device::{FileDevice, WatchId};
 use bessel_reactor::inbox::{Full, Inbox, Sender};
+use bessel_reactor::outliving::OutlivingMemory;
 use bessel_reactor::poller::Poller;
 use bessel_vhost::{Popped, Queue, RequestKind, Status};
 use std::collections::VecDeque;
@@ -62,6 +64,7 @@ pub(crate) struct CoreSeat {
     pub(crate) counters: Arc<CoreCounters>,
     pub(crate) clock: SystemClock,
     pub(crate) pin_guest_memory: bool,
+    pub(crate) journal: (OutlivingMemory, Journal),
 }
 
 /// See the module's documentation.
@@ -81,6 +84,8 @@ pub(crate) struct Core {
     counters: Arc<CoreCounters>,
     clock: SystemClock,
     finished: bool,
+    /// Dropped after the shard, which writes to it.
+    _journal_memory: OutlivingMemory,
 }
 
 impl Core {
@@ -88,6 +93,8 @@ impl Core {
     pub(crate) fn new(mut shard: Shard<FileDevice>, seat: CoreSeat) -> Self {
         shard.device_mut().watch(seat.inbox.fd(), INBOX_WATCH);
         register_pools(&mut shard);
+        let (journal_memory, journal) = seat.journal;
+        shard.set_journal(journal);
         Self {
             shard,
             inbox: seat.inbox,
@@ -100,6 +107,7 @@ impl Core {
             counters: seat.counters,
             clock: seat.clock,
             finished: false,
+            _journal_memory: journal_memory,
         }
     }
 

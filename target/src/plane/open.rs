@@ -5,6 +5,7 @@ use crate::api::Refusal;
 use crate::api::types::Cache;
 use crate::attach::VolumeHost;
 use crate::config::{QUEUES_DEFAULT, SOCKET_PATH_MAX, VolumeConfig};
+use bessel_mapping::journal::Change;
 use bessel_mapping::request::{
     CacheChooser, CacheMode, CloneOrigin, Command, Reply, VolumeHandle, VolumeId,
 };
@@ -89,10 +90,36 @@ impl ControlPlane {
 
     /// Opens a volume of the store and serves it.
     pub(crate) fn open(&mut self, id: VolumeId, service: Service) -> Answered<()> {
+        let (home, handle) = match self.restored.remove(&id) {
+            Some(open) => open,
+            None => self.open_unserved(id, service.queues)?,
+        };
+        self.serve(id, home, handle, service)
+    }
+
+    fn open_unserved(&mut self, id: VolumeId, queues: u16) -> Answered<(usize, VolumeHandle)> {
         let Some(entry) = self.directory.entry(id) else { return Err(self.not_open(id)) };
         let command = Command::Open(Box::new(entry.clone()));
-        let (home, handle) = self.open_at_home(command, service.queues)?;
-        self.serve(id, home, handle, service)
+        self.open_at_home(command, queues)
+    }
+
+    /// The name of a volume that can be opened.
+    pub(crate) fn name_of_live(&self, id: VolumeId) -> Option<String> {
+        let volume = self.directory.get(id)?;
+        (!volume.deleted && volume.fault.is_none()).then(|| volume.name.clone())
+    }
+
+    /// Opens a volume that will be served with this many queues, and makes changes to it again.
+    pub(crate) fn restore(
+        &mut self,
+        id: VolumeId,
+        changes: Vec<Change>,
+        queues: u16,
+    ) -> Answered<()> {
+        let (home, handle) = self.open_unserved(id, queues)?;
+        self.ask(home, Command::Restore { volume: handle, changes })?;
+        self.restored.insert(id, (home, handle));
+        Ok(())
     }
 
     /// Has the reactor with the most room carry out a command that opens a volume.
