@@ -1,0 +1,187 @@
+//! Snapshots: the cut, labels and delete marks, and rolling back, which is a cut to another root.
+
+use bessel_reactor::clock::WallTime;
+use bessel_reactor::device::Device;
+
+use super::{NotNow, Tried};
+use crate::claims::Taken;
+use crate::commit::After;
+use crate::format::LogEntry;
+use crate::journal::Entry as JournalEntry;
+use crate::message::BlockKind;
+use crate::nodes::cache::FrameId;
+use crate::request::{CloneOrigin, CommandError, Reply, SnapshotId, VolumeHandle};
+use crate::shard::Shard;
+use crate::volume::NO_REQUEST;
+
+impl<D: Device> Shard<D> {
+    /// Takes a snapshot: the new root is a copy of the old one whose links are all read-only.
+    pub(super) fn snapshot(
+        &mut self,
+        ticket: u64,
+        handle: VolumeHandle,
+        label: Option<&str>,
+        time: WallTime,
+    ) -> Tried {
+        let volume = self.volume(handle);
+        if let Some(label) = label
+            && volume.log.by_label(label).is_some()
+        {
+            return Err(CommandError::LabelTaken(label.to_owned()).into());
+        }
+        let old_root = volume.root;
+        self.needs_for_cut(handle)?;
+        let root = self.new_root(self.cache.frame(old_root).level)?;
+        let entries = *self.cache.entries(old_root);
+        self.fill_read_only(root, &entries);
+        self.cut(ticket, handle, root, label, time);
+        Ok(())
+    }
+
+    /// Makes sure of what [`Shard::cut`] takes, and a root.
+    pub(super) fn needs_for_cut(&mut self, handle: VolumeHandle) -> Tried {
+        let log_block = self.volume(handle).log.needs_block();
+        self.needs(3, 1 + u64::from(log_block))
+    }
+
+    /// The cut (Parallax 3.3.2, 4.2): from here on the volume's tree is the one below `root`, and
+    /// the old tree is the snapshot's. Nothing is drained. Three blocks are written: the new root
+    /// and the log, then the record.
+    pub(super) fn cut(
+        &mut self,
+        ticket: u64,
+        handle: VolumeHandle,
+        root: FrameId,
+        label: Option<&str>,
+        time: WallTime,
+    ) {
+        let log_block = self.volume(handle).log.needs_block().then(|| {
+            match self.claims.take(BlockKind::Metadata, 1, self.now) {
+                Taken::Run(run) => run.start,
+                taken => unreachable!("`needs` made sure of the log's block: {taken:?}"),
+            }
+        });
+        let old_root = self.replace_root(handle, root);
+        let (addr, height) = (self.cache.frame(old_root).addr, self.cache.frame(old_root).level);
+        let volume = self.volume_mut(handle);
+        let sequence = volume.log.entries.len() as u64;
+        let entry = LogEntry {
+            sequence,
+            root: addr,
+            time,
+            size: volume.record.size,
+            blocks_allocated: volume.record.blocks_allocated,
+            height,
+            deleted: false,
+            label: label.map(str::to_owned),
+        };
+        volume.log.append(entry, log_block);
+        volume.record.log_count = sequence + 1;
+        volume.record.log_tail = Some(volume.log.block_of(sequence));
+        volume.record.blocks_allocated = 1 + u64::from(log_block.is_some());
+        if volume.active_head != NO_REQUEST {
+            volume.settling.push_back((volume.last_stamp, sequence));
+        }
+        let log = self.log_image(handle, sequence);
+        self.seal_root(handle, root, Some(log), After::Snapshot { ticket, sequence });
+    }
+
+    pub(super) fn live_snapshot(
+        &self,
+        handle: VolumeHandle,
+        sequence: u64,
+    ) -> Result<LogEntry, NotNow> {
+        let entry = self.volume(handle).log.entries.get(sequence as usize);
+        let live = entry.filter(|entry| !entry.deleted);
+        Ok(live.cloned().ok_or(CommandError::NoSuchSnapshot)?)
+    }
+
+    pub(super) fn label(
+        &mut self,
+        ticket: u64,
+        handle: VolumeHandle,
+        sequence: u64,
+        label: Option<&str>,
+    ) -> Tried {
+        self.live_snapshot(handle, sequence)?;
+        if let Some(label) = label
+            && let Some(holder) = self.volume(handle).log.by_label(label)
+            && holder.sequence != sequence
+        {
+            return Err(CommandError::LabelTaken(label.to_owned()).into());
+        }
+        self.needs(1, 0)?;
+        let entry = &mut self.volume_mut(handle).log.entries[sequence as usize];
+        entry.label = label.map(str::to_owned);
+        self.rewrite_log(ticket, handle, sequence);
+        Ok(())
+    }
+
+    pub(super) fn delete_snapshot(
+        &mut self,
+        ticket: u64,
+        handle: VolumeHandle,
+        sequence: u64,
+    ) -> Tried {
+        self.live_snapshot(handle, sequence)?;
+        self.needs(1, 0)?;
+        self.volume_mut(handle).log.entries[sequence as usize].deleted = true;
+        self.rewrite_log(ticket, handle, sequence);
+        Ok(())
+    }
+
+    pub(super) fn rewrite_log(&mut self, ticket: u64, handle: VolumeHandle, sequence: u64) {
+        let log = self.log_image(handle, sequence);
+        self.seal_plain(handle, Some(log), false, After::Reply(ticket, Reply::Done));
+    }
+
+    /// Keeps what the volume holds now as a snapshot, then lets it read as snapshot `sequence`.
+    pub(super) fn rollback(
+        &mut self,
+        ticket: u64,
+        handle: VolumeHandle,
+        sequence: u64,
+        time: WallTime,
+    ) -> Tried {
+        let volume = self.volume(handle);
+        if volume.active_head != NO_REQUEST {
+            return Err(CommandError::InUse.into());
+        }
+        if volume.is_settling(sequence) {
+            return Err(CommandError::Settling.into());
+        }
+        let (height, id) = (self.cache.frame(volume.root).level, volume.record.id);
+        let entry = self.live_snapshot(handle, sequence)?;
+        let origin = CloneOrigin {
+            snapshot: SnapshotId { volume: id, sequence },
+            root: entry.root,
+            height: entry.height,
+            size: entry.size,
+        };
+        let source = self.origin_node(Some(&origin), ticket)?;
+        if !self.volume(handle).is_quiet() {
+            // Changes of the old tree must not be made again in the new one after a kill.
+            self.want_commit(handle);
+            return Err(NotNow::Wait);
+        }
+        if self.journal.as_ref().is_some_and(|journal| !journal.has_room()) {
+            self.want_all_commits();
+            return Err(NotNow::Wait);
+        }
+        self.needs_for_cut(handle)?;
+        let root = self.make_root(height, Some(&origin), source)?;
+        self.cut(ticket, handle, root, None, time);
+        let round = self.volume(handle).next_round - 1;
+        if let Some(journal) = &mut self.journal {
+            journal.append(id, round, &JournalEntry::Replaced(id));
+        }
+        Ok(())
+    }
+
+    pub(super) fn replace_root(&mut self, handle: VolumeHandle, root: FrameId) -> FrameId {
+        self.cache.pin(root);
+        let old = std::mem::replace(&mut self.volume_mut(handle).root, root);
+        self.cache.unpin(old);
+        old
+    }
+}

@@ -1,0 +1,283 @@
+//! Volumes as wholes: making, opening, growing and deleting them.
+
+use bessel_reactor::device::Device;
+use bessel_reactor::units::{BlockAddr, ByteCount};
+
+use super::{NotNow, Tried};
+use crate::claims::Taken;
+use crate::commit::After;
+use crate::directory::VolumeEntry;
+use crate::format::{Entry, ExtentType, VolumeRecord, height_for};
+use crate::message::{BlockKind, BlockRun};
+use crate::nodes::cache::{FrameId, FrameState};
+use crate::pipeline::Work;
+use crate::radix::{Missing, Path};
+use crate::request::{
+    CacheChooser, CacheMode, CloneOrigin, CommandError, CreatePlan, Reply, VolumeHandle,
+};
+use crate::shard::Shard;
+use crate::snapshot_log::SnapshotLog;
+use crate::volume::{NO_REQUEST, Volume};
+
+impl<D: Device> Shard<D> {
+    pub(super) fn open(&mut self, ticket: u64, entry: &VolumeEntry) -> Tried {
+        let (root, height) = (entry.record.root, entry.record.height);
+        let frame = self.node(root, height, ticket)?;
+        let log = SnapshotLog { entries: entry.log.clone(), blocks: entry.log_blocks.clone() };
+        let handle = self.add_volume(entry.slot, entry.record.clone(), log, frame)?;
+        self.reply(ticket, Reply::Opened(handle));
+        Ok(())
+    }
+
+    pub(super) fn create(&mut self, ticket: u64, plan: &CreatePlan) -> Tried {
+        let source = self.origin_node(plan.origin.as_ref(), ticket)?;
+        self.needs(2, 1)?;
+        let height = height_for(plan.size);
+        let root = self.make_root(height, plan.origin.as_ref(), source)?;
+        let record = VolumeRecord {
+            generation: 0,
+            id: plan.id,
+            deleted: false,
+            size: plan.size,
+            height,
+            cache: CacheMode::Writeback,
+            cache_by_guest: false,
+            root: self.cache.frame(root).addr,
+            log_tail: None,
+            log_count: 0,
+            origin: plan.origin.map(|origin| origin.snapshot),
+            created: plan.created,
+            owner_host: 0,
+            owner_epoch: self.epoch,
+            blocks_allocated: 1,
+            name: plan.name.clone(),
+        };
+        let log = SnapshotLog::default();
+        let handle = match self.add_volume(plan.registry_slot, record, log, root) {
+            Ok(handle) => handle,
+            Err(error) => {
+                self.discard_root(root);
+                return Err(error);
+            }
+        };
+        self.seal_root(handle, root, None, After::Create { ticket });
+        Ok(())
+    }
+
+    pub(super) fn add_volume(
+        &mut self,
+        slot: u32,
+        record: VolumeRecord,
+        log: SnapshotLog,
+        root: FrameId,
+    ) -> Result<VolumeHandle, NotNow> {
+        let open = self.volumes.iter().flatten().count();
+        if open >= self.cache.capacity() / 4 {
+            return Err(CommandError::Limit(format!(
+                "{open} volumes are open on this reactor, as many as its node cache can hold; \
+                 raise store.node_cache"
+            ))
+            .into());
+        }
+        let free = self.volumes.iter().position(Option::is_none);
+        let index = free.unwrap_or_else(|| {
+            self.volumes.push(None);
+            self.volumes.len() - 1
+        });
+        let handle = VolumeHandle(index as u32);
+        self.cache.pin(root);
+        self.volumes[index] = Some(Volume::new(handle, slot, record, log, root));
+        Ok(handle)
+    }
+
+    /// The node at `addr`, read if need be.
+    pub(super) fn node(
+        &mut self,
+        addr: BlockAddr,
+        level: u8,
+        ticket: u64,
+    ) -> Result<FrameId, NotNow> {
+        if !self.extents.holds(addr, ExtentType::Metadata) {
+            return Err(CommandError::Corrupt(format!(
+                "root {addr} does not lie in a metadata extent; run `bessel check`"
+            ))
+            .into());
+        }
+        match self.cache.find(addr) {
+            Some(frame) if self.cache.frame(frame).state == FrameState::Present => Ok(frame),
+            _ => {
+                let missing = Missing { addr, level, parent: None };
+                self.wait_for_node(missing, Work::Command(ticket));
+                Err(NotNow::Wait)
+            }
+        }
+    }
+
+    pub(super) fn origin_node(
+        &mut self,
+        origin: Option<&CloneOrigin>,
+        ticket: u64,
+    ) -> Result<Option<FrameId>, NotNow> {
+        origin.map(|origin| self.node(origin.root, origin.height, ticket)).transpose()
+    }
+
+    /// Makes sure of image buffers and metadata blocks before anything is changed.
+    pub(super) fn needs(&mut self, images: usize, blocks: u64) -> Tried {
+        if self.sealed_images.available() < images {
+            return Err(NotNow::Wait);
+        }
+        if self.claims.free(BlockKind::Metadata) >= blocks {
+            return Ok(());
+        }
+        match self.claims.ask(BlockKind::Metadata, self.now) {
+            Taken::Full if !self.rounds_free_blocks() => Err(CommandError::NoSpace.into()),
+            _ => Err(NotNow::Wait),
+        }
+    }
+
+    /// A new root: a read-only copy of `origin`'s, a taller one above it, or one of holes.
+    pub(super) fn make_root(
+        &mut self,
+        height: u8,
+        origin: Option<&CloneOrigin>,
+        source: Option<FrameId>,
+    ) -> Result<FrameId, NotNow> {
+        if let Some(source) = source {
+            self.cache.pin(source);
+        }
+        let made = self.new_root(height);
+        if let Some(source) = source {
+            self.cache.unpin(source);
+        }
+        let root = made?;
+        match (origin, source) {
+            (Some(origin), Some(source)) if origin.height == height => {
+                let entries = *self.cache.entries(source);
+                self.fill_read_only(root, &entries);
+            }
+            (Some(origin), _) => {
+                self.fill_with(root, Entry::sparse());
+                let link = Entry::node(origin.height, origin.root).to_read_only();
+                self.set_first_entry(root, link);
+            }
+            (None, _) => self.fill_with(root, Entry::sparse()),
+        }
+        Ok(root)
+    }
+
+    /// A frame with a new block, for a root.
+    pub(super) fn new_root(&mut self, height: u8) -> Result<FrameId, NotNow> {
+        match self.new_frame(height, None) {
+            Path::Writable(root) => Ok(root),
+            Path::Full => Err(CommandError::NoSpace.into()),
+            Path::Wait | Path::Absent(_) => Err(NotNow::Wait),
+        }
+    }
+
+    pub(super) fn set_first_entry(&mut self, node: FrameId, entry: Entry) {
+        let sealed = self.key.seal(entry, self.cache.frame(node).addr, 0);
+        self.cache.entries_mut(node)[0] = sealed;
+    }
+
+    /// Undoes [`Shard::make_root`].
+    pub(super) fn discard_root(&mut self, root: FrameId) {
+        let start = self.cache.frame(root).addr;
+        self.cache.remove(root);
+        self.claims.put(BlockKind::Metadata, BlockRun { start, count: 1 });
+    }
+
+    pub(super) fn change_record(
+        &mut self,
+        ticket: u64,
+        handle: VolumeHandle,
+        change: impl FnOnce(&mut VolumeRecord),
+    ) -> Tried {
+        self.needs(1, 0)?;
+        change(&mut self.volume_mut(handle).record);
+        self.seal_plain(handle, None, true, After::Reply(ticket, Reply::Done));
+        Ok(())
+    }
+
+    /// Switches at once, and keeps the choice for the next opening.
+    pub(super) fn set_cache(
+        &mut self,
+        ticket: u64,
+        handle: VolumeHandle,
+        cache: CacheMode,
+        by: CacheChooser,
+    ) -> Tried {
+        let volume = self.volume_mut(handle);
+        let by_guest = by == CacheChooser::Guest;
+        let kept = volume.record.cache_by_guest && volume.cache == CacheMode::Writethrough;
+        if kept && !by_guest && cache == CacheMode::Writeback {
+            tracing::info!(
+                volume = volume.record.name,
+                "stays writethrough, as its guest chose; the guest can switch it back"
+            );
+            self.reply(ticket, Reply::Done);
+            return Ok(());
+        }
+        volume.cache = cache;
+        if cache == CacheMode::Writethrough {
+            self.want_commit(handle);
+        }
+        let volume = self.volume(handle);
+        let known = (volume.record.cache, volume.record.cache_by_guest) == (cache, by_guest);
+        if known || volume.latched.is_some() {
+            self.reply(ticket, Reply::Done);
+            return Ok(());
+        }
+        self.change_record(ticket, handle, |record| {
+            record.cache = cache;
+            record.cache_by_guest = by_guest;
+        })
+    }
+
+    pub(super) fn grow(&mut self, ticket: u64, handle: VolumeHandle, size: ByteCount) -> Tried {
+        let volume = self.volume(handle);
+        let (old_size, old_root) = (volume.record.size, volume.root);
+        if size < old_size {
+            return Err(CommandError::Limit(format!(
+                "a volume cannot shrink from {} to {}; create a smaller one and copy",
+                old_size.human(),
+                size.human()
+            ))
+            .into());
+        }
+        self.needs(2, 1)?;
+        let old_height = self.cache.frame(old_root).level;
+        let height = height_for(size).max(old_height);
+        if height == old_height {
+            self.volume_mut(handle).record.size = size;
+            self.seal_plain(handle, None, true, After::Grow { ticket });
+            return Ok(());
+        }
+        // A taller root above the old one, which stays as it is: dirty or not, it is linked.
+        let root = self.make_root(height, None, None)?;
+        let link = Entry::node(old_height, self.cache.frame(old_root).addr);
+        self.set_first_entry(root, link);
+        self.replace_root(handle, root);
+        let record = &mut self.volume_mut(handle).record;
+        record.size = size;
+        record.height = height;
+        record.blocks_allocated += 1;
+        self.seal_root(handle, root, None, After::Grow { ticket });
+        Ok(())
+    }
+
+    pub(super) fn delete(&mut self, ticket: u64, handle: VolumeHandle) -> Tried {
+        let volume = self.volume_mut(handle);
+        if volume.active_head != NO_REQUEST {
+            return Err(CommandError::InUse.into());
+        }
+        volume.closing = true;
+        if !volume.is_quiet() {
+            self.want_commit(handle); // So that no frame of it stays dirty.
+            return Err(NotNow::Wait);
+        }
+        self.needs(1, 0)?;
+        self.volume_mut(handle).record.deleted = true;
+        self.seal_plain(handle, None, true, After::Close { ticket });
+        Ok(())
+    }
+}
