@@ -28,6 +28,7 @@ mod fds;
 mod features;
 mod host;
 mod inflight;
+mod log_limit;
 #[expect(unsafe_code, reason = "memory that guests share with us is its subject")]
 mod memory;
 mod messages;

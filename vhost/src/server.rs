@@ -4,14 +4,16 @@
 //! A front-end's errors end its connection with one log line and never the thread.
 //!
 //! The socket file is ours from bind to drop. A file left behind by a killed daemon is replaced; one
-//! that somebody listens on is not.
+//! that somebody listens on is not. Its owner and group may connect, whatever the umask: a front-end
+//! runs as a user of its own, and who shares a group with us is the operator's choice.
 
 #![forbid(unsafe_code)]
 
 use std::fmt;
+use std::fs::{File, Permissions};
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -20,12 +22,15 @@ use std::thread::JoinHandle;
 
 use bessel_reactor::units::Sector;
 use nix::errno::Errno;
+use nix::fcntl::OFlag;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::socket::{self, AddressFamily, Backlog, SockFlag, SockType, UnixAddr};
 
 use crate::connection::{ConnectionError, Event, FrontEnd};
 use crate::disk::{Disk, DiskInfo};
 use crate::fds;
 use crate::host::{Connection, QueueHost};
+use crate::log_limit::{Due, LogLimit};
 use crate::messages::{self, Header, Reply};
 use crate::session::{Session, SessionError};
 
@@ -33,6 +38,10 @@ use crate::session::{Session, SessionError};
 const PATH_MAX: usize = 107;
 /// Wait before accepting again when the process is out of descriptors or memory.
 const ACCEPT_PAUSE_MS: u16 = 100;
+/// Mode of the socket file.
+const SOCKET_MODE: u32 = 0o660;
+/// Front-ends that may wait for the one before them to go.
+const BACKLOG: i32 = 128;
 /// Failed connections that are all logged; after them only the 16th, 32nd, 64th ... are.
 const FAILURES_LOGGED: u64 = 8;
 
@@ -122,12 +131,10 @@ impl Server {
         }
         let os = |source| BindError::Os { path: path.into(), source };
         clear_stale(path)?;
-        let listener = UnixListener::bind(path).map_err(|error| match error.kind() {
+        let (listener, socket) = listen(path).map_err(|error| match error.kind() {
             io::ErrorKind::AddrInUse => BindError::InUse(path.into()),
             _ => os(error),
         })?;
-        let identity = identity(path).map_err(os)?;
-        let socket = SocketFile { path: path.into(), identity };
         listener.set_nonblocking(true).map_err(os)?;
         let shared = Shared {
             stop: fds::eventfd().map_err(os)?.into(),
@@ -155,9 +162,10 @@ impl Server {
     fn serve(self, mut session: Session) {
         let volume = self.disk.info.id.clone();
         let mut failures = 0u64;
+        let (mut arrivals, mut departures) = (LogLimit::start(), LogLimit::start());
         while let Some(stream) = self.accept() {
             self.shared.connected.store(true, Ordering::Release);
-            let ended = self.serve_connection(stream, &mut session);
+            let ended = self.serve_connection(stream, &mut session, &mut arrivals);
             session.close();
             self.host.disconnected();
             self.shared.connected.store(false, Ordering::Release);
@@ -165,7 +173,11 @@ impl Server {
                 Ok(Ended::Stopped) | Err(ServeError::Connection(ConnectionError::Stopping)) => {
                     break;
                 }
-                Ok(Ended::Closed) => tracing::info!(%volume, "front-end disconnected"),
+                Ok(Ended::Closed) => {
+                    if let Some(Due { suppressed }) = departures.due() {
+                        tracing::info!(%volume, suppressed, "front-end disconnected");
+                    }
+                }
                 Err(error) => {
                     failures += 1;
                     if failures <= FAILURES_LOGGED || failures.is_power_of_two() {
@@ -208,11 +220,15 @@ impl Server {
         &self,
         stream: UnixStream,
         session: &mut Session,
+        arrivals: &mut LogLimit,
     ) -> Result<Ended, ServeError> {
         let (stop, news) = (self.shared.stop.as_fd(), self.shared.news.as_fd());
         let mut front_end = FrontEnd::new(stream, stop, news).map_err(ConnectionError::Io)?;
         let connection = Connection { pid: front_end.pid() };
-        tracing::info!(volume = %self.disk.info.id, pid = connection.pid, "front-end connected");
+        if let Some(Due { suppressed }) = arrivals.due() {
+            let (volume, pid) = (&self.disk.info.id, connection.pid);
+            tracing::info!(%volume, pid, suppressed, "front-end connected");
+        }
         self.host.connected(connection);
         loop {
             match front_end.next()? {
@@ -274,6 +290,27 @@ enum ServeError {
     Connection(#[from] ConnectionError),
     #[error(transparent)]
     Session(#[from] SessionError),
+}
+
+/// Listens on a socket that its owner and group may connect to. Nobody can before `listen`, so the
+/// mode is right by then.
+fn listen(path: &Path) -> io::Result<(UnixListener, SocketFile)> {
+    let flags = SockFlag::SOCK_CLOEXEC;
+    let listener = socket::socket(AddressFamily::Unix, SockType::Stream, flags, None)?;
+    socket::bind(listener.as_raw_fd(), &UnixAddr::new(path)?)?;
+    let socket = SocketFile { path: path.into(), identity: identity(path)? };
+    // The umask has cut the mode that `bind` gave, and is the whole process's. A mode set by path
+    // would follow a link that somebody put there meanwhile; one of a descriptor cannot.
+    let flags = OFlag::O_PATH | OFlag::O_NOFOLLOW;
+    let file = File::options().read(true).custom_flags(flags.bits()).open(path)?;
+    let found = file.metadata()?;
+    if (found.dev(), found.ino()) != socket.identity || !found.file_type().is_socket() {
+        return Err(io::Error::other("another process has put something else there"));
+    }
+    let itself = format!("/proc/self/fd/{}", file.as_raw_fd());
+    std::fs::set_permissions(itself, Permissions::from_mode(SOCKET_MODE))?;
+    socket::listen(&listener, Backlog::new(BACKLOG)?)?;
+    Ok((UnixListener::from(listener), socket))
 }
 
 /// Makes way for a new socket: removes one that nobody listens on.

@@ -23,6 +23,7 @@ use crate::fds::{self, CallFd};
 use crate::features::{ProtocolFeatures, VirtioFeatures};
 use crate::host::QueueHost;
 use crate::inflight::{self, InflightError, InflightRegion, InflightSpec};
+use crate::log_limit::{Due, LogLimit};
 use crate::memory::{AddressMap, GuestMemory, MemoryError, REGIONS_MAX};
 use crate::messages::{self, CONFIG_MAX, ConfigRange, Message, Reply, VringAddresses, VringState};
 use crate::queue::{Queue, QueueParts};
@@ -138,6 +139,16 @@ pub(crate) struct Session {
     status: u64,
     rings: Vec<RingState>,
     cache: Cache,
+    limits: LogLimits,
+}
+
+/// A limit for each line that a front-end can cause again and again by starting its rings anew.
+/// They outlive the connection, since connecting anew is as cheap.
+#[derive(Debug)]
+struct LogLimits {
+    broken: LogLimit,
+    malformed: LogLimit,
+    recovering: LogLimit,
 }
 
 /// Whether a ring that is not in guest memory is an error, or may wait for more memory.
@@ -168,6 +179,11 @@ impl Session {
             status: 0,
             rings,
             cache,
+            limits: LogLimits {
+                broken: LogLimit::start(),
+                malformed: LogLimit::start(),
+                recovering: LogLimit::start(),
+            },
         })
     }
 
@@ -253,19 +269,23 @@ impl Session {
         self.protocol = ProtocolFeatures::default();
     }
 
-    /// Logs what queues have found, once for each kind, and passes on a change of size.
+    /// Logs what queues have found, once for each kind (see [`LogLimits`]), and passes on a change of size.
     pub(crate) fn take_news(&mut self) {
         let volume = &self.disk.info.id;
         for (queue, ring) in self.rings.iter_mut().enumerate() {
             let Some(running) = &mut ring.running else { continue };
             if let Some(reason) = running.counters.broken().filter(|_| !running.broken_logged) {
                 running.broken_logged = true;
-                tracing::warn!(%volume, queue, %reason, "queue stopped until the guest resets it");
+                if let Some(Due { suppressed }) = self.limits.broken.due() {
+                    tracing::warn!(%volume, queue, %reason, suppressed, "queue stopped until the guest resets it");
+                }
                 ring.error.iter().for_each(|error| fds::signal(error.as_fd()));
             }
             if running.counters.malformed() > 0 && !running.malformed_logged {
                 running.malformed_logged = true;
-                tracing::warn!(%volume, queue, "the guest sent malformed requests; counted only from here on");
+                if let Some(Due { suppressed }) = self.limits.malformed.due() {
+                    tracing::warn!(%volume, queue, suppressed, "the guest sent malformed requests; counted only from here on");
+                }
             }
         }
         if self.disk.take_resized()
@@ -486,7 +506,7 @@ impl Session {
         })
     }
 
-    fn build(&self, index: usize, ring: Ring, kick: Kick) -> Result<Queue, SessionError> {
+    fn build(&mut self, index: usize, ring: Ring, kick: Kick) -> Result<Queue, SessionError> {
         let state = &self.rings[index];
         let used = ring.used_index();
         let mut base = state.base;
@@ -498,7 +518,9 @@ impl Session {
                 // told: the front-end of a killed daemon can only guess it.
                 base = used.wrapping_add(found.heads.len() as u16);
                 let (volume, requests) = (&self.disk.info.id, found.heads.len());
-                tracing::info!(%volume, queue = index, requests, "recovering requests in flight");
+                if let Some(Due { suppressed }) = self.limits.recovering.due() {
+                    tracing::info!(%volume, queue = index, requests, suppressed, "recovering requests in flight");
+                }
             }
             (records, recovered) = (Some(queue), found.heads);
         }
