@@ -117,6 +117,26 @@ pub enum OpenError {
         #[source]
         source: io::Error,
     },
+    /// io_uring is there, and its queues do not fit into the memory we may lock.
+    #[error(
+        "no memory for an io_uring queue; likely cause: this user may lock too little; raise \
+         `ulimit -l`, or LimitMEMLOCK= of the systemd unit"
+    )]
+    LockedMemory {
+        /// The operating system's reason.
+        #[source]
+        source: io::Error,
+    },
+}
+
+impl OpenError {
+    /// What a refusal to set up io_uring means.
+    pub(super) fn ring(source: io::Error) -> Self {
+        match source.raw_os_error() {
+            Some(libc::ENOMEM) => Self::LockedMemory { source },
+            _ => Self::Ring { source },
+        }
+    }
 }
 
 /// An open file and what is known of it.
@@ -259,6 +279,14 @@ mod tests {
         let error = open(&path, &OpenOptions::default()).unwrap_err();
         std::fs::remove_file(&path).unwrap();
         assert!(matches!(error, OpenError::Empty { .. }), "{error}");
+    }
+
+    #[test]
+    fn a_ring_refused_for_want_of_memory_is_not_blamed_on_the_kernel() {
+        let error = |errno| OpenError::ring(io::Error::from_raw_os_error(errno)).to_string();
+        assert!(error(libc::ENOMEM).contains("ulimit -l"), "{}", error(libc::ENOMEM));
+        assert!(error(libc::ENOMEM).contains("LimitMEMLOCK"), "{}", error(libc::ENOMEM));
+        assert!(error(libc::ENOSYS).contains("sysctl"), "{}", error(libc::ENOSYS));
     }
 
     #[test]

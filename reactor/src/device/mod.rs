@@ -62,6 +62,14 @@ pub enum DeviceError {
     FlushFailedElsewhere,
 }
 
+impl DeviceError {
+    /// Whether it was not the device that failed but the memory of the operation, which is not
+    /// there: a guest gave its pages back while the I/O went to them.
+    pub fn is_of_memory(self) -> bool {
+        self == Self::Os(libc::EFAULT)
+    }
+}
+
 /// A block device that is driven by polling.
 ///
 /// Contract, checked by each implementation with assertions (a violation is our bug):

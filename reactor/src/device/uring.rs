@@ -273,10 +273,8 @@ impl FileDevice {
         let depth = options.depth;
         assert!((1..=DEPTH_MAX).contains(&depth), "a depth of {depth} is not 1 to {DEPTH_MAX}");
         let opened = file::open(path, options)?;
-        let ring = set_up(depth).map_err(|source| OpenError::Ring { source })?;
-        ring.submitter()
-            .register_files(&[opened.file.as_raw_fd()])
-            .map_err(|source| OpenError::Ring { source })?;
+        let ring = set_up(depth).map_err(OpenError::ring)?;
+        ring.submitter().register_files(&[opened.file.as_raw_fd()]).map_err(OpenError::ring)?;
         let buffers_free =
             if opened.engine == Engine::Uring { buffer_table(&ring) } else { vec![] };
         let answers_max = ring.params().cq_entries() as usize;
