@@ -26,7 +26,7 @@ use crate::journals::Journals;
 use crate::plane::{ControlPlane, Home, Service, StoreFacts};
 use crate::{entropy, one_line};
 use bessel_mapping::shard::{Shard, ShardConfig};
-use bessel_mapping::store::{self, FormatOptions, Found, OpenMode, OpenedStore};
+use bessel_mapping::store::{self, FormatOptions, OpenMode, OpenedStore};
 use bessel_reactor::clock::SystemClock;
 use bessel_reactor::device::{DeviceLock, FileDevice, OpenError, OpenOptions};
 use bessel_reactor::inbox::{Inbox, Sender, inbox};
@@ -34,10 +34,14 @@ use bessel_reactor::reactor::{
     PollMode, ReactorHandle, ReactorOptions, SpawnError, spawn, usable_cores,
 };
 use bessel_reactor::units::ByteCount;
+use nix::errno::Errno;
+use nix::fcntl::OFlag;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::signal::{SigSet, Signal};
+use nix::unistd::{Whence, lseek};
 use std::fs::File;
 use std::io::IsTerminal as _;
+use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -186,7 +190,7 @@ fn take_device(
         let lock = lock()?;
         config.check_sockets()?;
         let mut device = open()?;
-        if config.store.size.is_some() && is_ours_to_format(path, &mut device) {
+        if config.store.size.is_some() && is_ours_to_format(path) {
             // A file of the configured size that was made and not formatted: we were killed then.
             format(config, &mut device, clock)?;
         }
@@ -209,19 +213,48 @@ fn take_device(
     made
 }
 
-/// Makes a sparse file.
+/// Makes a sparse file for its owner alone: it will hold what guests keep secret.
+///
+/// # Errors
+/// The file system's; for a size it cannot have, with that said.
 pub(crate) fn create_file(path: &Path, size: ByteCount) -> std::io::Result<()> {
-    let made = File::create_new(path)?.set_len(size.get());
+    let file = File::options().write(true).create_new(true).mode(0o600).open(path)?;
+    let made = set_file_size(&file, size);
     if made.is_err() {
         let _ = std::fs::remove_file(path);
     }
     made
 }
 
-/// A regular file that is blank. A block device is formatted by `bessel format` only.
-fn is_ours_to_format(path: &Path, device: &mut FileDevice) -> bool {
-    std::fs::metadata(path).is_ok_and(|metadata| metadata.is_file())
-        && store::probe(device).is_ok_and(|found| found == Found::Blank)
+/// Gives a file its size; says whose limit it is when that is too large.
+///
+/// # Errors
+/// The file system's.
+pub(crate) fn set_file_size(file: &File, size: ByteCount) -> std::io::Result<()> {
+    file.set_len(size.get()).map_err(|error| match error.kind() {
+        std::io::ErrorKind::FileTooLarge => std::io::Error::new(
+            error.kind(),
+            format!(
+                "a file of {} is larger than its file system allows; choose a smaller size or \
+                 another file system",
+                size.human()
+            ),
+        ),
+        _ => error,
+    })
+}
+
+/// A regular file in which nothing was ever written, not even zeroes: a file of the configured size
+/// that was made and not formatted. What looks blank may be a store whose start is lost, and only
+/// `bessel format`, which somebody types, may destroy that. A file system that cannot tell holes
+/// says that all is data.
+fn is_ours_to_format(path: &Path) -> bool {
+    let Ok(file) = File::options().read(true).custom_flags(OFlag::O_NONBLOCK.bits()).open(path)
+    else {
+        return false;
+    };
+    file.metadata().is_ok_and(|metadata| metadata.is_file())
+        && lseek(&file, 0, Whence::SeekData) == Err(Errno::ENXIO)
 }
 
 fn format(

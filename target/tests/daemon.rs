@@ -141,6 +141,12 @@ fn format_destroys_nothing_without_force() {
 
     std::fs::write(world.path("notes.txt"), "precious".repeat(1 << 20)).unwrap();
     assert!(world.refused("format notes.txt").contains("--force"));
+    let mut late = vec![0; 8 << 20];
+    late[100_000] = 1;
+    std::fs::write(world.path("late.img"), &late).unwrap();
+    let error = world.refused("format late.img");
+    assert!(error.contains("first at byte 100000") && error.contains("--force"), "{error}");
+    assert_eq!(std::fs::read(world.path("late.img")).unwrap(), late);
     let missing = world.refused("format no/such/store.img --size 64MiB");
     assert!(missing.contains("cannot create"), "{missing}");
     let small = world.refused("format small.img --size 1MiB");
@@ -166,6 +172,53 @@ fn a_device_that_is_no_store_is_refused_with_its_line_and_left_unchanged() {
     let error = world.refused(&format!("serve --config {config}"));
     assert!(error.contains("truncated"), "{error}");
     assert_eq!(std::fs::read(world.path("store.img")).unwrap(), cut);
+}
+
+#[test]
+fn a_file_with_anything_in_it_is_not_formatted_by_serving_it() {
+    let mut world = World::new("lost");
+    world.serve("volumes: []\n");
+    world.text("volume create vm1 --size 16MiB");
+    world.end("-TERM");
+    let whole = std::fs::read(world.path("store.img")).unwrap();
+    let config = world.path("bessel.yaml");
+    for (zeroed, said) in [
+        // Only the last superblock is left, from which everything can be restored.
+        (64 << 10, None),
+        (128 << 10, Some("a damaged Bessel store")),
+        (256 << 10, Some("a damaged Bessel store")),
+        (1 << 20, Some("its first MiB is zero")),
+        (64 << 20, Some("its first MiB is zero")),
+    ] {
+        let mut lost = whole.clone();
+        lost[..zeroed].fill(0);
+        std::fs::write(world.path("store.img"), &lost).unwrap();
+        let Some(said) = said else {
+            world.serve("volumes: []\n");
+            assert_eq!(world.json("volume show vm1")["id"], 1);
+            world.end("-TERM");
+            continue;
+        };
+        let error = world.refused(&format!("serve --config {config}"));
+        assert!(error.contains("bessel.yaml:2: ") && error.contains(said), "{error}");
+        assert!(error.contains("bessel format"), "{error}");
+        assert!(std::fs::read(world.path("store.img")).unwrap() == lost, "{zeroed}");
+    }
+    // Made by a daemon that was killed before it wrote anything.
+    std::fs::File::create(world.path("store.img")).unwrap().set_len(64 << 20).unwrap();
+    world.serve("volumes: []\n");
+    assert_eq!(world.json("volume list").as_array().unwrap().len(), 0);
+}
+
+#[test]
+fn a_store_file_is_for_its_owner_alone() {
+    let mut world = World::new("mode");
+    world.serve("volumes: []\n");
+    world.text("format other.img --size 64MiB");
+    for file in ["store.img", "other.img"] {
+        let mode = std::fs::metadata(world.path(file)).unwrap().permissions().mode();
+        assert_eq!(mode & 0o777, 0o600, "{file}");
+    }
 }
 
 #[test]

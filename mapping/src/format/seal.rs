@@ -169,6 +169,25 @@ pub(super) fn unseal(bytes: &[u8], place: Place, kind: Kind, seed: u64) -> Resul
     Err(place.damage(kind, fault))
 }
 
+/// Whether a sector says that it was sealed for the absolute place it is read from. Needs no secret
+/// and so proves nothing: it tells that a store was here, not that it is whole.
+///
+/// # Panics
+/// When `bytes` is not one sector.
+pub(crate) fn looks_sealed(bytes: &[u8], absolute: u64) -> bool {
+    const KINDS: [Kind; 6] = [
+        Kind::Superblock,
+        Kind::Host,
+        Kind::Catalogue,
+        Kind::Volume,
+        Kind::SnapshotLog,
+        Kind::Bitmap,
+    ];
+    assert_eq!(bytes.len(), SECTOR, "a seal closes one sector");
+    let seal = Seal::ref_from_bytes(&bytes[SEALED_PAYLOAD..]).expect("the slice is 16 bytes");
+    seal.place.get() == absolute && KINDS.iter().any(|kind| kind.magic() == seal.kind.get())
+}
+
 /// The CRC a sealed sector carries, to chain superblocks by.
 pub(super) fn crc_of(bytes: &[u8]) -> u32 {
     let crc: [u8; 4] = bytes[CRC_OFFSET..SECTOR].try_into().expect("four bytes");

@@ -4,15 +4,16 @@
 //! of a store. Nothing found here is ever trusted further.
 
 use bessel_reactor::device::{Device, DeviceError};
-use bessel_reactor::units::{BLOCK_SIZE, BlockAddr};
+use bessel_reactor::units::{BLOCK_SIZE, BlockAddr, SECTOR_SIZE};
 
 use crate::blocking::Blocking;
+use crate::format::seal::looks_sealed;
 use crate::format::{SUPERBLOCK_COPIES, Superblock, SuperblockFault};
 
 /// What a device holds.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Found {
-    /// Zeroes, as far as one looks.
+    /// Zeroes, as far as one looks: the first MiB.
     Blank,
     /// A store of this format's version.
     Store {
@@ -26,7 +27,7 @@ pub enum Found {
 impl std::fmt::Display for Found {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
-            Self::Blank => f.write_str("nothing"),
+            Self::Blank => f.write_str("nothing that is recognised (its first MiB is zero)"),
             Self::Store { uuid } => write!(f, "a Bessel store (uuid {})", uuid_text(uuid)),
             Self::Foreign(what) => f.write_str(what),
         }
@@ -41,10 +42,10 @@ pub(super) fn uuid_text(uuid: &[u8; 16]) -> String {
     [hex(0..4), hex(4..6), hex(6..8), hex(8..10), hex(10..16)].join("-")
 }
 
-/// How much is looked at: past the first ZFS label, the farthest of the signatures.
-const LOOK_BLOCKS: u64 = (256 << 10) / BLOCK_SIZE;
-/// A device counts as blank when this much of its start is zero.
-const BLANK_BYTES: usize = 64 << 10;
+/// How much is looked at: past the first ZFS label, the farthest of the signatures, and over what a
+/// store keeps ahead of its volumes, so that one whose superblocks are gone is still told from
+/// nothing. A device counts as blank when all of this is zero.
+const LOOK_BLOCKS: u64 = (1 << 20) / BLOCK_SIZE;
 
 /// Signatures at fixed places, the more telling first: a boot sector's mark is in many file systems.
 const SIGNATURES: &[(usize, &[u8], &str)] = &[
@@ -66,6 +67,9 @@ const SIGNATURES: &[(usize, &[u8], &str)] = &[
     (65536 - 10, b"SWAPSPACE2", "Linux swap space"),
     (1024, &[0x10, 0x20, 0xf5, 0xf2], "an F2FS file system"),
     (4096 + 24, b"\xc6\x85\x73\xf6\x4e\x1a\x45\xca", "a bcache device"),
+    (0x10034, b"ReIsErFs", "a reiserfs file system"),
+    (0x10034, b"ReIsEr2Fs", "a reiserfs file system"),
+    (0x10034, b"ReIsEr3Fs", "a reiserfs file system"),
     (0x8001, b"CD001", "an ISO 9660 image"),
     (512, b"EFI PART", "a GPT partition table"),
     (4096, b"EFI PART", "a GPT partition table"),
@@ -102,8 +106,10 @@ fn recognise(bytes: &[u8]) -> Found {
     if let Some(name) = name {
         return Found::Foreign(name.to_owned());
     }
-    let start = &bytes[..bytes.len().min(BLANK_BYTES)];
-    match start.iter().position(|&byte| byte != 0) {
+    if has_sealed_sector(bytes) {
+        return damaged_store();
+    }
+    match bytes.iter().position(|&byte| byte != 0) {
         None => Found::Blank,
         Some(offset) => Found::Foreign(format!("unknown data (first at byte {offset})")),
     }
@@ -123,12 +129,23 @@ fn recognise_store(bytes: &[u8]) -> Option<Found> {
                 return Some(Found::Foreign(what));
             }
             Err(SuperblockFault::Damaged(_)) => {
-                damaged = Some(Found::Foreign("a damaged Bessel store".to_owned()));
+                damaged = Some(damaged_store());
             }
             Err(SuperblockFault::Zero(_) | SuperblockFault::Foreign(_)) => {}
         }
     }
     damaged
+}
+
+fn damaged_store() -> Found {
+    Found::Foreign("a damaged Bessel store".to_owned())
+}
+
+/// Whether a host record, a piece of the catalogue or a volume record is where one of a store was
+/// written. Their checksums are keyed by the superblock, which is not there to ask.
+fn has_sealed_sector(bytes: &[u8]) -> bool {
+    let mut sectors = (0..).zip(bytes.chunks_exact(SECTOR_SIZE as usize));
+    sectors.any(|(place, sector)| looks_sealed(sector, place))
 }
 
 /// The ext family shares a magic number; features tell its members apart.
@@ -169,7 +186,8 @@ fn at(bytes: &[u8], offset: usize, magic: &[u8]) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::store::testing::{disk, formatted, options};
+    use crate::store::open;
+    use crate::store::testing::{READ_WRITE, disk, formatted, options};
 
     fn recognised(patches: &[(usize, &[u8])]) -> Found {
         let mut bytes = vec![0; (LOOK_BLOCKS * BLOCK_SIZE) as usize];
@@ -195,13 +213,17 @@ mod tests {
             ("a LUKS encrypted volume", &[(0, b"LUKS\xba\xbe\0\x02")]),
             ("Linux swap space", &[(4086, b"SWAPSPACE2")]),
             ("a ZFS pool member", &[((128 << 10) + 3072, &0x00ba_b10c_u64.to_be_bytes())]),
+            ("a reiserfs file system", &[(0x10034, b"ReIsErFs\0")]),
+            ("a reiserfs file system", &[(0x10034, b"ReIsEr2Fs")]),
+            ("a reiserfs file system", &[(0x10034, b"ReIsEr3Fs")]),
             ("unknown data (first at byte 60000)", &[(60000, b"x")]),
+            ("unknown data (first at byte 100000)", &[(100_000, b"x")]),
+            ("unknown data (first at byte 1048575)", &[((1 << 20) - 1, b"x")]),
         ];
         for (name, patches) in cases {
             assert_eq!(recognised(patches), Found::Foreign((*name).to_owned()));
         }
         assert_eq!(recognised(&[]), Found::Blank);
-        assert_eq!(recognised(&[(BLANK_BYTES, b"x")]), Found::Blank);
     }
 
     #[test]
@@ -216,6 +238,36 @@ mod tests {
         let mut last = disk.peek(SUPERBLOCK_COPIES[3]);
         last[100] ^= 1;
         disk.poke(SUPERBLOCK_COPIES[3], &last);
+        let damaged = Found::Foreign("a damaged Bessel store".to_owned());
+        assert_eq!(probe(&mut disk.connect()).unwrap(), damaged);
+    }
+
+    #[test]
+    fn a_store_without_its_superblocks_is_not_blank() {
+        let damaged = Found::Foreign("a damaged Bessel store".to_owned());
+        let disk = formatted(64 << 20);
+        let geometry = open(&mut disk.connect(), READ_WRITE).unwrap().geometry;
+        for copy in SUPERBLOCK_COPIES {
+            disk.poke(copy, &[0; 4096]);
+        }
+        assert_eq!(probe(&mut disk.connect()).unwrap(), damaged);
+        for host in 0..2 * u64::from(geometry.host_slots) {
+            disk.poke(geometry.host_start.add(host), &[0; 4096]);
+        }
+        assert_eq!(probe(&mut disk.connect()).unwrap(), damaged, "by its catalogue");
+        for block in 0..geometry.catalogue_blocks {
+            disk.poke(geometry.catalogue_start.add(block), &[0; 4096]);
+        }
+        assert_eq!(probe(&mut disk.connect()).unwrap(), Found::Blank);
+    }
+
+    #[test]
+    fn a_store_that_lost_its_catalogue_as_well_is_known_by_its_host() {
+        let disk = formatted(64 << 20);
+        let geometry = open(&mut disk.connect(), READ_WRITE).unwrap().geometry;
+        let zeroed = SUPERBLOCK_COPIES.into_iter();
+        let catalogue = (0..geometry.catalogue_blocks).map(|at| geometry.catalogue_start.add(at));
+        zeroed.chain(catalogue).for_each(|block| disk.poke(block, &[0; 4096]));
         let damaged = Found::Foreign("a damaged Bessel store".to_owned());
         assert_eq!(probe(&mut disk.connect()).unwrap(), damaged);
     }
