@@ -163,7 +163,7 @@ fn make() -> SimDisk {
     maker.trees();
     maker.volumes();
     maker.extents();
-    close(&mut disk.connect(), &store, time(98)).unwrap();
+    close(&mut disk.connect(), &store, store.host.as_ref().unwrap(), time(98)).unwrap();
     disk
 }
 

@@ -13,14 +13,17 @@
 //! - Between the oldest entry that is not retired and the newest, none is missing: the *last* change
 //!   to each block wins, and that may be one that is durable already.
 //! - An entry is whole or not there: a process can be killed between any two stores.
-//! - A journal counts only for the opening of the store right after the one that wrote it, on the
-//!   same boot: afterwards its blocks may be somebody else's.
+//! - A journal counts only while the store names the life that wrote it as the one that last served
+//!   guests ([`crate::store::begin_life`]), on the same boot: afterwards its blocks may be somebody
+//!   else's. A life that ends before it has served anybody changes nothing of that.
 
 use std::collections::{BTreeMap, VecDeque};
+use std::sync::atomic::{Ordering, compiler_fence};
 
 use bessel_reactor::buffer::Segment;
 use bessel_reactor::units::{BlockAddr, VolumeBlock};
 
+use crate::format::NODE_ENTRIES;
 use crate::request::VolumeId;
 
 const MAGIC: [u8; 8] = *b"BESSELJ1";
@@ -42,8 +45,8 @@ pub struct Identity {
     pub store: [u8; 16],
     /// The kernel's boot id.
     pub boot: [u8; 16],
-    /// The host's epoch: counts openings of the store.
-    pub epoch: u64,
+    /// Random name of the life.
+    pub life: [u8; 16],
 }
 
 /// What blocks of a volume became.
@@ -106,9 +109,10 @@ impl Journal {
         let mut header = [0; HEADER_BYTES];
         header[8..24].copy_from_slice(&identity.store);
         header[24..40].copy_from_slice(&identity.boot);
-        header[40..48].copy_from_slice(&identity.epoch.to_le_bytes());
+        header[40..56].copy_from_slice(&identity.life);
         header[TAIL_OFFSET..].copy_from_slice(&1u64.to_le_bytes());
         memory.write(&header);
+        compiler_fence(Ordering::Release);
         memory.write(&MAGIC); // Last: a header is whole or none.
         let spans = VecDeque::with_capacity(1024);
         Self { memory, capacity: capacity as u64, tail: 1, next: 1, spans }
@@ -119,10 +123,24 @@ impl Journal {
         self.next - self.tail + ENTRIES_PER_STEP <= self.capacity
     }
 
+    /// Notes changes that no round of this life will make durable: those of a volume that could not
+    /// be restored, for the next life to try. In a journal of their own, long enough for them.
+    pub fn carry(&mut self, volume: VolumeId, changes: &[Change]) {
+        for change in changes {
+            self.append(volume, u64::MAX, &Entry::Changed(volume, *change));
+        }
+    }
+
+    /// Bytes of memory for a journal of this many entries.
+    pub const fn bytes_for(entries: usize) -> usize {
+        HEADER_BYTES + ENTRY_BYTES * (entries + 4 * ENTRIES_PER_STEP as usize)
+    }
+
     /// Notes a change that round `round` of the volume will make durable.
     pub(crate) fn append(&mut self, volume: VolumeId, round: u64, entry: &Entry) {
         assert!(self.next - self.tail < self.capacity, "`has_room` is asked first");
         self.place(self.next).write(&encode(self.next, entry));
+        compiler_fence(Ordering::Release); // Before whatever follows: a kill may come any time.
         self.next += 1;
         match self.spans.back_mut() {
             Some(last) if last.volume == volume && last.round == round => last.end = self.next,
@@ -142,6 +160,7 @@ impl Journal {
         }
         if self.tail > tail {
             self.memory.part(TAIL_OFFSET, 8).write(&self.tail.to_le_bytes());
+            compiler_fence(Ordering::Release); // Before its entries are overwritten.
         }
         self.tail > tail
     }
@@ -188,14 +207,17 @@ fn decode(bytes: &[u8; ENTRY_BYTES], number: u64) -> Option<Entry> {
     }
     let volume = VolumeId(word(8));
     let now = match half(40) {
-        1 => Mapped::Data(BlockAddr::new(word(32))),
+        // A piece of I/O lies below one leaf.
+        1 if word(24) <= NODE_ENTRIES as u64 => Mapped::Data(BlockAddr::new(word(32))),
         2 => Mapped::Sparse,
         3 => Mapped::Zeroed,
         4 => return Some(Entry::Replaced(volume)),
         _ => return None,
     };
+    // No store and no volume has more blocks than an entry of a node can name.
+    let in_bounds = [word(16), word(24), word(32)].iter().all(|number| *number < 1 << 44);
     let change = Change { first: VolumeBlock::new(word(16)), count: word(24), now };
-    Some(Entry::Changed(volume, change))
+    in_bounds.then_some(Entry::Changed(volume, change))
 }
 
 /// Reads the journal that another life left in `memory`; `None` when there is none.
@@ -213,11 +235,11 @@ pub fn read(memory: &Segment) -> Option<(Identity, Vec<Entry>)> {
         let bytes: [u8; 8] = header[at..at + 8].try_into().expect("eight bytes");
         u64::from_le_bytes(bytes)
     };
-    let identity = Identity { store: bytes16(8), boot: bytes16(24), epoch: word(40) };
+    let identity = Identity { store: bytes16(8), boot: bytes16(24), life: bytes16(40) };
     let capacity = ((memory.len() - HEADER_BYTES) / ENTRY_BYTES) as u64;
     let tail = word(TAIL_OFFSET);
     let mut entries = Vec::new();
-    for number in (tail..).take(capacity as usize) {
+    for number in tail..tail.saturating_add(capacity) {
         let mut bytes = [0; ENTRY_BYTES];
         let index = (number % capacity) as usize;
         memory.part(HEADER_BYTES + index * ENTRY_BYTES, ENTRY_BYTES).read(&mut bytes);
@@ -228,30 +250,16 @@ pub fn read(memory: &Segment) -> Option<(Identity, Vec<Entry>)> {
 }
 
 /// What remains to be done for each volume, given the journals found and the identity of the life
-/// that now begins: the last change to each block, from the lives that ended without making theirs
-/// durable.
-///
-/// Journals count back from the life before this one without a gap: a life that began and was killed
-/// before it had made the changes of the one before it left both.
+/// that last served guests: the last change to each block.
 pub fn outstanding(
     journals: Vec<(Identity, Vec<Entry>)>,
-    now: &Identity,
+    last: &Identity,
 ) -> BTreeMap<VolumeId, Vec<Change>> {
-    let mut lives: BTreeMap<u64, Vec<Vec<Entry>>> = BTreeMap::new();
-    for (identity, entries) in journals {
-        if identity.store == now.store && identity.boot == now.boot && identity.epoch < now.epoch {
-            lives.entry(identity.epoch).or_default().push(entries);
-        }
-    }
     let mut volumes: BTreeMap<VolumeId, Remaining> = BTreeMap::new();
-    let mut expected = now.epoch;
-    // From the newest change to the oldest: who comes first, wins.
-    for (epoch, journals) in lives.into_iter().rev() {
-        if epoch + 1 != expected {
-            break;
-        }
-        expected = epoch;
-        for entry in journals.iter().flat_map(|entries| entries.iter().rev()) {
+    // All entries of a volume are in one journal, that of its home.
+    for (_, entries) in journals.iter().filter(|(identity, _)| identity == last) {
+        // From the newest change to the oldest: who comes first, wins.
+        for entry in entries.iter().rev() {
             match entry {
                 Entry::Replaced(volume) => volumes.entry(*volume).or_default().complete = true,
                 Entry::Changed(volume, change) => volumes.entry(*volume).or_default().add(change),
@@ -312,8 +320,7 @@ mod tests {
     use super::*;
 
     const V: VolumeId = VolumeId(3);
-    const LIFE: Identity = Identity { store: [1; 16], boot: [2; 16], epoch: 9 };
-    const NEXT: Identity = Identity { epoch: 10, ..LIFE };
+    const LIFE: Identity = Identity { store: [1; 16], boot: [2; 16], life: [9; 16] };
 
     fn memory() -> (BufferPool, Buffer) {
         let mut pool = BufferPool::new(1, 4096);
@@ -385,7 +392,7 @@ mod tests {
     fn the_last_change_to_each_block_wins() {
         let entries = [data(0, 8, 100), change(2, 2, Mapped::Sparse), data(3, 1, 200)];
         let entries = entries.map(|change| Entry::Changed(V, change)).to_vec();
-        let left = outstanding(vec![(LIFE, entries)], &NEXT);
+        let left = outstanding(vec![(LIFE, entries)], &LIFE);
         let expected =
             vec![data(3, 1, 200), change(2, 1, Mapped::Sparse), data(0, 2, 100), data(4, 4, 104)];
         assert_eq!(left[&V], expected);
@@ -398,17 +405,28 @@ mod tests {
             Entry::Replaced(V),
             Entry::Changed(V, data(5, 1, 2)),
         ];
-        assert_eq!(outstanding(vec![(LIFE, entries)], &NEXT)[&V], vec![data(5, 1, 2)]);
+        assert_eq!(outstanding(vec![(LIFE, entries)], &LIFE)[&V], vec![data(5, 1, 2)]);
     }
 
     #[test]
-    fn only_lives_that_lead_up_to_this_one_count() {
+    fn only_the_life_that_the_store_names_counts() {
         let entry = |block| vec![Entry::Changed(V, data(block, 1, block))];
-        let life = |epoch| Identity { epoch, ..LIFE };
-        let elsewhere = Identity { boot: [3; 16], ..LIFE };
-        assert!(outstanding(vec![(elsewhere, entry(1))], &NEXT).is_empty());
-        assert!(outstanding(vec![(life(8), entry(1))], &NEXT).is_empty(), "9 is missing");
-        let both = outstanding(vec![(life(8), entry(1)), (life(9), entry(2))], &NEXT);
-        assert_eq!(both[&V], vec![data(2, 1, 2), data(1, 1, 1)]);
+        for other in [
+            Identity { boot: [3; 16], ..LIFE },
+            Identity { store: [3; 16], ..LIFE },
+            Identity { life: [3; 16], ..LIFE },
+        ] {
+            let left = outstanding(vec![(other, entry(1)), (LIFE, entry(2))], &LIFE);
+            assert_eq!(left[&V], vec![data(2, 1, 2)]);
+        }
+    }
+
+    #[test]
+    fn numbers_that_no_store_can_have_end_the_journal() {
+        let (mut pool, buffer) = memory();
+        let memory = pool.lend(&buffer);
+        let mut journal = Journal::create(memory, &LIFE);
+        append(&mut journal, 1, data(u64::MAX - 1, 8, 5));
+        assert_eq!(read(&memory).unwrap().1, vec![]);
     }
 }

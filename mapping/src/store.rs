@@ -14,7 +14,7 @@ mod open;
 mod probe;
 
 pub use create::{FormatError, FormatOptions, FormatReport, format};
-pub use open::{OpenError, OpenMode, OpenedStore, close, open};
+pub use open::{OpenError, OpenMode, OpenedStore, begin_life, close, open};
 pub use probe::{Found, probe};
 
 use bessel_reactor::device::{Device, DeviceError};

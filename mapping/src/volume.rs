@@ -106,6 +106,8 @@ pub(crate) struct Volume {
     /// Snapshot log entries that the device has.
     pub(crate) durable_snapshots: u64,
 
+    /// How far a restore has come: which change, and how many of its blocks are done.
+    pub(crate) restored: (usize, u64),
     pub(crate) latched: Option<String>,
     pub(crate) closing: bool,
     pub(crate) counters: VolumeCounters,
@@ -145,6 +147,7 @@ impl Volume {
             overwrites: 0,
             write_mark: None,
             settling: VecDeque::new(),
+            restored: (0, 0),
             latched: None,
             closing: false,
             counters: VolumeCounters::default(),

@@ -25,10 +25,11 @@ use crate::control::Control;
 use crate::journals::Journals;
 use crate::plane::{ControlPlane, Home, Service, StoreFacts};
 use crate::{entropy, one_line};
+use bessel_mapping::format::HostRecord;
 use bessel_mapping::shard::{Shard, ShardConfig};
 use bessel_mapping::store::{self, FormatOptions, OpenMode, OpenedStore};
 use bessel_reactor::clock::SystemClock;
-use bessel_reactor::device::{DeviceLock, FileDevice, OpenError, OpenOptions};
+use bessel_reactor::device::{DeviceError, DeviceLock, FileDevice, OpenError, OpenOptions};
 use bessel_reactor::inbox::{Inbox, Sender, inbox};
 use bessel_reactor::reactor::{
     PollMode, ReactorHandle, ReactorOptions, SpawnError, spawn, usable_cores,
@@ -67,46 +68,63 @@ pub(crate) fn serve(file: &Path) -> Outcome {
     report_state(&store);
     let store = Arc::new(store);
 
-    let served = serve_store(&config, &store, clock, &signals);
+    let random = entropy::read().map_err(|error| {
+        config.device_error(format!("cannot read random numbers to name this life: {error}"))
+    })?;
+    let journals = Journals::find(config.socket_directory(), &store, random.uuid);
+    let journals = journals.map_err(|error| {
+        let directory = config.socket_directory().display();
+        config.device_error(format!("cannot look for journals in {directory}: {error}"))
+    })?;
 
+    let mut life = Life { device, store, clock, journals, host: None };
+    let served = serve_store(&config, &mut life, &signals);
     // Also after a failure: everything that ran has ended by now.
-    if let Err(error) = store::close(&mut device, &store, clock.wall()) {
-        tracing::error!("the store could not be marked as closed: {error}");
-    }
+    life.end();
     served
+}
+
+/// One life of the daemon on an open store.
+struct Life {
+    device: FileDevice,
+    store: Arc<OpenedStore>,
+    clock: SystemClock,
+    journals: Journals,
+    /// The host's record since guests may be served.
+    host: Option<HostRecord>,
+}
+
+impl Life {
+    /// From here on this life's journals count and those of the one before do not. Everything that
+    /// was outstanding is durable, or carried.
+    fn begin(&mut self) -> Result<(), DeviceError> {
+        let (life, time) = (self.journals.life(), self.clock.wall());
+        self.host = Some(store::begin_life(&mut self.device, &self.store, life, time)?);
+        self.journals.forget_found();
+        Ok(())
+    }
+
+    /// Everything has ended and is durable. A life that has not begun leaves the store as it found
+    /// it, with what the one before it left to be done.
+    fn end(mut self) {
+        self.journals.forget_made();
+        let nothing_left = match &self.host {
+            Some(_) => !self.journals.carries(),
+            None => self.store.was_clean,
+        };
+        let host = self.host.as_ref().or(self.store.host.as_ref());
+        if let Some(host) = host.filter(|_| nothing_left)
+            && let Err(error) = store::close(&mut self.device, &self.store, host, self.clock.wall())
+        {
+            tracing::error!("the store could not be marked as closed: {error}");
+        }
+    }
 }
 
 /// Runs reactors, volumes and API over an open store, and has all of them ended when it returns.
-fn serve_store(
-    config: &Config,
-    store: &Arc<OpenedStore>,
-    clock: SystemClock,
-    signals: &SigSet,
-) -> Outcome {
-    let refuse = |error: &dyn std::error::Error| {
-        config.device_error(format!(
-            "cannot look for journals in {}: {}",
-            config.socket_directory().display(),
-            one_line(error)
-        ))
-    };
-    let found = Journals::find(config.socket_directory(), store);
-    let mut journals = found.map_err(|error| refuse(&error))?;
-    let served = serve_with_journals(config, store, clock, signals, &mut journals);
-    if served.is_ok() {
-        journals.forget_made();
-    }
-    served
-}
-
-fn serve_with_journals(
-    config: &Config,
-    store: &Arc<OpenedStore>,
-    clock: SystemClock,
-    signals: &SigSet,
-    journals: &mut Journals,
-) -> Outcome {
-    let reactors = Reactors::start(config, store, clock, journals)?;
+fn serve_store(config: &Config, life: &mut Life, signals: &SigSet) -> Outcome {
+    let (store, clock) = (Arc::clone(&life.store), life.clock);
+    let reactors = Reactors::start(config, &store, clock, &mut life.journals)?;
     let facts = StoreFacts {
         device: config.store.device.clone(),
         uuid: store.superblock.uuid,
@@ -117,8 +135,8 @@ fn serve_with_journals(
     let sockets = config.socket_directory().to_owned();
     let Reactors { homes, handles } = reactors;
     let mut plane = ControlPlane::new(directory, homes, facts, sockets, clock);
-    let opened = restore_volumes(config, &mut plane, journals)
-        .and_then(|()| open_volumes(config, &mut plane));
+    let opened =
+        restore_volumes(config, &mut plane, life).and_then(|()| open_volumes(config, &mut plane));
     let served = match opened {
         Ok(()) => serve_plane(config, plane, signals),
         Err(error) => {
@@ -387,32 +405,40 @@ fn start_reactor(
 
 /// Makes the changes again that a killed daemon had made and not yet made durable. All of them, before
 /// anybody is served: until then its journals count, and what is written meanwhile would be undone.
+/// A volume for which that fails is not served in this life; the next one tries again.
 fn restore_volumes(
     config: &Config,
     plane: &mut ControlPlane,
-    journals: &mut Journals,
+    life: &mut Life,
 ) -> Result<(), ConfigError> {
-    for (id, changes) in journals.take_outstanding() {
-        let Some(name) = plane.name_of_live(id) else { continue };
+    let mut left = Vec::new();
+    for (id, changes) in life.journals.take_outstanding() {
+        let Some(name) = plane.name_of_present(id) else { continue };
         let configured = config.volumes.iter().find(|volume| volume.name == name);
         let queues = configured.map_or(QUEUES_DEFAULT, |volume| volume.queues);
         tracing::info!(volume = name, changes = changes.len(), "restoring what was not durable");
-        plane.restore(id, changes, queues).map_err(|refusal| {
-            config.device_error(format!(
-                "cannot restore volume {name:?} after the daemon was killed: {refusal}; to give up \
-                 what it had not flushed, remove the .bessel-*.journal files in {}",
-                config.socket_directory().display()
-            ))
-        })?;
+        if let Err(refusal) = plane.restore(id, changes.clone(), queues) {
+            tracing::error!(
+                volume = name,
+                "not served: what the killed daemon had not made durable cannot be restored: \
+                 {refusal}; mend that and start again"
+            );
+            plane.withhold(id);
+            left.push((id, changes));
+        }
     }
-    journals.forget_found();
-    Ok(())
+    let carried = life.journals.carry(&left);
+    carried.map_err(|error| config.device_error(error))?;
+    life.begin().map_err(|error| config.device_error(format!("cannot begin to serve: {error}")))
 }
 
 /// Opens the volumes of the configuration, which must succeed, and then all others of the store,
 /// which fail alone.
 fn open_volumes(config: &Config, plane: &mut ControlPlane) -> Result<(), ConfigError> {
     for (index, volume) in config.volumes.iter().enumerate() {
+        if plane.is_withheld(&volume.name) {
+            continue;
+        }
         plane.open_or_create(&volume.name, volume.size, Service::configured(volume)).map_err(
             |refusal| config.volume_error(index, format!("volume {:?}: {refusal}", volume.name)),
         )?;

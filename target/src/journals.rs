@@ -1,8 +1,8 @@
 //! The journals of the reactors, as files beside the API socket: finding those that a killed daemon
 //! left, making this life's, and removing them (`bessel_mapping::journal`).
 //!
-//! They are named for the store and the opening of it that they belong to, so that two daemons in one
-//! directory do not meet, and hidden, since they are nobody else's business.
+//! They are named for the store and the life of the daemon that they belong to, so that two daemons
+//! in one directory do not meet, and hidden, since they are nobody else's business.
 
 use bessel_mapping::journal::{self, Change, Identity, JOURNAL_BYTES, Journal};
 use bessel_mapping::request::VolumeId;
@@ -17,19 +17,22 @@ const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
 /// This life's journals and those found.
 pub(crate) struct Journals {
     directory: PathBuf,
+    /// Of the life that now begins.
     identity: Identity,
     found: Vec<PathBuf>,
     made: Vec<PathBuf>,
     outstanding: BTreeMap<VolumeId, Vec<Change>>,
+    carries: bool,
 }
 
 impl Journals {
-    /// Looks for what a killed daemon left in `directory`.
+    /// Looks for what a killed daemon left in `directory`. `life` is the random name of this one.
     ///
     /// # Errors
     /// When the directory cannot be read. A file that cannot be is passed over, with a warning.
-    pub(crate) fn find(directory: &Path, store: &OpenedStore) -> io::Result<Self> {
-        let identity = Identity { store: store.superblock.uuid, boot: boot()?, epoch: store.epoch };
+    pub(crate) fn find(directory: &Path, store: &OpenedStore, life: [u8; 16]) -> io::Result<Self> {
+        let identity = Identity { store: store.superblock.uuid, boot: boot()?, life };
+        let last = Identity { life: store.last_life(), ..identity };
         let prefix = prefix(&identity);
         let (mut found, mut read) = (Vec::new(), Vec::new());
         for entry in std::fs::read_dir(directory)? {
@@ -38,15 +41,43 @@ impl Journals {
             if !name.starts_with(&prefix) {
                 continue;
             }
-            match OutlivingMemory::open(&path) {
-                Ok(memory) => read.extend(journal::read(&memory.segment())),
-                Err(error) => tracing::warn!("journal {} is passed over: {error}", path.display()),
+            match OutlivingMemory::open(&path).map(|memory| journal::read(&memory.segment())) {
+                Ok(Some((identity, entries))) if identity == last && !store.was_clean => {
+                    read.push((identity, entries));
+                }
+                Ok(Some((_, entries))) if !entries.is_empty() => tracing::warn!(
+                    "journal {} is of another life of the store and does not count",
+                    path.display()
+                ),
+                Ok(_) => {}
+                Err(error) if is_not_ours(&error) => {
+                    tracing::warn!("journal {} is passed over: {error}", path.display());
+                    continue; // Nor ours to remove.
+                }
+                Err(error) => {
+                    let what = format!(
+                        "journal {} cannot be read: {error}; remove it to give up what a killed \
+                         daemon had answered and not flushed",
+                        path.display()
+                    );
+                    return Err(io::Error::new(error.kind(), what));
+                }
             }
             found.push(path);
         }
-        let outstanding = journal::outstanding(read, &identity);
+        if store.has_served() && !store.was_clean && read.is_empty() {
+            tracing::info!(
+                "no journal of the last life in {}: guests that outlived it may miss what they had \
+                 not flushed; after a power cut this is as it should be",
+                directory.display()
+            );
+        }
+        if !store.has_served() || store.was_clean {
+            read.clear();
+        }
+        let outstanding = journal::outstanding(read, &last);
         let directory = directory.to_owned();
-        Ok(Self { directory, identity, found, made: Vec::new(), outstanding })
+        Ok(Self { directory, identity, found, made: Vec::new(), outstanding, carries: false })
     }
 
     /// What must be done again before anybody is served, by volume.
@@ -54,18 +85,57 @@ impl Journals {
         std::mem::take(&mut self.outstanding)
     }
 
+    /// The name of this life, to be given to the store when it begins to serve.
+    pub(crate) fn life(&self) -> [u8; 16] {
+        self.identity.life
+    }
+
+    /// Keeps changes that could not be made again, for the next life to try.
+    ///
+    /// # Errors
+    /// As [`Journals::make`].
+    pub(crate) fn carry(&mut self, left: &[(VolumeId, Vec<Change>)]) -> Result<(), String> {
+        if left.is_empty() {
+            return Ok(());
+        }
+        let entries = left.iter().map(|(_, changes)| changes.len()).sum();
+        let (_memory, mut journal) = self.make_sized("carried", Journal::bytes_for(entries))?;
+        for (volume, changes) in left {
+            journal.carry(*volume, changes);
+        }
+        // It stays when this life ends.
+        self.made.pop();
+        self.carries = true;
+        Ok(())
+    }
+
+    /// True when the store must not be closed as clean: the next life has something to do.
+    pub(crate) fn carries(&self) -> bool {
+        self.carries
+    }
+
     /// Makes the journal of a reactor.
     ///
     /// # Errors
     /// One line that says which file, why, and what to do.
     pub(crate) fn make(&mut self, reactor: usize) -> Result<(OutlivingMemory, Journal), String> {
-        let name = format!("{}{}.{reactor}.journal", prefix(&self.identity), self.identity.epoch);
+        self.make_sized(&reactor.to_string(), JOURNAL_BYTES)
+    }
+
+    fn make_sized(
+        &mut self,
+        which: &str,
+        bytes: usize,
+    ) -> Result<(OutlivingMemory, Journal), String> {
+        let life = hex(&self.identity.life);
+        let name = format!("{}{life}.{which}.journal", prefix(&self.identity));
         let path = self.directory.join(name);
-        let memory = OutlivingMemory::create(&path, JOURNAL_BYTES).map_err(|error| {
+        let memory = OutlivingMemory::create(&path, bytes).map_err(|error| {
             format!(
-                "cannot make journal {}: {error}; give the directory of api.socket {} MiB of room",
+                "cannot make journal {}: {error}; the directory of api.socket must be writable and \
+                 have {} MiB of room",
                 path.display(),
-                JOURNAL_BYTES.div_ceil(1 << 20)
+                bytes.div_ceil(1 << 20)
             )
         })?;
         self.made.push(path);
@@ -84,6 +154,12 @@ impl Journals {
     }
 }
 
+/// The file is another daemon's, or was planted.
+fn is_not_ours(error: &io::Error) -> bool {
+    let kinds = [io::ErrorKind::WouldBlock, io::ErrorKind::PermissionDenied];
+    kinds.contains(&error.kind()) || error.raw_os_error() == Some(nix::libc::ELOOP)
+}
+
 fn remove(paths: &mut Vec<PathBuf>) {
     for path in paths.drain(..) {
         if let Err(error) = std::fs::remove_file(&path) {
@@ -94,8 +170,11 @@ fn remove(paths: &mut Vec<PathBuf>) {
 
 /// What the names of a store's journals begin with.
 fn prefix(identity: &Identity) -> String {
-    let uuid: String = identity.store.iter().map(|byte| format!("{byte:02x}")).collect();
-    format!(".bessel-{uuid}.")
+    format!(".bessel-{}.", hex(&identity.store))
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 /// The kernel's boot id, as bytes.

@@ -25,7 +25,7 @@ use bessel_mapping::request::{
 use bessel_reactor::clock::{Instant, SystemClock};
 use bessel_reactor::units::{BLOCK_SIZE, ByteCount};
 use bessel_vhost::ServerHandle;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -74,6 +74,8 @@ pub(crate) struct ControlPlane {
     served: BTreeMap<VolumeId, Served>,
     /// Volumes that are open on a reactor and not served yet.
     restored: BTreeMap<VolumeId, (usize, VolumeHandle)>,
+    /// Volumes that are not served in this life, since they could not be restored.
+    withheld: BTreeSet<VolumeId>,
     /// Snapshots of volumes that were deleted since the start: clones may descend from them.
     departed: BTreeMap<VolumeId, Vec<SnapshotInfo>>,
     store: StoreFacts,
@@ -99,6 +101,7 @@ impl ControlPlane {
             homes,
             served: BTreeMap::new(),
             restored: BTreeMap::new(),
+            withheld: BTreeSet::new(),
             departed: BTreeMap::new(),
             store,
             socket_directory,

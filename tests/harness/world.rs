@@ -215,6 +215,8 @@ pub struct World {
     /// Memory that outlives a killed process: this life's journals, and those of lives whose changes
     /// are not made again yet.
     journals: Vec<JournalMemory>,
+    /// Random name of this life of the process.
+    life: [u8; 16],
 }
 
 impl World {
@@ -257,8 +259,10 @@ impl World {
             commands: BTreeMap::new(),
             outcomes: BTreeMap::new(),
             journals: Vec::new(),
+            life: [0; 16],
         };
         world.start_shards();
+        world.begin_life();
         world
     }
 
@@ -269,7 +273,8 @@ impl World {
         let config = |index| ShardConfig { index, node_cache, requests_max: requests };
         let shard = |index| Shard::new(&config(index), self.disk.connect(), &self.store);
         self.shards = (0..shards).map(shard).collect();
-        let identity = self.identity();
+        self.life = self.random.next_u64().to_le_bytes().repeat(2).try_into().expect("16 bytes");
+        let identity = self.identity(self.life);
         for shard in &mut self.shards {
             let memory = JournalMemory::new(self.config.journal_entries);
             shard.set_journal(Journal::create(memory.segment, &identity));

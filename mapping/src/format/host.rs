@@ -24,7 +24,8 @@ use super::slots::Slot;
 /// |     16 |    8 | `epoch`       | how many times it has attached                   |
 /// |     24 |    8 | `time`        | of this write, ns since 1970                     |
 /// |     32 |   64 | `name`        | for people, zero-filled                          |
-/// |     96 |  400 | reserved      | 0                                                |
+/// |     96 |   16 | `life`        | random name of the life that last served guests  |
+/// |    112 |  384 | reserved      | 0                                                |
 /// |    496 |   16 | seal          |                                                  |
 #[derive(FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
 #[repr(C)]
@@ -37,7 +38,8 @@ struct DiskHost {
     epoch: U64,
     time: U64,
     name: [u8; NAME_BYTES_MAX],
-    reserved_96: [u8; 400],
+    life: [u8; 16],
+    reserved_112: [u8; 384],
     seal: Seal,
 }
 
@@ -56,6 +58,10 @@ pub struct HostRecord {
     pub clean: bool,
     /// For people; at most 64 bytes.
     pub name: String,
+    /// Random name of the life of the daemon that last served guests from the store; zero before the
+    /// first. Attaching does not change it: what a killed life left behind in memory
+    /// ([`crate::journal`]) counts for as long as its name stands here.
+    pub life: [u8; 16],
     /// When it attached or detached.
     pub time: WallTime,
 }
@@ -76,6 +82,7 @@ impl HostRecord {
             epoch: self.epoch.into(),
             time: self.time.as_unix_nanos().into(),
             name,
+            life: self.life,
             ..DiskHost::new_zeroed()
         };
         out.fill(0);
@@ -101,6 +108,7 @@ impl HostRecord {
             name: name
                 .ok_or(place.damage(Kind::Host, Fault::Field("the name is no text")))?
                 .to_owned(),
+            life: disk.life,
             time: WallTime::from_unix_nanos(disk.time.get()),
         })
     }
@@ -118,6 +126,7 @@ mod tests {
         HostRecord {
             generation,
             id: 0,
+            life: [5; 16],
             epoch: 9,
             clean: true,
             name: "rack-1".into(),

@@ -16,6 +16,8 @@ mod read;
 mod unmap;
 mod write;
 
+pub(crate) use unmap::Cover;
+
 use bessel_reactor::buffer::{Buffer, Segment};
 use bessel_reactor::device::{Device, DeviceError, SEGMENTS_MAX};
 use bessel_reactor::units::{BLOCK_SIZE, BlockAddr, SECTOR_SIZE, Sector, VolumeBlock};
@@ -388,11 +390,18 @@ impl<D: Device> Shard<D> {
         self.volume_mut(handle).write_mark = Some(mark);
     }
 
+    /// Fails the request, and blames who is to blame: the device, or a guest whose memory went away
+    /// under the I/O. A bounce buffer is ours and always there.
     fn data_error(&mut self, index: u32, error: DeviceError) {
-        self.counters.device_errors += 1;
+        let guest = error.is_of_memory() && self.pieces[index].bounce.is_none();
+        self.counters.device_errors += u64::from(!guest);
         if self.may_log() {
             let volume = self.requests[self.pieces[index].request].volume;
             let name = &self.volume(volume).record.name;
+            if guest {
+                tracing::debug!(volume = name, "data I/O met guest memory that is not there");
+                return self.abandon(index, IoStatus::Failed);
+            }
             tracing::error!(volume = name, home = %self.pieces[index].home, "data I/O: {error}");
         }
         self.abandon(index, IoStatus::Failed);

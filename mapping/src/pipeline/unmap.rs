@@ -16,7 +16,7 @@ use crate::request::{IoKind, IoStatus, VolumeHandle};
 use crate::shard::Shard;
 
 /// What the tree has for the next blocks of the request.
-enum Cover {
+pub(crate) enum Cover {
     /// These many blocks are holes already, in memory.
     Hole { blocks: u64 },
     /// One link, in a node of this level, to a subtree that is shared and wholly covered.
@@ -62,7 +62,7 @@ impl<D: Device> Shard<D> {
     }
 
     /// Looks from the root down for the highest link that settles the next blocks.
-    fn cover(&mut self, handle: VolumeHandle, block: VolumeBlock, blocks: u64) -> Cover {
+    pub(crate) fn cover(&mut self, handle: VolumeHandle, block: VolumeBlock, blocks: u64) -> Cover {
         let mut frame = self.volume(handle).root;
         let mut level = self.cache.frame(frame).level;
         let mut shared = false;

@@ -71,6 +71,18 @@ pub struct OpenedStore {
     pub flush_failures: Arc<AtomicU64>,
 }
 
+impl OpenedStore {
+    /// True when a daemon has served guests from it.
+    pub fn has_served(&self) -> bool {
+        self.last_life() != NO_LIFE
+    }
+
+    /// The life of the daemon that last served guests from the store.
+    pub fn last_life(&self) -> [u8; 16] {
+        self.host.as_ref().map_or(NO_LIFE, |host| host.life)
+    }
+}
+
 /// Why a store was not opened. It has not been changed.
 #[derive(Debug, thiserror::Error)]
 pub enum OpenError {
@@ -179,22 +191,47 @@ pub fn open<D: Device>(device: &mut D, mode: OpenMode) -> Result<OpenedStore, Op
     Ok(store)
 }
 
+/// The life of a host that has never served anybody.
+const NO_LIFE: [u8; 16] = [0; 16];
+
 /// Notes that the host has left in order. Nothing may be written to the store after this.
 ///
 /// # Errors
 /// The device's. The store then counts as not closed, which costs nothing but a remark.
 ///
 /// # Panics
-/// When the store was opened read-only.
+/// When `host` is not the record of this opening: that of [`OpenedStore::host`] or [`begin_life`].
 pub fn close<D: Device>(
     device: &mut D,
     store: &OpenedStore,
+    host: &HostRecord,
     time: WallTime,
 ) -> Result<(), DeviceError> {
-    let host = store.host.as_ref().filter(|host| !host.clean && host.epoch == store.epoch);
-    let host = host.expect("only a store opened read-write is closed");
+    assert!(host.epoch == store.epoch && !host.clean, "only what is open is closed");
     let record = HostRecord { generation: host.generation + 1, clean: true, time, ..host.clone() };
     write_host(&mut Blocking::new(device), store, &record)
+}
+
+/// Begins to serve guests: from here on, durably, what other lives have left in memory
+/// ([`crate::journal`]) is void, and what this life leaves will count. Everything outstanding must
+/// have been made again and be durable. Returns the host's record as it is now, for [`close`].
+///
+/// # Errors
+/// The device's; which of the two lives counts is unknown then.
+///
+/// # Panics
+/// When the store was opened read-only.
+pub fn begin_life<D: Device>(
+    device: &mut D,
+    store: &OpenedStore,
+    life: [u8; 16],
+    time: WallTime,
+) -> Result<HostRecord, DeviceError> {
+    let host = store.host.as_ref().filter(|host| !host.clean && host.epoch == store.epoch);
+    let host = host.expect("only a store opened read-write is served from");
+    let record = HostRecord { generation: host.generation + 1, life, time, ..host.clone() };
+    write_host(&mut Blocking::new(device), store, &record)?;
+    Ok(record)
 }
 
 /// The superblock that counts, and the copies that do not hold it.
@@ -485,13 +522,15 @@ fn attach<D: Device>(
     store: &mut OpenedStore,
     time: WallTime,
 ) -> Result<(), OpenError> {
-    let (generation, name) =
-        store.host.take().map_or((0, String::new()), |host| (host.generation, host.name));
+    let before = store.host.take();
+    let (generation, name, life) =
+        before.map_or((0, String::new(), NO_LIFE), |host| (host.generation, host.name, host.life));
     let (Some(epoch), Some(generation)) = (store.epoch.checked_add(1), generation.checked_add(1))
     else {
         return Err(OpenError::Corrupt("the host table's counters are used up".to_owned()));
     };
-    let record = HostRecord { generation, id: HOST_LOCAL, epoch, clean: false, name, time };
+    let id = HOST_LOCAL;
+    let record = HostRecord { generation, id, epoch, clean: false, name, life, time };
     write_host(io, store, &record).map_err(failed("raising the host's epoch"))?;
     store.epoch = epoch;
     store.host = Some(record);

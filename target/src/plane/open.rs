@@ -103,10 +103,19 @@ impl ControlPlane {
         self.open_at_home(command, queues)
     }
 
-    /// The name of a volume that can be opened.
-    pub(crate) fn name_of_live(&self, id: VolumeId) -> Option<String> {
+    /// The name of a volume that is not deleted.
+    pub(crate) fn name_of_present(&self, id: VolumeId) -> Option<String> {
         let volume = self.directory.get(id)?;
-        (!volume.deleted && volume.fault.is_none()).then(|| volume.name.clone())
+        (!volume.deleted).then(|| volume.name.clone())
+    }
+
+    /// Keeps a volume from being served.
+    pub(crate) fn withhold(&mut self, id: VolumeId) {
+        self.withheld.insert(id);
+    }
+
+    pub(crate) fn is_withheld(&self, name: &str) -> bool {
+        self.directory.find(name).is_some_and(|volume| self.withheld.contains(&volume.id))
     }
 
     /// Opens a volume that will be served with this many queues, and makes changes to it again.
@@ -140,7 +149,8 @@ impl ControlPlane {
     pub(crate) fn unserved(&self) -> Vec<(VolumeId, String)> {
         let volumes = self.directory.volumes();
         let waiting = volumes.filter(|volume| {
-            !volume.deleted && volume.fault.is_none() && !self.served.contains_key(&volume.id)
+            let away = self.served.contains_key(&volume.id) || self.withheld.contains(&volume.id);
+            !volume.deleted && volume.fault.is_none() && !away
         });
         waiting.map(|volume| (volume.id, volume.name.clone())).collect()
     }

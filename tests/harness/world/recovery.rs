@@ -7,14 +7,14 @@ use bessel_mapping::check;
 use bessel_mapping::format::{ExtentMap, ExtentType};
 use bessel_mapping::journal::{self, Change, Identity};
 use bessel_mapping::request::{
-    CacheMode, Command, IoKind, IoRequest, IoStatus, SnapshotId, VolumeId,
+    CacheMode, Command, IoKind, IoRequest, IoStatus, Reply, SnapshotId, VolumeId,
 };
 use bessel_mapping::store;
 use bessel_reactor::device::sim::{Keep, Schedule};
 use bessel_reactor::units::{SECTOR_SIZE, Sector};
 
 use super::memory::Memory;
-use super::{Action, OpenVolume, Pending, PowerCut, STEPS_MAX, World, open};
+use super::{Action, OpenVolume, Outcome, Pending, PowerCut, STEPS_MAX, World, open};
 
 impl World {
     /// What each extent holds, as the shards know it now.
@@ -57,8 +57,19 @@ impl World {
         self.model.crash();
     }
 
-    pub(super) fn identity(&self) -> Identity {
-        Identity { store: [7; 16], boot: [8; 16], epoch: self.store.epoch }
+    /// Who a journal of `life` belongs to.
+    pub(super) fn identity(&self, life: [u8; 16]) -> Identity {
+        Identity { store: [7; 16], boot: [8; 16], life }
+    }
+
+    /// From here on this life's journals count, and no other's.
+    pub(super) fn begin_life(&mut self) {
+        let schedule = self.config.schedule;
+        self.disk.set_schedule(Schedule::AtOnce);
+        let (life, time) = (self.life, self.wall());
+        let begun = store::begin_life(&mut self.disk.connect(), &self.store, life, time);
+        self.store.host = Some(begun.expect("the device works"));
+        self.disk.set_schedule(schedule);
     }
 
     fn forget(&mut self) {
@@ -89,7 +100,8 @@ impl World {
         self.disk.stay_on();
         let time = self.wall();
         self.disk.set_schedule(Schedule::AtOnce);
-        let closed = store::close(&mut self.disk.connect(), &self.store, time);
+        let host = self.store.host.as_ref().expect("it is open read-write");
+        let closed = store::close(&mut self.disk.connect(), &self.store, host, time);
         closed.expect("the device works");
         self.model.shut_down();
         self.crash(Keep::Nothing);
@@ -118,8 +130,10 @@ impl World {
         let live = self.store.directory.entries().filter(|entry| !entry.record.deleted);
         let entries: Vec<_> = live.cloned().collect();
         self.model.recover_volumes(&entries.iter().map(|entry| entry.record.id).collect());
+        let host = self.store.host.as_ref().expect("it is open read-write");
+        let last = self.identity(host.life);
         let journals = self.journals.iter().filter_map(|memory| journal::read(&memory.segment));
-        let outstanding = journal::outstanding(journals.collect(), &self.identity());
+        let outstanding = journal::outstanding(journals.collect(), &last);
         let earlier_lives = self.journals.len();
         self.start_shards();
         for entry in entries {
@@ -131,6 +145,14 @@ impl World {
         }
         self.settle().expect("the power is back");
         if !self.restore(outstanding) {
+            return false;
+        }
+        self.begin_life();
+        if self.random.chance(1, 8) {
+            // Killed before it could remove what counts no more.
+            self.tell(format_args!("killed again, when all was made"));
+            self.disk.crash(Keep::Everything);
+            self.forget();
             return false;
         }
         self.journals.drain(..earlier_lives);
@@ -155,7 +177,8 @@ impl World {
                 self.forget();
                 return false;
             }
-            self.wait(ticket).expect("the power is back");
+            let ended = self.wait(ticket).expect("the power is back");
+            assert_eq!(ended, Outcome::Reply(Reply::Done), "restoring {id}");
         }
         true
     }

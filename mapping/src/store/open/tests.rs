@@ -117,7 +117,7 @@ fn each_life_has_an_epoch_and_an_orderly_one_ends_clean() {
     disk.crash(Keep::Nothing);
     let second = open_it(&disk).unwrap();
     assert_eq!((second.epoch, second.was_clean), (2, false), "the epoch was durable");
-    close(&mut disk.connect(), &second, NOW).unwrap();
+    close(&mut disk.connect(), &second, second.host.as_ref().unwrap(), NOW).unwrap();
     disk.crash(Keep::Nothing);
     let third = open(&mut disk.connect(), OpenMode::ReadOnly).unwrap();
     assert_eq!((third.epoch, third.was_clean), (2, true));
