@@ -450,3 +450,28 @@ fn zeroing_a_shared_hole_completes_in_a_writethrough_clone() {
     world.perform(Action::SetCache { volume: clone, cache }).unwrap();
     assert_eq!(world.io(clone, IoKind::WriteZeroes, 800, 8).unwrap(), IoStatus::Done);
 }
+
+/// A discard of shared blocks took hardly any room; making it again must not take more, nor more
+/// frames than there are.
+#[test]
+fn a_large_shared_discard_is_restored_by_the_links_that_made_it() {
+    let mut world = World::new(WorldConfig {
+        schedule: Schedule::AtOnce,
+        node_cache: ByteCount::new(0),
+        capacity: ByteCount::new(64 << 20),
+        ..WorldConfig::new(1)
+    });
+    let leaf_sectors = 512 * SECTORS_PER_BLOCK;
+    let volume = world.create(ByteCount::new(1 << 30)).unwrap();
+    for leaf in 0..400 {
+        assert_eq!(world.write(volume, leaf * leaf_sectors, 8).unwrap(), IoStatus::Done);
+    }
+    world.snapshot(volume).unwrap();
+    let sectors = ByteCount::new(1 << 30).sectors();
+    assert_eq!(world.io(volume, IoKind::Discard, 0, sectors).unwrap(), IoStatus::Done);
+    assert_eq!(world.write(volume, 0, 8).unwrap(), IoStatus::Done);
+    world.kill();
+    world.recover();
+    let allocated = world.show(volume).unwrap().blocks_allocated;
+    assert!(allocated < 16, "{allocated} blocks for a hole and one block");
+}
