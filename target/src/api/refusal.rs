@@ -51,6 +51,11 @@ impl Refusal {
         Self::new(RefusalKind::Conflict, message)
     }
 
+    pub(crate) fn body_too_large(bytes_max: usize) -> Self {
+        let message = format!("the body is longer than {bytes_max} bytes; send less");
+        Self::new(RefusalKind::TooLarge, message)
+    }
+
     pub(crate) fn failed(message: impl Into<String>) -> Self {
         Self::new(RefusalKind::Failed, message)
     }

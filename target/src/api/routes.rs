@@ -22,7 +22,7 @@ use bessel_reactor::units::ByteCount;
 use serde::de::DeserializeOwned;
 
 /// Longest request body: the largest request is a name and a label of 64 bytes each.
-const BODY_BYTES_MAX: usize = 16 << 10;
+pub(super) const BODY_BYTES_MAX: usize = 16 << 10;
 
 type Answer<T> = Result<Json<T>, Refusal>;
 
@@ -98,10 +98,7 @@ impl<S: Send + Sync> FromRequestParts<S> for SnapshotName {
 
 /// A body as the request it should be.
 fn parse<T: DeserializeOwned>(body: Result<Bytes, BytesRejection>) -> Result<T, Refusal> {
-    let body = body.map_err(|_| {
-        let message = format!("the body is longer than {BODY_BYTES_MAX} bytes; send less");
-        Refusal::new(RefusalKind::TooLarge, message)
-    })?;
+    let body = body.map_err(|_| Refusal::body_too_large(BODY_BYTES_MAX))?;
     serde_json::from_slice(&body).map_err(|error| {
         Refusal::malformed(format!(
             "the body is not the JSON it should be: {error}; see /openapi.json"

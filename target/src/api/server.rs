@@ -4,7 +4,7 @@
 //! itself. Stopping it ends the listeners at once, then waits for answers that are being made, for
 //! a bounded time: a client that does not read its answer cannot hold the daemon up.
 
-use super::limit::Limited;
+use super::limit::{self, Limits, PATIENCE};
 use super::routes;
 use crate::config::ApiConfig;
 use crate::control::Control;
@@ -24,8 +24,8 @@ use tokio::sync::watch;
 const DRAIN_TIME_MAX: Duration = Duration::from_secs(2);
 
 /// Most connections at once: of the owner's tools on the Unix socket, of anyone over TCP.
-const CONNECTIONS_MAX: usize = 256;
-const TCP_CONNECTIONS_MAX: usize = 32;
+const LIMITS: Limits = Limits { connections: 256, patience: PATIENCE };
+const TCP_LIMITS: Limits = Limits { connections: 32, patience: PATIENCE };
 
 /// Why the API cannot be served.
 #[derive(Debug, thiserror::Error)]
@@ -124,38 +124,31 @@ async fn serve(
     listener: UnixListener,
     tcp: Option<std::net::TcpListener>,
     control: Control,
-    stopping: watch::Receiver<bool>,
+    mut stopping: watch::Receiver<bool>,
 ) {
-    let stopped = |mut stopping: watch::Receiver<bool>| async move {
-        // An error means that the sender is gone, which is a stop as well.
-        let _ = stopping.wait_for(|stop| *stop).await;
-    };
     let main = match tokio::net::UnixListener::from_std(listener) {
         Ok(listener) => {
-            axum::serve(Limited::new(listener, CONNECTIONS_MAX), routes::router(control.clone()))
-                .with_graceful_shutdown(stopped(stopping.clone()))
+            let router = routes::router(control.clone());
+            limit::serve(listener, router, LIMITS, stopping.clone())
         }
         Err(error) => return tracing::error!("cannot serve the API: {error}"),
     };
     if let Some(tcp) = tcp {
         match tokio::net::TcpListener::from_std(tcp) {
             Ok(tcp) => {
-                let tcp = Limited::new(tcp, TCP_CONNECTIONS_MAX);
-                let metrics = axum::serve(tcp, routes::metrics_router(control))
-                    .with_graceful_shutdown(stopped(stopping.clone()));
-                tokio::spawn(metrics.into_future());
+                let router = routes::metrics_router(control);
+                tokio::spawn(limit::serve(tcp, router, TCP_LIMITS, stopping.clone()));
             }
             Err(error) => tracing::error!("cannot serve metrics over TCP: {error}"),
         }
     }
     let deadline = async {
-        stopped(stopping).await;
+        // An error means that the sender is gone, which is a stop as well.
+        let _ = stopping.wait_for(|stop| *stop).await;
         tokio::time::sleep(DRAIN_TIME_MAX).await;
     };
     tokio::select! {
-        ended = main.into_future() => if let Err(error) = ended {
-            tracing::error!("the API ended: {error}");
-        },
+        () = main => {}
         () = deadline => tracing::warn!("a client of the API did not take its answer in time"),
     }
 }
