@@ -48,7 +48,7 @@ impl OutlivingMemory {
     /// Maps a file that another process of ours made.
     ///
     /// # Errors
-    /// What the system says; `WouldBlock` while another process has it; and a file that anybody else
+    /// What the system says; `InvalidData` for an empty file; `WouldBlock` while another process has it; and a file that anybody else
     /// could have made or changed, or that is no file, is refused as `PermissionDenied`.
     pub fn open(path: &Path) -> io::Result<Self> {
         let mut options = OpenOptions::new();

@@ -54,6 +54,8 @@ impl Journals {
                     tracing::warn!("journal {} is passed over: {error}", path.display());
                     continue; // Nor ours to remove.
                 }
+                // A start that was killed while it made the file.
+                Err(error) if error.kind() == io::ErrorKind::InvalidData => {}
                 Err(error) => {
                     let what = format!(
                         "journal {} cannot be read: {error}; remove it to give up what a killed \

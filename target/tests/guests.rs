@@ -150,6 +150,60 @@ fn a_killed_daemon_loses_nothing_in_writethrough_mode() {
     kill_under_load("writethrough");
 }
 
+/// Each life that ends before it serves leaves the next one what the killed one left.
+#[test]
+fn starts_that_fail_do_not_void_what_a_killed_daemon_left() {
+    let mut world = World::new("failing");
+    let config = volumes(&["vm1"]);
+    world.serve(&config);
+    let mut guest = connect(&world, "vm1", Options::default());
+    for block in 0..30 {
+        write(&mut guest, block, 1);
+    }
+    drop(guest);
+    world.end("-KILL");
+    for _ in 0..3 {
+        world.fail_to_serve(&config);
+    }
+    world.serve(&config);
+    let mut guest = connect(&world, "vm1", Options::default());
+    for block in 0..30 {
+        holds(&mut guest, block, &pattern(block, 1));
+    }
+    drop(guest);
+    world.end("-TERM");
+    let left = std::fs::read_dir(&world.directory).unwrap();
+    let names = left.map(|entry| entry.unwrap().file_name().into_string().unwrap());
+    let journals: Vec<_> = names.filter(|name| name.ends_with(".journal")).collect();
+    assert!(journals.is_empty(), "an orderly end removes them: {journals:?}");
+}
+
+/// A store that was put back from a copy knows nothing of what its successor's journal says.
+#[test]
+fn a_journal_does_not_count_for_a_store_put_back_from_a_copy() {
+    let mut world = World::new("putback");
+    let config = volumes(&["vm1", "vm2"]);
+    world.serve(&config);
+    world.end("-TERM");
+    std::fs::copy(world.path("store.img"), world.path("copy.img")).unwrap();
+    world.serve(&config);
+    let mut guest = connect(&world, "vm1", Options::default());
+    for block in 0..40 {
+        write(&mut guest, block, 1);
+    }
+    drop(guest);
+    world.end("-KILL");
+    std::fs::copy(world.path("copy.img"), world.path("store.img")).unwrap();
+    world.serve(&config);
+    let mut guest = connect(&world, "vm1", Options::default());
+    for block in 0..40 {
+        holds(&mut guest, block, &[0; 4096]);
+    }
+    drop(guest);
+    world.end("-TERM");
+    assert_eq!(world.json(&format!("check {}", world.path("store.img")))["clean"], true);
+}
+
 #[test]
 fn a_volume_grows_under_its_guest() {
     let mut world = World::new("grow");

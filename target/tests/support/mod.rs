@@ -60,6 +60,15 @@ impl World {
         said
     }
 
+    /// Starts the daemon with a limit on the size of files that it makes, which no journal fits in.
+    pub(crate) fn fail_to_serve(&self, rest: &str) {
+        let config = self.configure("bessel.yaml", "api.sock", rest);
+        let mut command = Command::new("prlimit");
+        command.args(["--fsize=1000000", PROGRAM, "serve", "--config", &config]);
+        let ended = command.stdout(Stdio::null()).stderr(Stdio::null()).status().unwrap();
+        assert!(!ended.success());
+    }
+
     fn log(&self) -> String {
         std::fs::read_to_string(self.path("log")).unwrap_or_default()
     }
