@@ -12,6 +12,7 @@
 mod locate;
 
 use crate::api::types::Cache;
+use crate::places;
 use crate::reference;
 use crate::size::parse_size;
 use bessel_reactor::reactor::usable_cores;
@@ -43,7 +44,9 @@ const VOLUME_SIZE_MAX: ByteCount = ByteCount::new(256 << 40);
 /// Smallest volume: one block.
 const VOLUME_SIZE_MIN: ByteCount = ByteCount::new(4096);
 /// Smallest store: four extents of the least extent size, 1 MiB.
-const STORE_SIZE_MIN: ByteCount = ByteCount::new(4 << 20);
+pub(crate) const STORE_SIZE_MIN: ByteCount = ByteCount::new(4 << 20);
+/// Largest store: the reach of a block address on the device (DESIGN, "The store").
+pub(crate) const STORE_SIZE_MAX: ByteCount = ByteCount::new(64 << 50);
 /// Largest file read as configuration; a real one is a few hundred bytes.
 const FILE_SIZE_MAX: u64 = 1 << 20;
 
@@ -292,6 +295,7 @@ impl Config {
     /// Checks device and cores against this machine. Changes nothing.
     pub(crate) fn check_machine(&self) -> Result<(), ConfigError> {
         self.check_device()?;
+        self.check_places()?;
         self.check_cores()
     }
 
@@ -352,6 +356,29 @@ impl Config {
         Ok(())
     }
 
+    /// No two of store, API and volumes in one place, however they are spelt.
+    fn check_places(&self) -> Result<(), ConfigError> {
+        let api = (&self.api.socket, vec![Key("api"), Key("socket")]);
+        let volumes = self.volumes.iter().enumerate().map(|(index, volume)| {
+            (&volume.socket, vec![Key("volumes"), Index(index), Key("socket")])
+        });
+        let mut taken = Vec::new();
+        for (socket, path) in std::iter::once(api).chain(volumes) {
+            let name = socket.display();
+            if places::is_store(socket, &self.store.device) {
+                let message = format!("socket {name} is where the store is; choose another");
+                return Err(self.error(&path, message));
+            }
+            let place = places::normal(socket);
+            if taken.contains(&place) {
+                let message = format!("socket {name} is given twice; choose another");
+                return Err(self.error(&path, message));
+            }
+            taken.push(place);
+        }
+        Ok(())
+    }
+
     fn check_cores(&self) -> Result<(), ConfigError> {
         let present = usable_cores();
         let Some(cores) = &self.reactors.cores else { return Ok(()) };
@@ -404,6 +431,14 @@ fn checked_store(raw: RawStore, source: &Source) -> Result<StoreConfig, ConfigEr
         return Err(source.error(
             &[Key("store"), Key("size")],
             format!("a store of {} is too small; give it at least 4MiB", size.human()),
+        ));
+    }
+    if let Some(size) = size
+        && size > STORE_SIZE_MAX
+    {
+        return Err(source.error(
+            &[Key("store"), Key("size")],
+            format!("a store of {} is too large; give it at most 64PiB", size.human()),
         ));
     }
     let node_cache = raw.node_cache.map_or(ByteCount::new(64 << 20), |size| size.0);
@@ -611,6 +646,7 @@ volumes:
             (3, "  sise: 8GiB", "store: unknown field `sise`, expected one of `device`, `size`"),
             (3, "  size: 8GB", "\"8GB\" is not a size; write 4GiB"),
             (3, "  size: 1MiB", "a store of 1MiB is too small; give it at least 4MiB"),
+            (3, "  size: 65PiB", "a store of 65PiB is too large; give it at most 64PiB"),
             (4, "  node_cache: 4KiB", "a node cache of 4KiB will not do; give 1MiB to 1TiB"),
             (6, "  cores: []", "no core is given; name at least one"),
             (6, "  cores: [0, 0]", "core 0 is given twice; a core runs one reactor"),
@@ -676,8 +712,35 @@ volumes:
     #[test]
     fn what_this_machine_lacks_is_refused_and_nothing_is_touched() {
         type Change = fn(&Path, String) -> String;
-        let cases: [(&str, Change, &str); 8] = [
+        let cases: [(&str, Change, &str); 12] = [
             ("fine", |_, text| text, "accepted"),
+            (
+                "on-store",
+                |_, text| text.replace("/a.sock", "/store.img"),
+                "bessel.yaml:11: socket ",
+            ),
+            (
+                "api-on-store",
+                |_, text| text.replace("/api.sock", "/./store.img"),
+                "bessel.yaml:7: socket ",
+            ),
+            (
+                "two-spellings",
+                |directory, text| {
+                    let same = format!("/../{}/api.sock", directory.file_name().unwrap().display());
+                    text.replace("/a.sock", &same)
+                },
+                "bessel.yaml:11: socket ",
+            ),
+            (
+                "linked-store",
+                |directory, text| {
+                    std::os::unix::fs::symlink("a.sock", directory.join("link")).unwrap();
+                    std::fs::write(directory.join("a.sock"), "").unwrap();
+                    text.replace("/store.img", "/link")
+                },
+                "bessel.yaml:11: socket ",
+            ),
             (
                 "no-size",
                 |_, text| text.replace("\n  size: 1GiB", "\n  node_cache: 1MiB"),

@@ -132,9 +132,9 @@ fn serve_store(config: &Config, life: &mut Life, signals: &SigSet) -> Outcome {
         extents: store.extents.clone(),
     };
     let directory = store.directory.clone();
-    let sockets = config.socket_directory().to_owned();
+    let api = config.api.socket.clone();
     let Reactors { homes, handles } = reactors;
-    let mut plane = ControlPlane::new(directory, homes, facts, sockets, clock);
+    let mut plane = ControlPlane::new(directory, homes, facts, api, clock);
     let opened =
         restore_volumes(config, &mut plane, life).and_then(|()| open_volumes(config, &mut plane));
     let served = match opened {

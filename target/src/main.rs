@@ -14,6 +14,7 @@ mod daemon;
 mod entropy;
 mod journals;
 mod placement;
+mod places;
 mod plane;
 mod reference;
 mod size;

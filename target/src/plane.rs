@@ -79,7 +79,8 @@ pub(crate) struct ControlPlane {
     /// Snapshots of volumes that were deleted since the start: clones may descend from them.
     departed: BTreeMap<VolumeId, Vec<SnapshotInfo>>,
     store: StoreFacts,
-    socket_directory: PathBuf,
+    /// Where the API is served, and in its directory the volumes without a socket of their own.
+    api_socket: PathBuf,
     clock: SystemClock,
     started: Instant,
 }
@@ -92,7 +93,7 @@ impl ControlPlane {
         directory: Directory,
         homes: Vec<Home>,
         store: StoreFacts,
-        socket_directory: PathBuf,
+        api_socket: PathBuf,
         clock: SystemClock,
     ) -> Self {
         Self {
@@ -104,7 +105,7 @@ impl ControlPlane {
             withheld: BTreeSet::new(),
             departed: BTreeMap::new(),
             store,
-            socket_directory,
+            api_socket,
             started: clock.now(),
             clock,
         }
@@ -134,7 +135,7 @@ impl ControlPlane {
         let size = size.ok_or_else(|| {
             Refusal::malformed("a volume that is no clone has no size by itself; give size_bytes")
         })?;
-        let service = Service::by_default(name, &self.socket_directory);
+        let service = Service::by_default(name, self.socket_directory());
         self.create(name, size, origin, service)?;
         self.show_volume(name)
     }

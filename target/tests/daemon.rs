@@ -9,7 +9,7 @@ mod support;
 
 use serde_json::Value;
 use std::os::unix::fs::PermissionsExt;
-use std::os::unix::net::UnixStream;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use support::World;
 
@@ -172,6 +172,52 @@ fn a_device_that_is_no_store_is_refused_with_its_line_and_left_unchanged() {
     let error = world.refused(&format!("serve --config {config}"));
     assert!(error.contains("truncated"), "{error}");
     assert_eq!(std::fs::read(world.path("store.img")).unwrap(), cut);
+}
+
+#[test]
+fn no_volume_takes_the_place_of_something_else() {
+    let mut world = World::new("places");
+    let taken = format!(
+        "volumes:\n  - name: vm1\n    size: 1MiB\n    socket: {}\n",
+        world.path("other.sock")
+    );
+    world.serve(&taken);
+    std::fs::write(world.path("notes.sock"), "precious").unwrap();
+    let _listener = UnixListener::bind(world.path("busy.sock")).unwrap();
+    drop(UnixListener::bind(world.path("stale.sock")).unwrap());
+    for (name, reason) in [
+        ("api", "belongs to the API"),
+        ("other", "belongs to another volume"),
+        ("notes", "exists and is no socket"),
+        ("busy", "is in use"),
+    ] {
+        let error = world.refused(&format!("volume create {name} --size 1MiB"));
+        assert!(error.contains(reason) && error.contains(&format!("/{name}.sock")), "{error}");
+    }
+    assert_eq!(std::fs::read(world.path("notes.sock")).unwrap(), b"precious");
+    assert_eq!(world.json("volume list").as_array().unwrap().len(), 1, "none was made");
+    world.text("volume create stale --size 1MiB");
+}
+
+#[test]
+fn a_volume_whose_socket_is_taken_does_not_keep_the_daemon_from_starting() {
+    let mut world = World::new("taken");
+    world.serve("volumes: []\n");
+    for name in ["vm1", "vm2", "vm3"] {
+        world.text(&format!("volume create {name} --size 1MiB"));
+    }
+    world.text("volume rename vm1 api");
+    world.end("-TERM");
+    std::fs::write(world.path("vm2.sock"), "precious").unwrap();
+    let said = world.serve("volumes: []\n");
+    assert!(said.contains("vm3.sock"), "{said}");
+    assert!(!said.contains("volume api ") && !said.contains("volume vm2 "), "{said}");
+    assert_eq!(std::fs::read(world.path("vm2.sock")).unwrap(), b"precious");
+    world.text("volume delete api");
+    world.text("volume rename vm2 vm4");
+    world.end("-TERM");
+    let said = world.serve("volumes: []\n");
+    assert!(said.contains("vm4.sock"), "{said}");
 }
 
 #[test]

@@ -4,13 +4,16 @@ use super::{Answered, ControlPlane, Served, refuse_plan};
 use crate::api::Refusal;
 use crate::api::types::Cache;
 use crate::attach::VolumeHost;
-use crate::config::{QUEUES_DEFAULT, SOCKET_PATH_MAX, VolumeConfig};
+use crate::config::{QUEUES_DEFAULT, SOCKET_PATH_MAX, VolumeConfig, parent_of};
+use crate::places;
 use bessel_mapping::journal::Change;
 use bessel_mapping::request::{
     CacheChooser, CacheMode, CloneOrigin, Command, Reply, VolumeHandle, VolumeId,
 };
 use bessel_reactor::units::ByteCount;
 use bessel_vhost::{DiskInfo, Server};
+use std::os::unix::fs::FileTypeExt as _;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -155,9 +158,10 @@ impl ControlPlane {
         waiting.map(|volume| (volume.id, volume.name.clone())).collect()
     }
 
-    /// Where each volume is served, for the operator.
+    /// Where each volume is served, for the operator. One whose socket could not be bound is not.
     pub(crate) fn sockets(&self) -> impl Iterator<Item = (&str, ByteCount, u16, &Path)> {
-        self.served.iter().filter_map(|(id, served)| {
+        let served = self.served.iter().filter(|(_, served)| served.server.is_some());
+        served.filter_map(|(id, served)| {
             let volume = self.directory.get(*id)?;
             Some((volume.name.as_str(), volume.size, served.queues, served.socket.as_path()))
         })
@@ -165,7 +169,7 @@ impl ControlPlane {
 
     /// The directory where volumes without a socket of their own get theirs.
     pub(crate) fn socket_directory(&self) -> &Path {
-        &self.socket_directory
+        parent_of(&self.api_socket)
     }
 
     /// Notes a volume that its home has opened, and offers it to guests.
@@ -191,6 +195,7 @@ impl ControlPlane {
     /// Binds the volume's socket and serves it.
     pub(super) fn start_server(&mut self, id: VolumeId) -> Answered<()> {
         let info = self.info(id)?;
+        self.check_unclaimed(&self.served[&id].socket, Some(id))?;
         let served = self.served.get_mut(&id).expect("it has been opened");
         let disk = DiskInfo {
             id: info.name,
@@ -219,12 +224,41 @@ impl ControlPlane {
                 socket.display()
             )));
         }
-        if self.served.values().any(|served| served.socket == socket) {
+        self.check_unclaimed(socket, None)?;
+        let path = socket.display();
+        let Ok(metadata) = std::fs::symlink_metadata(socket) else { return Ok(()) };
+        if !metadata.file_type().is_socket() {
             return Err(Refusal::conflict(format!(
-                "socket {} belongs to another volume; choose another name",
-                socket.display()
+                "{path} exists and is no socket; remove it or choose another name"
+            )));
+        }
+        // A socket nobody listens on is left over from a killed process, and is replaced.
+        if UnixStream::connect(socket).is_ok() {
+            return Err(Refusal::conflict(format!(
+                "socket {path} is in use; stop the process that listens there or choose another \
+                 name"
             )));
         }
         Ok(())
+    }
+
+    /// Refuses a socket in the place of anything else of this daemon's. A volume that took the
+    /// API's would keep it at the next start, and nobody could be told to delete it.
+    fn check_unclaimed(&self, socket: &Path, of: Option<VolumeId>) -> Answered<()> {
+        let place = places::normal(socket);
+        let mut others = self.served.iter().filter(|(id, _)| of != Some(**id));
+        let owner = if place == places::normal(&self.api_socket) {
+            "the API"
+        } else if places::is_store(socket, &self.store.device) {
+            "the store"
+        } else if others.any(|(_, served)| places::normal(&served.socket) == place) {
+            "another volume"
+        } else {
+            return Ok(());
+        };
+        Err(Refusal::conflict(format!(
+            "socket {} belongs to {owner}; choose another name",
+            socket.display()
+        )))
     }
 }
