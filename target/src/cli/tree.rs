@@ -1,4 +1,7 @@
-//! `bessel tree`: volumes and snapshots by descent, as text, as a Graphviz graph, or as JSON.
+//! `bessel tree`: volumes and snapshots by descent, as text, as a Graphviz graph, as
+//! a picture, or as JSON.
+
+mod svg;
 
 use super::output::print_either;
 use super::{ApiArgs, Outcome};
@@ -23,6 +26,8 @@ enum Format {
     Text,
     /// A Graphviz graph
     Dot,
+    /// A picture: save it to a file, open it in a browser
+    Svg,
     /// As with --json
     Json,
 }
@@ -33,6 +38,7 @@ pub(crate) fn run(arguments: &TreeArgs) -> Outcome {
     let json = arguments.api.json || arguments.format == Format::Json;
     print_either(json, &tree, |tree| match arguments.format {
         Format::Dot => dot(tree),
+        Format::Svg => svg::svg(tree),
         Format::Text | Format::Json => text(tree),
     })
 }
@@ -42,6 +48,9 @@ struct Line {
     depth: usize,
     text: String,
 }
+
+/// What the text does not say by itself.
+const LEGEND: &str = "\n+: space allocated for the volume since the snapshot before\n";
 
 /// Lines in order of descent: a volume, below it its snapshots, below each the clones made of it.
 fn text(tree: &TreeView) -> String {
@@ -73,7 +82,11 @@ fn text(tree: &TreeView) -> String {
             }
         }
     }
-    draw(&lines)
+    let mut text = draw(&lines);
+    if tree.volumes.iter().any(|volume| !volume.snapshots.is_empty()) {
+        text.push_str(LEGEND);
+    }
+    text
 }
 
 /// Puts the branches before the lines. From the last line up, because whether a branch goes on
@@ -125,7 +138,11 @@ fn dot(tree: &TreeView) -> String {
         for snapshot in &volume.snapshots {
             let node = format!("s{}", snapshot.id);
             let label = snapshot.label.as_ref().map_or(String::new(), |it| format!("\\n@{it}"));
-            let _ = writeln!(graph, "  \"{node}\" [label=\"{}{label}\"];", snapshot.id);
+            let (id, time) = (&snapshot.id, &snapshot.time);
+            let allocated = ByteCount::new(snapshot.allocated_bytes).human();
+            let style = if snapshot.deleted { ", style=dashed" } else { "" };
+            let label = format!("{id}{label}\\n{time}\\n+{allocated}");
+            let _ = writeln!(graph, "  \"{node}\" [label=\"{label}\"{style}];");
             if let Some(previous) = previous {
                 let _ = writeln!(graph, "  \"{previous}\" -> \"{node}\";");
             }
@@ -143,7 +160,7 @@ fn dot(tree: &TreeView) -> String {
 mod tests {
     use super::*;
 
-    fn snapshot(id: &str, label: Option<&str>) -> SnapshotView {
+    pub(super) fn snapshot(id: &str, label: Option<&str>) -> SnapshotView {
         SnapshotView {
             id: id.to_owned(),
             volume: String::new(),
@@ -156,7 +173,11 @@ mod tests {
         }
     }
 
-    fn volume(id: u64, origin: Option<&str>, snapshots: Vec<SnapshotView>) -> TreeVolume {
+    pub(super) fn volume(
+        id: u64,
+        origin: Option<&str>,
+        snapshots: Vec<SnapshotView>,
+    ) -> TreeVolume {
         TreeVolume {
             id,
             name: format!("vm{id}"),
@@ -167,7 +188,7 @@ mod tests {
         }
     }
 
-    fn family() -> TreeView {
+    pub(super) fn family() -> TreeView {
         TreeView {
             volumes: vec![
                 volume(1, None, vec![snapshot("1.0", Some("base")), snapshot("1.1", None)]),
@@ -190,6 +211,8 @@ vm1 1GiB
 │  └─ vm3 1GiB
 └─ 1.1  T  +8KiB
 vm5 1GiB
+
++: space allocated for the volume since the snapshot before
 ";
         assert_eq!(text(&family()), expected);
     }
@@ -207,5 +230,7 @@ vm5 1GiB
         ] {
             assert!(graph.contains(edge), "{edge} not in {graph}");
         }
+        let node = "\"s1.0\" [label=\"1.0\\n@base\\nT\\n+8KiB\"];";
+        assert!(graph.contains(node), "{node} not in {graph}");
     }
 }
