@@ -3,11 +3,12 @@
 use super::Outcome;
 use super::output::{Progress, print_either};
 use bessel_mapping::check::{CheckReport, Severity, Usage, check};
+use bessel_mapping::store::OpenError;
 use bessel_reactor::device::{DeviceLock, FileDevice, OpenOptions};
 use bessel_reactor::units::{BLOCK_SIZE, ByteCount};
 use clap::Args;
 use serde::Serialize;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// `bessel check`
 #[derive(Args, Debug)]
@@ -57,7 +58,11 @@ pub(crate) fn run(arguments: &CheckArgs) -> Outcome {
     let progress = Progress::new("checking", arguments.json);
     let report = check(&mut device, &mut |done, total| progress.set(done, total));
     drop(progress);
-    let report = report_of(report.map_err(|error| named(&error))?);
+    let report = report_of(report.map_err(|error| match error {
+        // Its own advice is to run what is running.
+        OpenError::Corrupt(what) => hopeless(path, &what),
+        error => named(&error),
+    })?);
     print_either(arguments.json, &report, text)?;
     if report.clean {
         return Ok(());
@@ -69,6 +74,12 @@ pub(crate) fn run(arguments: &CheckArgs) -> Outcome {
         "nothing is lost; serving the store once repairs what can be repaired"
     };
     Err(format!("{} has {count} findings; {worst}", path.display()).into())
+}
+
+/// A store so damaged that its trees cannot even be found.
+fn hopeless(path: &Path, what: &str) -> String {
+    let path = path.display();
+    format!("{path} is too damaged to be walked: {what}; restore the device from a backup")
 }
 
 fn report_of(report: CheckReport) -> Report {
@@ -119,4 +130,16 @@ fn text(report: &Report) -> String {
     }
     text.push_str(if report.clean { "; clean\n" } else { "\n" });
     text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_store_that_cannot_be_walked_is_not_sent_to_be_checked() {
+        let told = hopeless(Path::new("/dev/x"), "both superblocks are torn");
+        assert!(told.contains("both superblocks are torn"), "{told}");
+        assert!(told.contains("backup") && !told.contains("run `bessel check`"), "{told}");
+    }
 }
