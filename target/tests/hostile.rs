@@ -4,7 +4,10 @@
 
 mod support;
 
-use bessel_tests::guest::{FrontEnd, Guest, Options, RAM_GUEST, block, flag};
+use bessel_tests::guest::{FrontEnd, Guest, Options, RAM_GUEST, block, flag, message};
+use bessel_tests::plain_host::eventfd;
+use nix::poll::{PollFd, PollFlags, poll};
+use std::os::fd::AsFd;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use support::World;
@@ -26,6 +29,29 @@ fn connecting_again_and_again_does_not_fill_the_log() {
     let lines = log.lines().filter(|line| line.contains("front-end ")).count();
     // A line of each kind for each second that it took, however slow this machine is.
     assert!((2..TIMES / 4).contains(&lines), "{lines} lines: {log:.2000}");
+}
+
+#[test]
+fn breaking_the_ring_again_and_again_does_not_fill_the_log() {
+    const TIMES: usize = 300;
+    let mut world = World::new("broken");
+    world.serve(VM1);
+    let socket = world.path("vm1.sock");
+    for _ in 0..TIMES {
+        let mut guest = Guest::connect(Path::new(&socket), Options::default()).unwrap();
+        let error = eventfd();
+        let payload = 0u64.to_le_bytes();
+        guest.front_end.tell(message::SET_VRING_ERR, &payload, &[error.as_fd()]).unwrap();
+        // More requests are announced than the ring has room for.
+        guest.ram.put_u16(guest.place(0).available + 2, 5000);
+        guest.kick_hard(0);
+        let mut wait = [PollFd::new(error.as_fd(), PollFlags::POLLIN)];
+        assert_eq!(poll(&mut wait, 10_000u16).unwrap(), 1, "the queue is not stopped");
+    }
+    world.end("-TERM");
+    let log = std::fs::read_to_string(world.path("log")).unwrap();
+    let lines = log.lines().filter(|line| line.contains("queue stopped")).count();
+    assert!((1..TIMES / 4).contains(&lines), "{lines} lines: {log:.2000}");
 }
 
 #[test]
