@@ -142,7 +142,7 @@ mod tests {
             "volume create vm1 --size 4GiB --from base",
             "snapshot label vm1 golden",
             "snapshot create vm1 --label a/b",
-            "tree --format svg",
+            "tree --format png",
             "format",
         ] {
             let words = std::iter::once("bessel").chain(line.split(' ').filter(|w| !w.is_empty()));
