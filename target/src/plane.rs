@@ -10,7 +10,7 @@ mod tree;
 mod view;
 
 use crate::api::types::{
-    LatencyView, SnapshotCreated, SnapshotView, StatsView, StoreView, VolumeView,
+    LatencyView, RolledBack, SnapshotCreated, SnapshotView, StatsView, StoreView, VolumeView,
 };
 use crate::api::{Refusal, RefusalKind};
 use crate::attach::{CoreCounters, CoreMessage, CorePort, VolumeHost};
@@ -164,7 +164,7 @@ impl ControlPlane {
         &mut self,
         name: &str,
         snapshot: &SnapshotReference,
-    ) -> Answered<VolumeView> {
+    ) -> Answered<RolledBack> {
         let (id, handle, home) = self.find_served(name)?;
         let snapshot = self.find_snapshot(snapshot)?;
         if snapshot.id.volume != id {
@@ -176,10 +176,13 @@ impl ControlPlane {
         }
         let time = self.clock.wall();
         let sequence = snapshot.id.sequence;
-        self.without_front_ends(id, name, |plane| {
-            plane.ask(home, Command::Rollback { volume: handle, sequence, time })
+        let kept = self.without_front_ends(id, name, |plane| {
+            match plane.ask(home, Command::Rollback { volume: handle, sequence, time })? {
+                Reply::Snapshot(kept) => Ok(view::snapshot(&kept, name)),
+                reply => unreachable!("a rollback was answered with {reply:?}"),
+            }
         })?;
-        self.show_volume(name)
+        Ok(RolledBack { volume: self.show_volume(name)?, kept })
     }
 
     pub(crate) fn delete_volume(&mut self, name: &str) -> Answered<VolumeView> {
@@ -192,7 +195,7 @@ impl ControlPlane {
             plane.placement.remove(served.home, served.queues);
             plane.directory.removed(id);
             plane.departed.insert(id, snapshots);
-            Ok(Reply::Done)
+            Ok(())
         })?;
         Ok(view)
     }
@@ -432,12 +435,12 @@ impl ControlPlane {
     }
 
     /// Runs `operation` on a volume that nobody is connected to, nor can connect to meanwhile.
-    fn without_front_ends(
+    fn without_front_ends<T>(
         &mut self,
         id: VolumeId,
         name: &str,
-        operation: impl FnOnce(&mut Self) -> Answered<Reply>,
-    ) -> Answered<()> {
+        operation: impl FnOnce(&mut Self) -> Answered<T>,
+    ) -> Answered<T> {
         let served = self.served.get_mut(&id).expect("the caller found it");
         if served.host.is_connected() {
             return Err(Refusal::conflict(format!(
@@ -451,7 +454,7 @@ impl ControlPlane {
         if self.served.contains_key(&id) {
             self.start_server(id)?;
         }
-        done.map(|_| ())
+        done
     }
 
     fn view(&self, volume: &VolumeSummary) -> Answered<VolumeView> {

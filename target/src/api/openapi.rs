@@ -35,7 +35,7 @@ fn paths() -> Value {
             "delete": operation("Delete a volume that no front-end is connected to", &[VOLUME], None, reference("Volume")),
         },
         "/v1/volumes/{name}/rollback": {
-            "post": operation("Make a volume read as one of its snapshots does", &[VOLUME], Some("Rollback"), reference("Volume")),
+            "post": operation("Make a volume read as one of its snapshots does", &[VOLUME], Some("Rollback"), reference("RolledBack")),
         },
         "/v1/volumes/{name}/snapshots": {
             "get": operation("List a volume's snapshots, oldest first", &[VOLUME], None, array("Snapshot")),
@@ -163,7 +163,24 @@ const SNAPSHOT_FIELDS: &[(&str, &str)] = &[
     ("deleted", "boolean"),
 ];
 
+const VOLUME_FIELDS: &[(&str, &str)] = &[
+    ("id", "integer"),
+    ("name", "string"),
+    ("size_bytes", "integer"),
+    ("cache", "cache"),
+    ("queues", "integer"),
+    ("socket", "string"),
+    ("reactor", "integer"),
+    ("connected", "boolean"),
+    ("origin", "string?"),
+    ("created", "string"),
+    ("latched", "string?"),
+    ("allocated_bytes", "integer"),
+    ("snapshots", "integer"),
+];
+
 fn schemas() -> Value {
+    let rolled_back: Vec<_> = VOLUME_FIELDS.iter().copied().chain([("kept", "Snapshot")]).collect();
     let created: Vec<_> =
         SNAPSHOT_FIELDS.iter().copied().chain([("latency_ns", "integer")]).collect();
     json!({
@@ -173,21 +190,8 @@ fn schemas() -> Value {
         "Rollback": object(&[("snapshot", "string")]),
         "CreateSnapshot": object(&[("label?", "string")]),
         "ChangeSnapshot": object(&[("label", "string?")]),
-        "Volume": object(&[
-            ("id", "integer"),
-            ("name", "string"),
-            ("size_bytes", "integer"),
-            ("cache", "cache"),
-            ("queues", "integer"),
-            ("socket", "string"),
-            ("reactor", "integer"),
-            ("connected", "boolean"),
-            ("origin", "string?"),
-            ("created", "string"),
-            ("latched", "string?"),
-            ("allocated_bytes", "integer"),
-            ("snapshots", "integer"),
-        ]),
+        "Volume": object(VOLUME_FIELDS),
+        "RolledBack": object(&rolled_back),
         "Snapshot": object(SNAPSHOT_FIELDS),
         "SnapshotCreated": object(&created),
         "Tree": object(&[("volumes", "TreeVolume[]")]),
@@ -290,6 +294,24 @@ mod tests {
         }
     }
 
+    fn volume() -> VolumeView {
+        VolumeView {
+            id: 0,
+            name: String::new(),
+            size_bytes: 0,
+            cache: Cache::Writeback,
+            queues: 1,
+            socket: String::new(),
+            reactor: 0,
+            connected: false,
+            origin: None,
+            created: String::new(),
+            latched: None,
+            allocated_bytes: 0,
+            snapshots: 0,
+        }
+    }
+
     #[test]
     fn the_schemas_are_what_the_types_serialise_to() {
         describes("Error", ErrorBody { error: String::new() });
@@ -303,24 +325,8 @@ mod tests {
         describes("ChangeSnapshot", ChangeSnapshot { label: None });
         describes("Snapshot", snapshot());
         describes("SnapshotCreated", SnapshotCreated { snapshot: snapshot(), latency_ns: 0 });
-        describes(
-            "Volume",
-            VolumeView {
-                id: 0,
-                name: String::new(),
-                size_bytes: 0,
-                cache: Cache::Writeback,
-                queues: 1,
-                socket: String::new(),
-                reactor: 0,
-                connected: false,
-                origin: None,
-                created: String::new(),
-                latched: None,
-                allocated_bytes: 0,
-                snapshots: 0,
-            },
-        );
+        describes("Volume", volume());
+        describes("RolledBack", RolledBack { volume: volume(), kept: snapshot() });
         describes("Tree", TreeView { volumes: Vec::new() });
         describes(
             "TreeVolume",

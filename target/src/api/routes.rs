@@ -4,8 +4,8 @@
 //! extractors, bodies by [`parse`], their length by the server.
 
 use super::types::{
-    ChangeSnapshot, ChangeVolume, CreateSnapshot, CreateVolume, Rollback, SnapshotCreated,
-    SnapshotView, StatsView, TreeView, VolumeView,
+    ChangeSnapshot, ChangeVolume, CreateSnapshot, CreateVolume, Rollback, RolledBack,
+    SnapshotCreated, SnapshotView, StatsView, TreeView, VolumeView,
 };
 use super::{Refusal, RefusalKind, metrics, openapi};
 use crate::control::Control;
@@ -159,7 +159,7 @@ async fn rollback_volume(
     State(control): State<Control>,
     VolumeName(name): VolumeName,
     body: Result<Bytes, BytesRejection>,
-) -> Answer<VolumeView> {
+) -> Answer<RolledBack> {
     let request: Rollback = parse(body)?;
     let snapshot: SnapshotReference = request.snapshot.parse().map_err(Refusal::malformed)?;
     control.call(move |plane| plane.rollback_volume(&name, &snapshot)).await.map(Json)

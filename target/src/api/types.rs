@@ -105,6 +105,16 @@ pub(crate) struct VolumeView {
     pub(crate) snapshots: usize,
 }
 
+/// A volume after a rollback.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub(crate) struct RolledBack {
+    /// As it is now.
+    #[serde(flatten)]
+    pub(crate) volume: VolumeView,
+    /// The snapshot that keeps what the volume held before.
+    pub(crate) kept: SnapshotView,
+}
+
 /// A snapshot.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub(crate) struct SnapshotView {

@@ -2,7 +2,9 @@
 
 use super::output::{Table, or_dash, print_either};
 use super::{ApiArgs, Outcome};
-use crate::api::types::{Cache, ChangeVolume, CreateVolume, Rollback, SnapshotView, VolumeView};
+use crate::api::types::{
+    Cache, ChangeVolume, CreateVolume, Rollback, RolledBack, SnapshotView, VolumeView,
+};
 use crate::reference::{SnapshotReference, volume_name};
 use crate::size::parse_size;
 use bessel_reactor::units::ByteCount;
@@ -129,9 +131,12 @@ pub(crate) fn run(arguments: &VolumeArgs) -> Outcome {
         VolumeCommand::Rollback { volume, snapshot } => {
             let request = Rollback { snapshot: snapshot.to_string() };
             let path = format!("/v1/volumes/{volume}/rollback");
-            let volume: VolumeView = client.post(&path, &request)?;
-            print_either(json, &volume, |volume| {
-                format!("volume {} reads as snapshot {snapshot} now", volume.name)
+            let done: RolledBack = client.post(&path, &request)?;
+            print_either(json, &done, |RolledBack { volume, kept }| {
+                format!(
+                    "volume {} reads as snapshot {snapshot} now; what it held is kept as snapshot {}",
+                    volume.name, kept.id
+                )
             })
         }
         VolumeCommand::Delete { volume } => {
