@@ -315,7 +315,10 @@ pub struct SpaceStats {
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
 pub enum CommandError {
     /// No free metadata block.
-    #[error("the store is full: no free metadata block; delete volumes or grow the store")]
+    #[error(
+        "the store is full: no free metadata block; discard (fstrim) in guests what no snapshot has: \
+         deleting frees nothing yet, and a store cannot grow"
+    )]
     NoSpace,
     /// The device failed.
     #[error("the device failed: {0}")]
@@ -389,4 +392,16 @@ pub struct VolumeInfo {
     pub blocks_allocated: u64,
     /// Its snapshots, oldest first, deleted ones included.
     pub snapshots: Vec<SnapshotInfo>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_full_store_is_told_what_helps_today() {
+        let told = CommandError::NoSpace.to_string();
+        assert!(told.contains("fstrim"), "{told}");
+        assert!(!told.contains("delete volumes") && !told.contains("or grow"), "{told}");
+    }
 }

@@ -307,7 +307,8 @@ impl<D: Device> Shard<D> {
                     if self.may_log() {
                         tracing::error!(
                             "the store is full: no free {} block; writes that need one fail until \
-                             space is freed (discard in a guest, delete volumes) or the store grows",
+                             guests discard (fstrim) blocks that no snapshot has; deleting frees \
+                             nothing yet, and a store cannot grow",
                             kind.name()
                         );
                     }
