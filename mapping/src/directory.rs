@@ -58,12 +58,12 @@ pub enum DirectoryError {
     #[error("there is already a volume named {0:?}; choose another name or rename that one")]
     NameTaken(String),
     /// Not a size a volume can have.
-    #[error("bad volume size {}: must be a multiple of 512 bytes, from 4KiB to 256TiB", .0.human())]
+    #[error("bad volume size {}: must be a multiple of 512 bytes, from 4KiB to 256TiB", .0.exact())]
     Size(ByteCount),
     /// A clone holds all that its snapshot does.
     #[error(
         "the clone's size {} is smaller than its snapshot's, {}; ask for at least that",
-        .asked.human(), .origin.human()
+        .asked.exact(), .origin.exact()
     )]
     SmallerThanOrigin {
         /// The size asked for.

@@ -161,6 +161,13 @@ impl ByteCount {
         }
         format!("{}B", self.0)
     }
+
+    /// As [`ByteCount::human`] where that says all, else every byte: for refusals, in which rounding
+    /// would hide what is wrong.
+    pub fn exact(self) -> String {
+        let human = self.human();
+        if human.contains('.') { format!("{} bytes", self.0) } else { human }
+    }
 }
 
 #[cfg(test)]
@@ -189,5 +196,7 @@ mod tests {
         assert_eq!(ByteCount::new(512 << 20).human(), "512MiB");
         assert_eq!(ByteCount::new(100).human(), "100B");
         assert_eq!(ByteCount::new((3 << 30) / 2).human(), "1.5GiB");
+        assert_eq!(ByteCount::new(4096).exact(), "4KiB");
+        assert_eq!(ByteCount::new(4097).exact(), "4097 bytes");
     }
 }

@@ -44,7 +44,7 @@ const VOLUME_SIZE_MAX: ByteCount = ByteCount::new(256 << 40);
 /// Smallest volume: one block.
 const VOLUME_SIZE_MIN: ByteCount = ByteCount::new(4096);
 /// Smallest store: four extents of the least extent size, 1 MiB.
-pub(crate) const STORE_SIZE_MIN: ByteCount = ByteCount::new(4 << 20);
+const STORE_SIZE_MIN: ByteCount = ByteCount::new(4 << 20);
 /// Largest store: the reach of a block address on the device (DESIGN, "The store").
 pub(crate) const STORE_SIZE_MAX: ByteCount = ByteCount::new(64 << 50);
 /// Largest file read as configuration; a real one is a few hundred bytes.
@@ -341,6 +341,12 @@ impl Config {
 
     fn check_device_can_be_made(&self) -> Result<(), ConfigError> {
         let device = self.store.device.display();
+        if let Ok(target) = std::fs::read_link(&self.store.device) {
+            return Err(self.device_error(format!(
+                "{device} is a symbolic link to {}, which is not there; correct the link",
+                target.display()
+            )));
+        }
         if self.store.size.is_none() {
             return Err(self.device_error(format!(
                 "{device} does not exist; add store.size and it is created, or correct the path"
@@ -430,7 +436,7 @@ fn checked_store(raw: RawStore, source: &Source) -> Result<StoreConfig, ConfigEr
     {
         return Err(source.error(
             &[Key("store"), Key("size")],
-            format!("a store of {} is too small; give it at least 4MiB", size.human()),
+            format!("a store of {} is too small; give it at least 4MiB", size.exact()),
         ));
     }
     if let Some(size) = size
@@ -438,7 +444,7 @@ fn checked_store(raw: RawStore, source: &Source) -> Result<StoreConfig, ConfigEr
     {
         return Err(source.error(
             &[Key("store"), Key("size")],
-            format!("a store of {} is too large; give it at most 64PiB", size.human()),
+            format!("a store of {} is too large; give it at most 64PiB", size.exact()),
         ));
     }
     let node_cache = raw.node_cache.map_or(ByteCount::new(64 << 20), |size| size.0);
@@ -556,7 +562,7 @@ fn check_volume_size(size: ByteCount) -> Result<(), String> {
         return Err(format!("a size of {size} bytes is no multiple of 512; round it up"));
     }
     if !(VOLUME_SIZE_MIN..=VOLUME_SIZE_MAX).contains(&size) {
-        return Err(format!("a volume of {} will not do; give 4KiB to 256TiB", size.human()));
+        return Err(format!("a volume of {} will not do; give 4KiB to 256TiB", size.exact()));
     }
     Ok(())
 }
@@ -712,7 +718,7 @@ volumes:
     #[test]
     fn what_this_machine_lacks_is_refused_and_nothing_is_touched() {
         type Change = fn(&Path, String) -> String;
-        let cases: [(&str, Change, &str); 12] = [
+        let cases: [(&str, Change, &str); 13] = [
             ("fine", |_, text| text, "accepted"),
             (
                 "on-store",
@@ -723,6 +729,14 @@ volumes:
                 "api-on-store",
                 |_, text| text.replace("/api.sock", "/./store.img"),
                 "bessel.yaml:7: socket ",
+            ),
+            (
+                "dangling",
+                |directory, text| {
+                    std::os::unix::fs::symlink("nowhere", directory.join("link")).unwrap();
+                    text.replace("/store.img", "/link")
+                },
+                "bessel.yaml:2: ",
             ),
             (
                 "two-spellings",

@@ -70,13 +70,13 @@ pub struct Geometry {
 #[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
 pub enum GeometryError {
     /// Not a power of two, too small or too large.
-    #[error("extent size {}: must be a power of two from 1MiB to 256GiB", .0.human())]
+    #[error("extent size {}: must be a power of two from 1MiB to 256GiB", .0.exact())]
     ExtentSize(ByteCount),
     /// Fewer than four extents fit.
     #[error(
         "{capacity} is too small: a store has at least 4 extents of {extent}; use a larger \
          device{hint}",
-        capacity = .capacity.human(),
+        capacity = .capacity.exact(),
         extent = .extent.human(),
         hint = if .extent.get() > 1 << 20 { " or a smaller --extent-size" } else { "" }
     )]

@@ -36,6 +36,20 @@ pub enum LockError {
         /// The device.
         path: PathBuf,
     },
+    /// A directory, pipe, terminal...
+    #[error("{path} is neither a block device nor a regular file; name one of these")]
+    NotADevice {
+        /// What was to be locked.
+        path: PathBuf,
+    },
+    /// A symbolic link whose target is missing.
+    #[error("{path} is a symbolic link to {target}, which is not there; correct the link")]
+    Dangling {
+        /// The link.
+        path: PathBuf,
+        /// Where it leads.
+        target: PathBuf,
+    },
     /// It cannot be opened or locked.
     #[error("cannot lock {path}; check that it exists and that its file system has locks")]
     Os {
@@ -51,9 +65,24 @@ impl DeviceLock {
     /// Takes the lock at once or says who has it. Never waits.
     pub fn acquire(path: &Path) -> Result<Self, LockError> {
         let failed = |source| LockError::Os { path: path.to_path_buf(), source };
-        let block_device = std::fs::metadata(path).map_err(failed)?.file_type().is_block_device();
+        let kind = match std::fs::metadata(path) {
+            Ok(metadata) => metadata.file_type(),
+            Err(error) => {
+                return Err(match std::fs::read_link(path) {
+                    Ok(target) if error.kind() == io::ErrorKind::NotFound => {
+                        LockError::Dangling { path: path.to_path_buf(), target }
+                    }
+                    _ => failed(error),
+                });
+            }
+        };
+        let block_device = kind.is_block_device();
+        if !block_device && !kind.is_file() {
+            return Err(LockError::NotADevice { path: path.to_path_buf() });
+        }
         // O_EXCL on a block device claims it from mounts and from device-mapper as well.
-        let flags = if block_device { libc::O_EXCL } else { 0 };
+        // And should it have become a pipe meanwhile, nobody waits for its other end.
+        let flags = libc::O_NONBLOCK | if block_device { libc::O_EXCL } else { 0 };
         let file = match File::options().read(true).custom_flags(flags).open(path) {
             Ok(file) => file,
             Err(error) if block_device && error.raw_os_error() == Some(libc::EBUSY) => {
@@ -127,6 +156,24 @@ mod tests {
                      3: -> FLOCK  ADVISORY  WRITE 44 fe:00:131 0 EOF\n";
         assert_eq!(holder_in(locks, "fe:00:131"), Some(33));
         assert_eq!(holder_in(locks, "fe:00:132"), None);
+    }
+
+    #[test]
+    fn a_pipe_is_refused_without_waiting_for_its_other_end() {
+        let path = std::env::temp_dir().join(format!("bessel-fifo-{}", std::process::id()));
+        nix::unistd::mkfifo(&path, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        let error = DeviceLock::acquire(&path).unwrap_err();
+        std::fs::remove_file(&path).unwrap();
+        assert!(matches!(error, LockError::NotADevice { .. }), "{error}");
+    }
+
+    #[test]
+    fn a_link_to_nothing_says_so() {
+        let path = std::env::temp_dir().join(format!("bessel-link-{}", std::process::id()));
+        std::os::unix::fs::symlink("/nonexistent/store", &path).unwrap();
+        let error = DeviceLock::acquire(&path).unwrap_err().to_string();
+        std::fs::remove_file(&path).unwrap();
+        assert!(error.contains("symbolic link to /nonexistent/store"), "{error}");
     }
 
     #[test]
