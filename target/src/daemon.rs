@@ -249,17 +249,20 @@ pub(crate) fn create_file(path: &Path, size: ByteCount) -> std::io::Result<()> {
 /// # Errors
 /// The file system's.
 pub(crate) fn set_file_size(file: &File, size: ByteCount) -> std::io::Result<()> {
-    file.set_len(size.get()).map_err(|error| match error.kind() {
-        std::io::ErrorKind::FileTooLarge => std::io::Error::new(
-            error.kind(),
-            format!(
-                "a file of {} is larger than its file system allows; choose a smaller size or \
-                 another file system",
-                size.human()
-            ),
-        ),
-        _ => error,
-    })
+    file.set_len(size.get()).map_err(|error| with_limit(error, size))
+}
+
+fn with_limit(error: std::io::Error, size: ByteCount) -> std::io::Error {
+    let kind = error.kind();
+    if kind != std::io::ErrorKind::FileTooLarge {
+        return error;
+    }
+    let message = format!(
+        "a file of {} is past the limit of this file system (choose a smaller size or another \
+         file system)",
+        size.human()
+    );
+    std::io::Error::new(kind, message)
 }
 
 /// A regular file in which nothing was ever written, not even zeroes: a file of the configured size
@@ -468,4 +471,17 @@ fn greeting(config: &Config, plane: &ControlPlane) -> String {
     }
     text.push_str(&format!("ready; API at {}\n", config.api.socket.display()));
     text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_file_that_its_file_system_cannot_have_is_blamed_on_the_file_system() {
+        let size = ByteCount::new(32 << 50);
+        let told = with_limit(Errno::EFBIG.into(), size).to_string();
+        assert!(told.contains("32PiB is past the limit of this file system"), "{told}");
+        assert_eq!(with_limit(Errno::ENOSPC.into(), size).raw_os_error(), Some(28));
+    }
 }

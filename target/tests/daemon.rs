@@ -11,6 +11,7 @@ use serde_json::Value;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
+use std::process::Command;
 use support::World;
 
 const VM1: &str = "volumes:\n  - name: vm1\n    size: 1GiB\n    queues: 2\n";
@@ -34,6 +35,8 @@ fn volumes_live_from_creation_to_deletion() {
 
     assert!(world.refused("volume create vm2 --size 1GiB").contains("already a volume named"));
     assert!(world.refused("volume create x --size 1000").contains("multiple of 512"));
+    let odd = world.refused("volume create x --size 4097");
+    assert!(odd.contains("bad volume size 4097 bytes"), "{odd}");
     assert!(world.refused("volume show nope").contains("there is no volume \"nope\""));
     assert!(world.refused("volume resize vm2 256MiB").contains("cannot shrink"));
     assert!(world.refused("volume rename vm2 vm1").contains("already a volume named"));
@@ -72,7 +75,8 @@ fn snapshots_are_labelled_cloned_rolled_back_and_deleted() {
     assert!(world.refused("volume create x --from vm1@nope").contains("no snapshot vm1@nope"));
     assert!(world.refused("volume rollback clone 1.0").contains("not one of volume"));
 
-    world.text("volume rollback vm1 vm1@base");
+    let said = world.text("volume rollback vm1 vm1@base");
+    assert!(said.contains("what it held is kept as snapshot 1.2"), "{said}");
     let kept = world.json("snapshot list vm1");
     assert_eq!(kept.as_array().unwrap().len(), 3, "what the volume held is kept: {kept}");
 
@@ -106,7 +110,8 @@ fn a_volume_with_a_guest_is_neither_deleted_nor_rolled_back() {
     assert!(world.refused("volume rollback vm1 vm1@base").contains("stop the guest first"));
     drop(guest);
     while world.json("volume show vm1")["connected"] == true {}
-    world.text("volume rollback vm1 vm1@base");
+    let done = world.json("volume rollback vm1 vm1@base");
+    assert_eq!((&done["name"], &done["kept"]["id"]), (&"vm1".into(), &"1.1".into()));
     world.text("volume delete vm1");
 }
 
@@ -149,6 +154,35 @@ fn format_destroys_nothing_without_force() {
     assert_eq!(std::fs::read(world.path("late.img")).unwrap(), late);
     let missing = world.refused("format no/such/store.img --size 64MiB");
     assert!(missing.contains("cannot create"), "{missing}");
+    for (length, byte, at) in
+        [(100, 0, 0), (100, 1, 50), (5000, 1, 4500), (128 << 20, 1, 127 << 20)]
+    {
+        let mut kept = vec![0; length];
+        kept[at] = byte;
+        std::fs::write(world.path("kept.img"), &kept).unwrap();
+        let error = world.refused("format kept.img --size 64MiB");
+        assert!(error.contains("--force"), "{error}");
+        assert!(std::fs::read(world.path("kept.img")).unwrap() == kept, "{length} bytes");
+    }
+    for arguments in ["--size 1MiB", "--size 65PiB", "--size 64MiB --extent-size 3MiB"] {
+        for command in [format!("kept.img {arguments}"), format!("kept.img {arguments} --force")] {
+            let error = world.refused(&format!("format {command}"));
+            assert!(error.contains("kept.img"), "{error}");
+            let length = std::fs::metadata(world.path("kept.img")).unwrap().len();
+            assert_eq!(length, 128 << 20, "{command}");
+        }
+    }
+    world.text("format kept.img --size 64MiB --force");
+    std::os::unix::fs::symlink("nowhere.img", world.path("link.img")).unwrap();
+    for command in ["format link.img --size 64MiB", "format link.img", "check link.img"] {
+        let error = world.refused(command);
+        assert!(error.contains("symbolic link to nowhere.img"), "{error}");
+    }
+    assert!(Command::new("mkfifo").arg(world.path("pipe")).status().unwrap().success());
+    for command in ["format pipe", "check pipe"] {
+        let error = world.refused(command);
+        assert!(error.contains("neither a block device nor a regular file"), "{error}");
+    }
     let small = world.refused("format small.img --size 1MiB");
     assert!(small.contains("too small"), "{small}");
     assert!(!Path::new(&world.path("small.img")).exists(), "what was made for it is gone again");

@@ -2,17 +2,21 @@
 
 use super::Outcome;
 use super::output::{Progress, print_either};
-use crate::daemon::create_file;
+use crate::config::STORE_SIZE_MAX;
+use crate::daemon::{create_file, set_file_size};
 use crate::entropy;
 use crate::plane::uuid;
 use crate::size::parse_size;
+use bessel_mapping::format::Geometry;
 use bessel_mapping::store::{self, FormatOptions, Found};
 use bessel_reactor::clock::SystemClock;
 use bessel_reactor::device::{DeviceLock, FileDevice, OpenOptions};
-use bessel_reactor::units::ByteCount;
+use bessel_reactor::units::{BLOCK_SIZE, ByteCount};
 use clap::Args;
+use nix::unistd::{Whence, lseek};
 use serde::Serialize;
 use std::fs::File;
+use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 
 /// `bessel format`
@@ -71,6 +75,19 @@ pub(crate) fn run(arguments: &FormatArgs) -> Outcome {
 fn prepare(arguments: &FormatArgs) -> Result<bool, Box<dyn std::error::Error>> {
     let device = &arguments.device;
     let name = device.display();
+    if let Some(size) = arguments.size {
+        check_shape(size, arguments.extent_size)
+            .map_err(|what| format!("cannot format {name}: {what}"))?;
+    }
+    if let Ok(target) = std::fs::read_link(device)
+        && !device.exists()
+    {
+        let target = target.display();
+        return Err(format!(
+            "{name} is a symbolic link to {target}, which is not there; correct the link"
+        )
+        .into());
+    }
     let Ok(metadata) = std::fs::metadata(device) else {
         let size = arguments.size.ok_or_else(|| {
             format!("{name} does not exist; give --size to create a file, or correct the path")
@@ -123,19 +140,52 @@ fn format(arguments: &FormatArgs) -> Result<Formatted, Box<dyn std::error::Error
     })
 }
 
+/// Refuses a store that cannot be, before a file is made or changed for it.
+fn check_shape(size: ByteCount, extent_size: Option<ByteCount>) -> Result<(), String> {
+    if size > STORE_SIZE_MAX {
+        return Err(format!("{} is too large; a store has at most 64PiB", size.exact()));
+    }
+    Geometry::plan(size, extent_size).map(|_| ()).map_err(|error| error.to_string())
+}
+
 /// Gives an existing file another size, unless it holds something that is to be kept.
 fn resize(path: &Path, size: ByteCount, force: bool) -> Outcome {
-    let length = std::fs::metadata(path)?.len();
+    let name = path.display();
+    let file = File::options().read(true).write(true).open(path)?;
+    let length = file.metadata()?.len();
     if length == size.get() {
         return Ok(());
     }
-    if length > 0 && !force {
-        let found = store::probe(&mut FileDevice::open(path, &OpenOptions::default())?)?;
-        if found != Found::Blank {
-            let name = path.display();
-            return Err(format!("{name} holds {found}; use --force to destroy it").into());
-        }
+    if !force && let Some(found) = held(path, &file, length, size)? {
+        return Err(format!("{name} holds {found}; use --force to destroy it").into());
     }
-    File::options().write(true).open(path)?.set_len(size.get())?;
+    set_file_size(&file, size).map_err(|error| format!("cannot resize {name}: {error}"))?;
     Ok(())
+}
+
+/// What a file holds that another size would endanger. What is past the last whole block is looked
+/// at here, since a device has none.
+fn held(
+    path: &Path,
+    file: &File,
+    length: u64,
+    size: ByteCount,
+) -> Result<Option<String>, Box<dyn std::error::Error>> {
+    if length == 0 {
+        return Ok(None);
+    }
+    if length < BLOCK_SIZE {
+        return Ok(Some(format!("{length} bytes of something")));
+    }
+    let found = store::probe(&mut FileDevice::open(path, &OpenOptions::default())?)?;
+    if found != Found::Blank {
+        return Ok(Some(found.to_string()));
+    }
+    let mut tail = vec![0; (length % BLOCK_SIZE) as usize];
+    file.read_exact_at(&mut tail, length - length % BLOCK_SIZE)?;
+    if tail.iter().any(|&byte| byte != 0) {
+        return Ok(Some("unknown data at its end".to_owned()));
+    }
+    let cut = size.get() < length && lseek(file, size.get() as i64, Whence::SeekData).is_ok();
+    Ok(cut.then(|| format!("data past {}", size.exact())))
 }
