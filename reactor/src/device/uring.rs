@@ -646,7 +646,7 @@ fn run_inline(file: &File, slot: &mut Slot, alignment: u32) -> Outcome {
 /// kernel or return from it, and a flag in shared memory says when one is due
 /// (`IORING_SETUP_COOP_TASKRUN`), so a turn that finds nothing costs no system call. The
 /// alternative is to do it only when we enter the ring (`DEFER_TASKRUN`). Measured with 4 KiB
-/// random reads at depth 32 on ext4 and a virtio disk (2 cores of an AMD EPYC, Linux 6.18;
+/// random reads at depth 32 on ext4 and a virtio disk (2 virtual cores, Linux 6.18;
 /// medians of three asleep, means of two polling):
 ///
 /// | thousand reads a second (CPU each)  | cooperative   | deferred      | neither       |
