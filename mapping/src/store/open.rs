@@ -121,7 +121,7 @@ pub enum OpenError {
     #[error(
         "the device is truncated: the store has {}, the device {}; restore the device to its full \
          size",
-        .store.get(), .device.get()
+        .store.exact(), .device.exact()
     )]
     Truncated {
         /// Size of the store.
