@@ -7,7 +7,7 @@
 
 use bessel_mapping::format::ExtentType;
 use bessel_mapping::request::{CacheMode, IoKind, IoStatus, SnapshotId, VolumeId};
-use bessel_reactor::device::sim::{Keep, Schedule};
+use bessel_reactor::device::sim::{Keep, OpKind, Schedule};
 use bessel_reactor::units::{BlockAddr, ByteCount, SECTORS_PER_BLOCK};
 use bessel_tests::world::{Action, PowerCut, World, WorldConfig};
 
@@ -474,4 +474,33 @@ fn a_large_shared_discard_is_restored_by_the_links_that_made_it() {
     world.recover();
     let allocated = world.show(volume).unwrap().blocks_allocated;
     assert!(allocated < 16, "{allocated} blocks for a hole and one block");
+}
+
+/// A node that takes its time from the device keeps nobody waiting but who needs it.
+#[test]
+fn a_miss_in_the_node_cache_stalls_no_other_request() {
+    let mut world = World::new(WorldConfig {
+        schedule: Schedule::AtOnce,
+        node_cache: ByteCount::new(0),
+        capacity: ByteCount::new(64 << 20),
+        ..WorldConfig::new(1)
+    });
+    let leaf_sectors = 512 * SECTORS_PER_BLOCK;
+    let volume = world.create(ByteCount::new(1 << 30)).unwrap();
+    for leaf in 0..400 {
+        assert_eq!(world.write(volume, leaf * leaf_sectors, 8).unwrap(), IoStatus::Done);
+    }
+    assert_eq!(world.flush(volume).unwrap(), IoStatus::Done);
+    let extents = world.extents();
+    world.disk.hold(move |kind, block| {
+        kind == OpKind::Read && extents.kind_of(block) == ExtentType::Metadata
+    });
+    let missing = world.start_io(volume, IoKind::Read, 0, 8);
+    for _ in 0..10 {
+        assert_eq!(world.read(volume, 399 * leaf_sectors, 8).unwrap(), IoStatus::Done);
+        assert_eq!(world.write(volume, 399 * leaf_sectors, 8).unwrap(), IoStatus::Done);
+    }
+    assert!(!world.has_ended(missing), "its leaf has long been evicted");
+    world.disk.release();
+    world.wait(missing).unwrap();
 }

@@ -26,9 +26,9 @@ const SPIN: Duration = Duration::from_micros(50);
 
 /// How long it polls in vain while the device has operations in flight.
 ///
-/// Halting a virtual core between two completions cost a third of the throughput: 4 KiB random reads
-/// at depth 32 from a file with O_DIRECT, 51 thousand a second asleep after 50 microseconds, 90
-/// thousand awake. A disk that takes longer than this gains nothing from a core that spins.
+/// Halting a virtual core between two completions costs throughput: 4 KiB random reads at depth 32
+/// from a file with O_DIRECT, 51 thousand a second asleep after 50 microseconds, 90 thousand with
+/// busy polling (one run of 3 s each, on a machine that was not idle). A disk that takes longer than this gains nothing from a core that spins.
 const SPIN_FOR_DEVICE: Duration = Duration::from_micros(1000);
 
 /// When a reactor sleeps.
