@@ -1,6 +1,6 @@
 #!/bin/sh
 # Boots a guest from the volume vm1 with cloud-hypervisor. Guest memory must be shared: the daemon reads and
-# writes it in place. num_queues is at most the volume's `queues`.
+# writes it in place. num_queues is at most the volume's `queues` and the guest's processors.
 #   configs/cloud-hypervisor.sh KERNEL [any further cloud-hypervisor options]
 kernel=$1
 shift

@@ -13,7 +13,8 @@ use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 
 use bessel_tests::guest::{
-    FrontEnd, Guest, Options, RAM_GUEST, block, feature, flag, message, state, words,
+    BaseAfterReconnect, FrontEnd, Guest, Options, RAM_GUEST, block, feature, flag, message, state,
+    words,
 };
 use bessel_tests::plain_host::{
     PlainHost, PlainVolume, SECTORS, disk_info, eventfd, memory_disk, socket_path,
@@ -299,7 +300,7 @@ fn the_guest_switches_the_cache_and_keeps_it_over_a_reconnect() {
     guest.front_end.set_config(32, &[0]).unwrap();
     assert_eq!(guest.front_end.config(32, 1).unwrap(), [0]);
     assert_eq!(world.host.journal().caches, [false], "told once");
-    guest.reconnect(&world.socket).unwrap();
+    guest.reconnect(&world.socket, BaseAfterReconnect::Used).unwrap();
     assert_eq!(guest.front_end.config(32, 1).unwrap(), [0]);
     guest.front_end.set_config(32, &[1]).unwrap();
     assert_eq!(world.host.journal().caches, [false, true]);
@@ -727,7 +728,7 @@ fn requests_in_flight_survive_a_killed_server_in_order() {
     // Submitted while nobody is there.
     let late = guest.submit(0, block::OUT, 103, &[5; 512], 0);
     let victim = Victim::start(&socket, &disk.0, u64::MAX);
-    guest.reconnect(&socket).unwrap();
+    guest.reconnect(&socket, BaseAfterReconnect::Used).unwrap();
     let mut heads: Vec<_> = (0..4).map(|_| guest.wait_used(0).head).collect();
     heads.sort_unstable();
     let mut expected: Vec<_> = held.iter().chain([&late]).map(|ticket| ticket.head).collect();
@@ -737,6 +738,28 @@ fn requests_in_flight_survive_a_killed_server_in_order() {
     assert_eq!(guest.read(0, 100, 1024).1, [[9; 512], [8; 512]].as_flattened());
     assert_eq!(guest.read(1, 102, 1024).1, [[6; 512], [5; 512]].as_flattened());
     assert_eq!((guest.poll_used(0), guest.poll_used(1)), (None, None));
+    drop(victim);
+}
+
+#[test]
+fn what_came_while_nobody_was_there_is_found_whatever_base_the_front_end_tells() {
+    let (socket, disk) = (socket_path("late"), Scratch::disk("late"));
+    let _left_behind = Scratch(socket.clone());
+    let options = Options { inflight: true, ..Options::default() };
+    let mut victim = Victim::start(&socket, &disk.0, u64::MAX);
+    let mut guest = Guest::connect(&socket, options).unwrap();
+    for (sector, base) in
+        [BaseAfterReconnect::Used, BaseAfterReconnect::Available].iter().enumerate()
+    {
+        assert_eq!(guest.write(0, 0, &[1; 512]), block::DONE);
+        victim.kill();
+        let late = guest.submit(0, block::OUT, sector as u64, &[5; 512], 0);
+        victim = Victim::start(&socket, &disk.0, u64::MAX);
+        guest.reconnect(&socket, *base).unwrap();
+        assert_eq!(guest.wait_used(0).head, late.head, "{base:?}");
+        guest.release(late);
+        assert_eq!(guest.read(0, sector as u64, 512).1, [5; 512]);
+    }
     drop(victim);
 }
 
@@ -774,7 +797,8 @@ fn no_request_is_lost_or_answered_twice_over_many_kills() {
         }
         victim.kill();
         victim = Victim::start(&socket, &disk.0, u64::MAX);
-        guest.reconnect(&socket).unwrap();
+        let bases = [BaseAfterReconnect::Used, BaseAfterReconnect::Available];
+        guest.reconnect(&socket, bases[kill as usize % 2]).unwrap();
     }
     while !under_way.is_empty() {
         let used = guest.wait_used(0);

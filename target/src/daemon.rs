@@ -465,7 +465,7 @@ fn greeting(config: &Config, plane: &ControlPlane) -> String {
              qemu:             -object memory-backend-memfd,id=mem,size=1G,share=on \
              -numa node,memdev=mem -chardev socket,id=c0,path={socket} \
              -device vhost-user-blk-pci,chardev=c0,num-queues={queues}\n  \
-             cloud-hypervisor: --memory size=1G,shared=on \
+             cloud-hypervisor: --cpus boot={queues} --memory size=1G,shared=on \
              --disk vhost_user=true,socket={socket},num_queues={queues}\n"
         ));
     }

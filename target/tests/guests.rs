@@ -7,7 +7,7 @@
 
 mod support;
 
-use bessel_tests::guest::{Guest, Options, block};
+use bessel_tests::guest::{BaseAfterReconnect, Guest, Options, block};
 use std::path::Path;
 use support::World;
 
@@ -124,7 +124,7 @@ fn kill_under_load(cache: &str) {
         tickets.iter().map(|ticket| guest.status(*ticket) == block::PENDING).collect()
     };
     world.serve(&config);
-    guest.reconnect(Path::new(&world.path("vm1.sock"))).unwrap();
+    guest.reconnect(Path::new(&world.path("vm1.sock")), BaseAfterReconnect::Used).unwrap();
     while pending(&guest).contains(&true) {
         guest.wait_used(0);
     }

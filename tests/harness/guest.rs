@@ -468,6 +468,15 @@ pub struct Guest {
     inflight: Option<(Vec<u8>, OwnedFd)>,
 }
 
+/// Where a front-end says that a ring goes on after its back-end died; it can only guess.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum BaseAfterReconnect {
+    /// At the used index, as QEMU does it.
+    Used,
+    /// At the available index, as cloud-hypervisor does it.
+    Available,
+}
+
 impl Guest {
     /// Connects, agrees on features and starts every queue.
     pub fn connect(path: &Path, options: Options) -> io::Result<Self> {
@@ -565,15 +574,19 @@ impl Guest {
     }
 
     /// Connects again after the back-end, or the connection, has died: same memory, same in-flight
-    /// region, rings where their used indexes say, as QEMU does it.
-    pub fn reconnect(&mut self, path: &Path) -> io::Result<()> {
+    /// region, rings where `base` says.
+    pub fn reconnect(&mut self, path: &Path, base: BaseAfterReconnect) -> io::Result<()> {
         self.front_end = FrontEnd::connect(path)?;
         self.front_end.negotiate(self.features)?;
         self.share_inflight()?;
         self.share_memory()?;
         for queue in 0..self.rings.len() {
-            let used = self.ram.u16(self.rings[queue].place.used + 2);
-            self.start_queue(queue, used)?;
+            let place = self.rings[queue].place;
+            let index = match base {
+                BaseAfterReconnect::Used => place.used,
+                BaseAfterReconnect::Available => place.available,
+            };
+            self.start_queue(queue, self.ram.u16(index + 2))?;
         }
         Ok(())
     }
