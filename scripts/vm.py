@@ -152,29 +152,18 @@ class Daemon:
         return json.loads(done.stdout) if done.stdout.strip() else None
 
 
-class Guest:
-    """A guest under QEMU with at most one disk, doing one job of scripts/guest-init."""
+class Machine:
+    """A virtual machine that reports on its standard output, in lines `BESSEL: EVENT KEY=VALUE ...`.
 
-    def __init__(self, run, name, accelerator, job, disk=None, reconnect=False, **parameters):
-        self.name = name
-        self.console = run.path(f"{name}.console.log")
-        self.log = run.path(f"{name}.qemu.log")
+    `log` is what the program that runs it says, `console` what its guest says beside the reports.
+    """
+
+    def __init__(self, run, name, arguments, log, console=None):
+        self.name, self.log = name, log
         self.events = queue.Queue()
         self._transcript = open(run.path(f"{name}.events.log"), "w")
-        words = ["console=ttyS0", "quiet", "loglevel=4", "panic=-1", "random.trust_cpu=on", f"bessel.job={job}"]
-        words += [f"bessel.{key}={value}" for key, value in parameters.items()]
-        # rdrand, because mke2fs waits for random numbers, which an emulated machine without it takes seconds to gather.
-        arguments = ["qemu-system-x86_64", "-machine", "pc,usb=off", "-accel", accelerator, "-smp", "2", "-m", "512M",
-                     "-cpu", "host" if accelerator == "kvm" else "qemu64,+rdrand",
-                     "-object", "memory-backend-memfd,id=mem,size=512M,share=on", "-numa", "node,memdev=mem",
-                     "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
-                     "-kernel", glob.glob(os.path.join(GUEST, "kernel", "boot", "vmlinuz-*"))[0],
-                     "-initrd", os.path.join(GUEST, "initramfs.cpio"), "-append", " ".join(words),
-                     "-serial", f"file:{self.console}", "-serial", "stdio"]
-        if disk:
-            arguments += ["-chardev", f"socket,id=c0,path={disk}" + (",reconnect=1" if reconnect else ""),
-                          "-device", "vhost-user-blk-pci,chardev=c0,num-queues=2"]
-        self.process = run.start(arguments, self.log, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        self.console = console or self._transcript.name
+        self.process = run.start(arguments, log, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
 
@@ -217,6 +206,11 @@ class Guest:
             if event == wanted:
                 return fields
 
+    def catch_up(self):
+        """Drops what the guest has reported so far. A failure among it, or its end, is an exception."""
+        while not self.events.empty():
+            self.next_event(0)
+
     def kill(self):
         """SIGKILL; then everything the guest had said is in `events`."""
         self.process.kill()
@@ -229,6 +223,27 @@ class Guest:
         except subprocess.TimeoutExpired:
             raise Failed(f"guest {self.name} did not power off", self.console) from None
         self._reader.join()
+
+
+class Guest(Machine):
+    """A guest under QEMU with at most one disk, doing one job of scripts/guest-init."""
+
+    def __init__(self, run, name, accelerator, job, disk=None, reconnect=False, **parameters):
+        console = run.path(f"{name}.console.log")
+        words = ["console=ttyS0", "quiet", "loglevel=4", "panic=-1", "random.trust_cpu=on", f"bessel.job={job}"]
+        words += [f"bessel.{key}={value}" for key, value in parameters.items()]
+        # rdrand, because mke2fs waits for random numbers, which an emulated machine without it takes seconds to gather.
+        arguments = ["qemu-system-x86_64", "-machine", "pc,usb=off", "-accel", accelerator, "-smp", "2", "-m", "512M",
+                     "-cpu", "host" if accelerator == "kvm" else "qemu64,+rdrand",
+                     "-object", "memory-backend-memfd,id=mem,size=512M,share=on", "-numa", "node,memdev=mem",
+                     "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
+                     "-kernel", glob.glob(os.path.join(GUEST, "kernel", "boot", "vmlinuz-*"))[0],
+                     "-initrd", os.path.join(GUEST, "initramfs.cpio"), "-append", " ".join(words),
+                     "-serial", f"file:{console}", "-serial", "stdio"]
+        if disk:
+            arguments += ["-chardev", f"socket,id=c0,path={disk}" + (",reconnect=1" if reconnect else ""),
+                          "-device", "vhost-user-blk-pci,chardev=c0,num-queues=2"]
+        super().__init__(run, name, arguments, run.path(f"{name}.qemu.log"), console)
 
     def check_files(self, seconds=120):
         """Follows the job `check` (or the end of `smoke`) to its end; returns {file name: checksum}."""
