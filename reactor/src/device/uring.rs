@@ -7,8 +7,8 @@
 //! live in `slots`, which is allocated once, never moves, and gives a slot away again only when the
 //! kernel's answer for it was seen. And dropping the device waits for every operation.
 //!
-//! Hot path: `read`, `write`, `flush`, `submit`, `reap`. They allocate nothing; a turn costs one
-//! system call when something was queued and none otherwise, unless the kernel asks for one.
+//! Hot path: `read`, `write`, `flush`, `submit`, `reap`. They allocate nothing; [`BATCH`] operations
+//! share a system call, and a turn that queued nothing makes none unless the kernel asks for one.
 //!
 //! A device may be opened on any thread; the first that registers memory, submits or waits owns it
 //! from then on (`IORING_SETUP_SINGLE_ISSUER`; the ring is enabled at that moment).
@@ -39,6 +39,20 @@ pub const BUFFERS_MAX: u32 = 1024;
 
 /// Largest region the kernel takes as one registered buffer.
 pub const BUFFER_BYTES_MAX: usize = 1 << 30;
+
+/// Operations handed to the kernel together. What is over at the end of a turn goes as it is.
+///
+/// Holding all of them back until then saves system calls and starves the device: it completes a
+/// batch, waits while we prepare the next, and so on in lockstep. Measured with 4 KiB requests on
+/// ext4 and a virtio disk (2 virtual cores, Linux 6.18; medians of 7 runs of 2 s, in turns):
+///
+/// | thousand a second     | all at once | 8    | 4    | 2    |
+/// | --------------------- | ----------- | ---- | ---- | ---- |
+/// | writes at depth 32    | 119         | 139  | 147  | 149  |
+/// | reads at depth 32     | 95          | 106  | 106  | 110  |
+/// | reads at depth 8      | 66          | –    | 70   | 70   |
+/// | writes at depth 128   | 176         | 175  | 177  | –    |
+const BATCH: usize = 4;
 
 /// Times an operation is asked again after `EAGAIN` or `EINTR` before that counts as its result.
 /// The kernel waits by itself; a device that still says so this often will not stop.
@@ -561,6 +575,9 @@ impl FileDevice {
             Engine::Uring => {
                 let entry = slot.entry();
                 self.push(entry, Subject::Slot(index));
+                if self.queued >= BATCH {
+                    self.enter(0);
+                }
             }
             Engine::Inline | Engine::Auto => {
                 let result = run_inline(&self.file, slot, self.properties.offset_alignment);
