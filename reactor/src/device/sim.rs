@@ -6,7 +6,13 @@
 //! - a write takes effect no earlier than its submission and no later than its completion; until
 //!   then each of its sectors is old or new, and a read may meet either;
 //! - a flush makes durable every write whose completion was reaped before `flush` was called;
-//! - a sector never tears, and one that nobody writes never changes by itself.
+//! - a sector never tears, and one that nobody writes never changes by itself;
+//! - a power cut leaves, of each sector, what is durable or what some later write brought there,
+//!   whether that write had completed or not; sectors are independent of one another.
+//!
+//! [`SimDisk::crash`] cuts the power once. [`SimDisk::power_failure`] leaves the disk alone and
+//! gives the disks that a power cut at this instant could leave, as many as are asked for: that is
+//! how every subset of a few writes is tried.
 //!
 //! One run is a function of the seed and the calls: all iteration is over ordered maps.
 
@@ -173,6 +179,24 @@ pub enum Keep<'a> {
     /// The newest contents of the blocks it accepts, the durable ones of the rest. With "is
     /// metadata" it is the cruellest cut there is: pointers kept, what they point to lost.
     Where(&'a dyn Fn(BlockAddr) -> bool),
+    /// Of each sector what the newest write brought whose part there is accepted: a write that is
+    /// accepted for some of its sectors is torn. Sectors count from the write's first, from 0.
+    Parts(&'a dyn Fn(WriteId, u64) -> bool),
+}
+
+/// Names a write among all there ever were; later writes have larger ones.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub struct WriteId(u64);
+
+/// A write that a power cut may still undo, in whole or in part.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct VolatileWrite {
+    /// Names it.
+    pub id: WriteId,
+    /// The block its first sector lies in.
+    pub block: BlockAddr,
+    /// Its length in sectors.
+    pub sectors: u64,
 }
 
 /// How much was done since the disk was made. Operations count when they are queued.
@@ -194,6 +218,9 @@ pub struct SimCounters {
 
 /// The bytes of one write, shared by all the sectors that still hold them.
 struct WriteData {
+    /// Set when it is queued.
+    id: Cell<WriteId>,
+    sector: u64,
     bytes: Box<[u8]>,
     /// Value of `Disk::completions` when it completed; `u64::MAX` until then.
     completed: Cell<u64>,
@@ -211,6 +238,39 @@ struct Version {
 impl Version {
     fn bytes(&self) -> &[u8] {
         &self.data.bytes[self.offset..self.offset + SECTOR]
+    }
+}
+
+/// By sector, in the order in which they arrived; never empty.
+type Versions = BTreeMap<u64, Vec<Version>>;
+
+/// Blocks of a chunk of [`Platter`].
+const CHUNK: u64 = 64;
+
+/// What survives anything: sparse blocks, in chunks that clones share, so that a clone costs little.
+#[derive(Clone, Default)]
+struct Platter(BTreeMap<u64, Rc<[Option<Rc<[u8; BLOCK]>>; CHUNK as usize]>>);
+
+impl Platter {
+    fn get(&self, block: u64) -> Option<&[u8; BLOCK]> {
+        self.0.get(&(block / CHUNK))?[(block % CHUNK) as usize].as_deref()
+    }
+
+    fn slot(&mut self, block: u64) -> &mut Option<Rc<[u8; BLOCK]>> {
+        let chunk = self.0.entry(block / CHUNK).or_insert_with(|| Rc::new([const { None }; _]));
+        &mut Rc::make_mut(chunk)[(block % CHUNK) as usize]
+    }
+
+    fn set(&mut self, block: u64, bytes: &[u8; BLOCK]) {
+        *self.slot(block) = Some(Rc::new(*bytes));
+    }
+
+    /// Changes one sector; the rest of a block that was blank is `background`.
+    fn set_sector(&mut self, sector: u64, bytes: &[u8], background: u8) {
+        let slot = self.slot(sector / SECTORS_PER_BLOCK);
+        let block = slot.get_or_insert_with(|| Rc::new([background; BLOCK]));
+        let start = (sector % SECTORS_PER_BLOCK) as usize * SECTOR;
+        Rc::make_mut(block)[start..start + SECTOR].copy_from_slice(bytes);
     }
 }
 
@@ -265,10 +325,9 @@ type OpFilter = Box<dyn Fn(OpKind, BlockAddr) -> bool>;
 struct Disk {
     config: SimConfig,
     random: Random,
-    /// Survives anything.
-    durable: BTreeMap<u64, Rc<[u8; BLOCK]>>,
-    /// By sector, in the order in which they arrived; the last is what reads see. Never empty.
-    volatile: BTreeMap<u64, Vec<Version>>,
+    durable: Platter,
+    /// The last version of each sector is what reads see.
+    volatile: Versions,
     background: u8,
     ops: Vec<Op>,
     /// Writes completed so far.
@@ -311,7 +370,7 @@ impl SimDisk {
         Self(Rc::new(RefCell::new(Disk {
             config,
             random: Random::new(config.seed),
-            durable: BTreeMap::new(),
+            durable: Platter::default(),
             volatile: BTreeMap::new(),
             background: 0,
             ops: Vec::new(),
@@ -435,7 +494,7 @@ impl SimDisk {
     /// Changes the durable bytes of a block behind everybody's back, to damage it.
     pub fn poke(&self, block: BlockAddr, bytes: &[u8; BLOCK]) {
         let mut disk = self.0.borrow_mut();
-        disk.durable.insert(block.get(), Rc::new(*bytes));
+        disk.durable.set(block.get(), bytes);
         let first = block.get() * SECTORS_PER_BLOCK;
         for sector in first..first + SECTORS_PER_BLOCK {
             disk.volatile.remove(&sector);
@@ -446,6 +505,77 @@ impl SimDisk {
     pub fn crash(&self, keep: Keep<'_>) {
         self.0.borrow_mut().crash(keep);
     }
+
+    /// What would be if the power failed now. This disk goes on as if nothing had been asked; `seed`
+    /// decides in which order writes in flight had arrived.
+    pub fn power_failure(&self, seed: u64) -> PowerFailure {
+        let disk = self.0.borrow();
+        let mut volatile = disk.volatile.clone();
+        let mut flying: Vec<&Op> = disk.ops.iter().collect();
+        Random::new(seed).shuffle(&mut flying);
+        arrive(&mut volatile, flying.into_iter());
+        PowerFailure {
+            config: disk.config,
+            background: disk.background,
+            durable: disk.durable.clone(),
+            volatile,
+        }
+    }
+}
+
+/// A power failure at one instant of a disk's life, and all the disks it may leave behind.
+pub struct PowerFailure {
+    config: SimConfig,
+    background: u8,
+    durable: Platter,
+    volatile: Versions,
+}
+
+impl fmt::Debug for PowerFailure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("PowerFailure").field("writes", &self.writes()).finish()
+    }
+}
+
+impl PowerFailure {
+    /// The writes that it decides on, oldest first.
+    pub fn writes(&self) -> Vec<VolatileWrite> {
+        let mut writes = BTreeMap::new();
+        for version in self.volatile.values().flatten() {
+            let data = &version.data;
+            writes.entry(data.id.get()).or_insert_with(|| VolatileWrite {
+                id: data.id.get(),
+                block: BlockAddr::new(data.sector / SECTORS_PER_BLOCK),
+                sectors: (data.bytes.len() / SECTOR) as u64,
+            });
+        }
+        writes.into_values().collect()
+    }
+
+    /// The disk as it is when the power is back and `keep` was kept. `seed` is the new disk's, and
+    /// decides what `keep` leaves open.
+    pub fn disk(&self, seed: u64, keep: Keep<'_>) -> SimDisk {
+        let disk = SimDisk::new(SimConfig { seed, ..self.config });
+        {
+            let mut disk = disk.0.borrow_mut();
+            disk.background = self.background;
+            disk.durable = self.durable.clone();
+            disk.keep(&self.volatile, keep);
+        }
+        disk
+    }
+}
+
+/// Lets what is left of writes in flight arrive, in the order given.
+fn arrive<'a>(volatile: &mut Versions, flying: impl Iterator<Item = &'a Op>) {
+    for op in flying.filter(|op| op.submitted) {
+        let Work::Write { data, landed } = &op.work else { continue };
+        for (index, _) in landed.iter().enumerate().filter(|(_, landed)| !**landed) {
+            let data = Rc::clone(data);
+            let version = Version { data, offset: index * SECTOR, doomed: false };
+            volatile.entry(op.sector + index as u64).or_default().push(version);
+        }
+    }
 }
 
 impl Disk {
@@ -453,7 +583,7 @@ impl Disk {
         if let Some(version) = self.volatile.get(&sector).and_then(|versions| versions.last()) {
             return target.copy_from_slice(version.bytes());
         }
-        match self.durable.get(&(sector / SECTORS_PER_BLOCK)) {
+        match self.durable.get(sector / SECTORS_PER_BLOCK) {
             Some(block) => {
                 let start = (sector % SECTORS_PER_BLOCK) as usize * SECTOR;
                 target.copy_from_slice(&block[start..start + SECTOR]);
@@ -471,7 +601,7 @@ impl Disk {
             }
             return;
         }
-        match self.durable.get(&(sector / SECTORS_PER_BLOCK)) {
+        match self.durable.get(sector / SECTORS_PER_BLOCK) {
             Some(block) => {
                 let start = (sector % SECTORS_PER_BLOCK) as usize * SECTOR;
                 target.copy_from_slice(&block[start..start + target.len()]);
@@ -481,13 +611,7 @@ impl Disk {
     }
 
     fn make_durable(&mut self, sector: u64, bytes: &[u8]) {
-        let background = self.background;
-        let block = self
-            .durable
-            .entry(sector / SECTORS_PER_BLOCK)
-            .or_insert_with(|| Rc::new([background; BLOCK]));
-        let start = (sector % SECTORS_PER_BLOCK) as usize * SECTOR;
-        Rc::make_mut(block)[start..start + SECTOR].copy_from_slice(bytes);
+        self.durable.set_sector(sector, bytes, self.background);
     }
 
     /// One sector of a write reaches the disk, or its cache.
@@ -574,6 +698,9 @@ impl Disk {
         }
         op.number = self.next_number;
         self.next_number += 1;
+        if let Work::Write { data, .. } = &op.work {
+            data.id.set(WriteId(op.number));
+        }
         self.ops.push(op);
     }
 
@@ -678,27 +805,35 @@ impl Disk {
     fn crash(&mut self, keep: Keep<'_>) {
         let mut ops = std::mem::take(&mut self.ops);
         self.random.shuffle(&mut ops);
-        for op in ops.iter().filter(|op| op.submitted) {
-            let Work::Write { data, landed } = &op.work else { continue };
-            for (index, _) in landed.iter().enumerate().filter(|(_, landed)| !**landed) {
-                let data = Rc::clone(data);
-                let version = Version { data, offset: index * SECTOR, doomed: false };
-                self.volatile.entry(op.sector + index as u64).or_default().push(version);
-            }
-        }
+        let mut volatile = std::mem::take(&mut self.volatile);
+        arrive(&mut volatile, ops.iter());
+        self.keep(&volatile, keep);
+        self.first_living_front = self.next_front;
+        self.power_left = None;
+        self.faults.clear();
+        self.owed_failures.clear();
+        self.hold = None;
+        self.counters.crashes += 1;
+    }
+
+    /// Makes durable what a power cut leaves of `volatile`.
+    fn keep(&mut self, volatile: &Versions, keep: Keep<'_>) {
         let mut block_now = None;
         let mut mood = 0;
-        for (sector, versions) in std::mem::take(&mut self.volatile) {
+        for (&sector, versions) in volatile {
             let block = sector / SECTORS_PER_BLOCK;
             if block_now != Some(block) {
                 block_now = Some(block);
                 mood = self.random.below(3);
             }
             let newest = versions.len() - 1;
-            let kept = match keep {
+            let kept = match &keep {
                 Keep::Nothing => None,
                 Keep::Everything => Some(newest),
                 Keep::Where(accepts) => accepts(BlockAddr::new(block)).then_some(newest),
+                Keep::Parts(accepts) => versions.iter().rposition(|version| {
+                    accepts(version.data.id.get(), (version.offset / SECTOR) as u64)
+                }),
                 Keep::Random => match mood {
                     0 => None,
                     1 => Some(newest),
@@ -713,12 +848,6 @@ impl Disk {
                 self.make_durable(sector, versions[kept].bytes());
             }
         }
-        self.first_living_front = self.next_front;
-        self.power_left = None;
-        self.faults.clear();
-        self.owed_failures.clear();
-        self.hold = None;
-        self.counters.crashes += 1;
     }
 }
 
@@ -763,7 +892,12 @@ impl SimDevice {
         let work = if write {
             let mut bytes = vec![0; length as usize];
             gather(segments, &mut bytes);
-            let data = WriteData { bytes: bytes.into(), completed: Cell::new(u64::MAX) };
+            let data = WriteData {
+                id: Cell::new(WriteId(u64::MAX)),
+                sector: offset.get() / SECTOR_SIZE,
+                bytes: bytes.into(),
+                completed: Cell::new(u64::MAX),
+            };
             Work::Write { data: Rc::new(data), landed: vec![false; sectors as usize] }
         } else {
             Work::Read
@@ -998,6 +1132,42 @@ mod tests {
         Desk::at(&disk).write(FIRST, 1).unwrap();
         disk.crash(Keep::Nothing);
         assert_eq!(disk.peek(FIRST), [1; BLOCK]);
+    }
+
+    #[test]
+    fn a_power_failure_offers_every_subset_of_the_writes_and_leaves_the_disk_alone() {
+        let disk = disk(13);
+        disk.set_schedule(Schedule::AtOnce);
+        let mut desk = Desk::at(&disk);
+        desk.write(FIRST, 1).unwrap();
+        desk.flush().unwrap();
+        desk.write(FIRST, 2).unwrap();
+        desk.write(SECOND, 3).unwrap();
+        desk.start_write(FIRST, 4); // In flight: it may have arrived all the same.
+        let failure = disk.power_failure(1);
+        let writes = failure.writes();
+        let blocks: Vec<_> = writes.iter().map(|write| (write.block, write.sectors)).collect();
+        assert_eq!(blocks, [(FIRST, 8), (SECOND, 8), (FIRST, 8)]);
+        let [two, three, four] = [0, 1, 2].map(|index| writes[index].id);
+        for (kept, first, second) in [
+            (&[][..], 1, 0),
+            (&[two], 2, 0),
+            (&[three], 1, 3),
+            (&[four], 4, 0),
+            (&[two, three], 2, 3),
+            (&[two, four], 4, 0),
+            (&[three, four], 4, 3),
+            (&[two, three, four], 4, 3),
+        ] {
+            let left = failure.disk(1, Keep::Parts(&|id, _| kept.contains(&id)));
+            assert_eq!(left.peek(FIRST), [first; BLOCK], "{kept:?}");
+            assert_eq!(left.peek(SECOND), [second; BLOCK], "{kept:?}");
+            assert_eq!(left.volatile_sectors(), 0);
+        }
+        let torn = failure.disk(1, Keep::Parts(&|id, sector| id == four && sector % 2 == 0));
+        assert_eq!(sectors(&torn.peek(FIRST)), [4, 1, 4, 1, 4, 1, 4, 1]);
+        assert_eq!((disk.in_flight(), disk.counters().crashes), (1, 0));
+        assert_eq!(disk.peek(SECOND), [3; BLOCK], "the disk goes on");
     }
 
     #[test]
