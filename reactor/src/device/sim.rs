@@ -2,7 +2,8 @@
 //!
 //! [`SimDisk`] is the platter and its cache; any number of [`SimDevice`] front-ends, one for each
 //! shard, reach it through [`Device`]. It reorders, loses unflushed writes, tears at sectors and
-//! fails on demand. What it may *not* do is as important, because the crash tests lean on it:
+//! fails: on demand ([`Fault`]), or by itself every so often ([`FaultRates`]). But for the silent
+//! faults among these, what it may *not* do is as important, because the crash tests lean on it:
 //! - a write takes effect no earlier than its submission and no later than its completion; until
 //!   then each of its sectors is old or new, and a read may meet either;
 //! - a flush makes durable every write whose completion was reaped before `flush` was called;
@@ -80,6 +81,12 @@ impl Random {
     /// One of `choices`.
     pub fn pick<'a, T>(&mut self, choices: &'a [T]) -> &'a T {
         &choices[self.below(choices.len() as u64) as usize]
+    }
+
+    /// Changes one bit.
+    pub fn flip(&mut self, bytes: &mut [u8]) {
+        let bit = self.below(bytes.len() as u64 * 8);
+        bytes[bit as usize / 8] ^= 1 << (bit % 8);
     }
 
     /// Puts `items` in any order.
@@ -166,6 +173,93 @@ pub struct Fault {
     pub after: u64,
     /// Whether all later ones fail as well.
     pub lasting: bool,
+}
+
+/// How often things go wrong by themselves: of a million operations that it could strike, each fault
+/// strikes so many. The default is a sound disk.
+///
+/// A fault that the disk tells of fails the operation. The silent ones (`lost_write`,
+/// `misdirected_write`, `flip_at_rest`, `flip_on_read`) do not: what they did is told by
+/// [`SimDisk::take_damage`], for an oracle, and never to the shards.
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
+pub struct FaultRates {
+    /// Reads that fail; the memory they were to fill is spoiled.
+    pub read_error: u32,
+    /// Writes that fail, with any of their sectors written.
+    pub write_error: u32,
+    /// Flushes that fail, and lose some of what they had in hand.
+    pub flush_error: u32,
+    /// Of the reads and writes that fail for one of these reasons, those that leave a bad sector
+    /// behind. It fails every read until it is written again; one in two fails writes as well.
+    pub lasting: u32,
+    /// Reads and writes that end early with [`DeviceError::EndOfDevice`]: the front part is done.
+    /// This is what is left of short I/O at this seam: a device that says less than was asked is
+    /// asked for the rest below it, and gives up when it gets nothing more.
+    pub short: u32,
+    /// Operations that take minutes of [`SimDisk::set_now`]'s time.
+    pub late: u32,
+    /// Writes that are acknowledged and never happen.
+    pub lost_write: u32,
+    /// Writes that are acknowledged and happen somewhere else, over what is there.
+    pub misdirected_write: u32,
+    /// Whether misdirected writes may hit blocks that have these rates.
+    pub stray_target: bool,
+    /// Writes of which one bit is another one on the disk.
+    pub flip_at_rest: u32,
+    /// Reads of which one bit is another one in memory.
+    pub flip_on_read: u32,
+}
+
+impl FaultRates {
+    /// Nothing goes wrong.
+    pub const NONE: Self = Self {
+        read_error: 0,
+        write_error: 0,
+        flush_error: 0,
+        lasting: 0,
+        short: 0,
+        late: 0,
+        lost_write: 0,
+        misdirected_write: 0,
+        stray_target: false,
+        flip_at_rest: 0,
+        flip_on_read: 0,
+    };
+}
+
+/// What a fault did to an operation that a front-end had asked for.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Harm {
+    /// It failed.
+    Failed,
+    /// It read something else than was written there.
+    Damaged,
+}
+
+/// One operation that a fault made go wrong, as its front-end felt it.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Strike {
+    /// [`SimDevice::front`] of the front-end that felt it.
+    pub front: u64,
+    /// The operation.
+    pub kind: OpKind,
+    /// The block its first sector lies in; 0 for a flush.
+    pub block: BlockAddr,
+    /// Blocks it touched.
+    pub blocks: u64,
+    /// What became of it.
+    pub harm: Harm,
+}
+
+/// A block that holds, or was read as, something else than was written there.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Damage {
+    /// Which.
+    pub block: BlockAddr,
+    /// What it should hold.
+    pub meant: Box<[u8; BLOCK]>,
+    /// What its sectors may be read as instead: number in the block, and bytes.
+    pub found: Vec<(usize, Box<[u8]>)>,
 }
 
 /// What a power cut leaves of the sectors that were not durable.
@@ -261,6 +355,13 @@ impl Platter {
         &mut Rc::make_mut(chunk)[(block % CHUNK) as usize]
     }
 
+    fn blocks(&self) -> impl Iterator<Item = u64> {
+        self.0.iter().flat_map(|(chunk, blocks)| {
+            let there = blocks.iter().zip(chunk * CHUNK..).filter(|(block, _)| block.is_some());
+            there.map(|(_, block)| block)
+        })
+    }
+
     fn set(&mut self, block: u64, bytes: &[u8; BLOCK]) {
         *self.slot(block) = Some(Rc::new(*bytes));
     }
@@ -298,7 +399,19 @@ struct Op {
     submitted: bool,
     /// Reaps of its front-end that must pass first.
     delay: u64,
+    /// The time that must have come, in nanoseconds.
+    due: u64,
     failure: Option<DeviceError>,
+    silent: Option<Silent>,
+}
+
+/// What goes wrong with an operation that succeeds.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Silent {
+    Lost,
+    Misdirected,
+    FlipAtRest,
+    FlipOnRead,
 }
 
 impl Op {
@@ -322,6 +435,12 @@ impl Op {
 /// Says of an operation whether it is meant, by its kind and first block.
 type OpFilter = Box<dyn Fn(OpKind, BlockAddr) -> bool>;
 
+/// The rates that hold for an operation, by its kind and first block.
+type RatesOf = Box<dyn Fn(OpKind, BlockAddr) -> FaultRates>;
+
+/// The shortest and the longest time that a late operation takes, in nanoseconds: 1 to 10 minutes.
+const LATE: std::ops::Range<u64> = 60_000_000_000..600_000_000_000;
+
 struct Disk {
     config: SimConfig,
     random: Random,
@@ -342,6 +461,15 @@ struct Disk {
     /// Front-ends that have not heard of a failed flush: their next one fails too, as each open
     /// file of Linux hears of a write-back error once.
     owed_failures: BTreeSet<u64>,
+    rates: Option<RatesOf>,
+    /// Sectors that cannot be read; true for those that cannot be written either.
+    bad: BTreeMap<u64, bool>,
+    /// Sectors that do not hold what was written there last.
+    damaged: BTreeSet<u64>,
+    damage: Vec<Damage>,
+    strikes: Vec<Strike>,
+    /// Time, for late operations.
+    now: u64,
     hold: Option<OpFilter>,
     exclusive: Option<OpFilter>,
     trace: Option<Vec<Traced>>,
@@ -381,6 +509,12 @@ impl SimDisk {
             power_left: None,
             faults: Vec::new(),
             owed_failures: BTreeSet::new(),
+            rates: None,
+            bad: BTreeMap::new(),
+            damaged: BTreeSet::new(),
+            damage: Vec::new(),
+            strikes: Vec::new(),
+            now: 0,
             hold: None,
             exclusive: None,
             trace: None,
@@ -443,9 +577,56 @@ impl SimDisk {
         self.0.borrow().faults.iter().any(|fault| fault.lasting && fault.after == 0)
     }
 
-    /// Takes all faults away.
+    /// Takes all faults away, and mends bad sectors. What is damaged stays so.
     pub fn heal(&self) {
-        self.0.borrow_mut().faults.clear();
+        let mut disk = self.0.borrow_mut();
+        disk.faults.clear();
+        disk.rates = None;
+        disk.bad.clear();
+    }
+
+    /// From here on operations go wrong by themselves, at the rates that `rates_of` gives for their
+    /// kind and first block (0 for a flush), until [`SimDisk::heal`] or a power cut.
+    pub fn set_rates(&self, rates_of: impl Fn(OpKind, BlockAddr) -> FaultRates + 'static) {
+        self.0.borrow_mut().rates = Some(Box::new(rates_of));
+    }
+
+    /// Tells the time, in nanoseconds, to operations that are late.
+    pub fn set_now(&self, now: u64) {
+        self.0.borrow_mut().now = now;
+    }
+
+    /// When the next operation that is late may complete, in nanoseconds.
+    pub fn next_due(&self) -> Option<u64> {
+        let disk = self.0.borrow();
+        disk.ops.iter().map(|op| op.due).filter(|due| *due > disk.now).min()
+    }
+
+    /// Operations in flight that are not late.
+    pub fn in_flight_in_time(&self) -> usize {
+        let disk = self.0.borrow();
+        disk.ops.iter().filter(|op| op.due <= disk.now).count()
+    }
+
+    /// What silent faults did since the last call, and will not be told again.
+    pub fn take_damage(&self) -> Vec<Damage> {
+        std::mem::take(&mut self.0.borrow_mut().damage)
+    }
+
+    /// Blocks that hold something else than was written there last.
+    pub fn damaged_blocks(&self) -> BTreeSet<BlockAddr> {
+        let disk = self.0.borrow();
+        disk.damaged.iter().map(|sector| BlockAddr::new(sector / SECTORS_PER_BLOCK)).collect()
+    }
+
+    /// How many operations went wrong so far; for [`SimDisk::strikes_since`].
+    pub fn strikes(&self) -> usize {
+        self.0.borrow().strikes.len()
+    }
+
+    /// The operations that went wrong after the first `count`, in the order in which they completed.
+    pub fn strikes_since(&self, count: usize) -> Vec<Strike> {
+        self.0.borrow().strikes[count..].to_vec()
     }
 
     /// Keeps the operations that `filter` means from completing until [`SimDisk::release`].
@@ -498,6 +679,7 @@ impl SimDisk {
         let first = block.get() * SECTORS_PER_BLOCK;
         for sector in first..first + SECTORS_PER_BLOCK {
             disk.volatile.remove(&sector);
+            disk.damaged.remove(&sector);
         }
     }
 
@@ -616,6 +798,10 @@ impl Disk {
 
     /// One sector of a write reaches the disk, or its cache.
     fn land(&mut self, sector: u64, version: Version) {
+        self.damaged.remove(&sector);
+        if self.bad.get(&sector) == Some(&false) {
+            self.bad.remove(&sector);
+        }
         if self.config.volatile_cache {
             self.volatile.entry(sector).or_default().push(version);
         } else {
@@ -689,6 +875,7 @@ impl Disk {
                 _ => fault.after -= 1,
             }
         }
+        self.draw_fate(&mut op);
         if self.config.schedule == Schedule::Random {
             op.delay = match self.random.below(16) {
                 0 => self.random.below(200),
@@ -704,6 +891,54 @@ impl Disk {
         self.ops.push(op);
     }
 
+    /// Decides what goes wrong with an operation by itself.
+    fn draw_fate(&mut self, op: &mut Op) {
+        let kind = op.kind();
+        let range = op.sector..op.sector + op.sectors;
+        let is_bad = |(_, writes): (&u64, &bool)| kind == OpKind::Read || *writes;
+        if kind != OpKind::Flush && self.bad.range(range.clone()).any(is_bad) {
+            op.failure = Some(DeviceError::Os(libc::EIO));
+        }
+        let Some(rates_of) = &self.rates else { return };
+        let rates = rates_of(kind, op.block());
+        let random = &mut self.random;
+        let mut strikes = |rate: u32| rate > 0 && random.chance(u64::from(rate), 1_000_000);
+        if strikes(rates.late) {
+            op.due = self.now + LATE.start + self.random.below(LATE.end - LATE.start);
+            return;
+        }
+        let error_rate = match kind {
+            OpKind::Read => rates.read_error,
+            OpKind::Write => rates.write_error,
+            OpKind::Flush => rates.flush_error,
+        };
+        if strikes(error_rate) {
+            op.failure = Some(DeviceError::Os(libc::EIO));
+        } else if kind != OpKind::Flush && strikes(rates.short) {
+            op.failure = Some(DeviceError::EndOfDevice);
+        }
+        if op.failure.is_some() {
+            if kind != OpKind::Flush && strikes(rates.lasting) {
+                let sector = range.start + self.random.below(op.sectors);
+                let writes = self.random.chance(1, 2);
+                self.bad.insert(sector, writes);
+            }
+            return;
+        }
+        op.silent = match kind {
+            OpKind::Read => strikes(rates.flip_on_read).then_some(Silent::FlipOnRead),
+            OpKind::Write if strikes(rates.lost_write) => Some(Silent::Lost),
+            OpKind::Write if strikes(rates.misdirected_write) => Some(Silent::Misdirected),
+            OpKind::Write => strikes(rates.flip_at_rest).then_some(Silent::FlipAtRest),
+            OpKind::Flush => None,
+        };
+        if let (Some(Silent::Lost | Silent::Misdirected), Work::Write { landed, .. }) =
+            (op.silent, &mut op.work)
+        {
+            landed.fill(true); // None of it is left to arrive.
+        }
+    }
+
     fn reap(&mut self, front: u64, completions: &mut Vec<Completion>) {
         if front < self.first_living_front {
             return;
@@ -714,6 +949,7 @@ impl Disk {
                 continue;
             }
             match op.delay {
+                0 if op.due > self.now => {}
                 0 => ready.push(op.number),
                 _ => op.delay -= 1,
             }
@@ -739,18 +975,29 @@ impl Disk {
     fn complete(&mut self, mut op: Op) -> Completion {
         self.disturb(op.sector, op.sectors);
         match &op.work {
-            Work::Read if op.failure.is_none() => self.fill(&op),
-            // Nothing is promised about the memory after a failed read, so nobody may look at it.
-            Work::Read => op.segments.iter().for_each(|s| s.write(&vec![0xee; s.len()])),
+            Work::Read => self.complete_read(&op),
             Work::Write { data, .. } => {
                 let data = Rc::clone(data);
                 let mut now = vec![0; data.bytes.len()];
                 gather(&op.segments, &mut now);
                 assert!(now == *data.bytes, "memory changed under the write of {}", op.block());
-                let failed = op.failure.is_some();
-                self.land_some(&mut op, |random, _| !failed || random.chance(1, 2));
                 // What a failed write has left in the cache is flushed like anything else there.
-                data.completed.set(self.completions);
+                let completed = self.completions;
+                match op.failure {
+                    None => self.land_some(&mut op, |_, _| true),
+                    Some(DeviceError::EndOfDevice) => {
+                        let end = op.sector + self.random.below(op.sectors);
+                        self.land_some(&mut op, |_, sector| sector < end);
+                    }
+                    Some(_) => self.land_some(&mut op, |random, _| random.chance(1, 2)),
+                }
+                match op.silent {
+                    Some(Silent::Misdirected) => self.misdirect(&op, &data, completed),
+                    Some(Silent::Lost) => self.spoil(op.sector, &data.bytes, None),
+                    Some(Silent::FlipAtRest) => self.flip_at_rest(&op, &data, completed),
+                    Some(Silent::FlipOnRead) | None => {}
+                }
+                data.completed.set(completed);
                 self.completions += 1;
             }
             Work::Flush { covers } => {
@@ -764,10 +1011,155 @@ impl Disk {
                 self.settle(*covers, op.failure.is_some());
             }
         }
+        if op.failure.is_some() {
+            self.note_strike(&op, Harm::Failed);
+        }
         Completion { token: op.token, result: op.failure.map_or(Ok(()), Err) }
     }
 
-    fn fill(&self, op: &Op) {
+    fn note_strike(&mut self, op: &Op, harm: Harm) {
+        let end = (op.sector + op.sectors).div_ceil(SECTORS_PER_BLOCK);
+        self.strikes.push(Strike {
+            front: op.front,
+            kind: op.kind(),
+            block: op.block(),
+            blocks: end - op.block().get(),
+            harm,
+        });
+    }
+
+    fn complete_read(&mut self, op: &Op) {
+        if op.failure.is_some() {
+            // Nothing is promised about the memory after a failed read, so nobody may look at it.
+            return op.segments.iter().for_each(|s| s.write(&vec![0xee; s.len()]));
+        }
+        let mut bytes = self.bytes_of(op);
+        let flipped = op.silent == Some(Silent::FlipOnRead);
+        if flipped {
+            let sector = op.sector + self.random.below(op.sectors);
+            let at = (sector - op.sector) as usize * SECTOR;
+            self.random.flip(&mut bytes[at..at + SECTOR]);
+            let found = bytes[at..at + SECTOR].into();
+            self.note_damage(sector / SECTORS_PER_BLOCK, None, vec![(sector, found)]);
+        }
+        scatter(&bytes, &op.segments);
+        if flipped || self.damaged.range(op.sector..op.sector + op.sectors).next().is_some() {
+            self.note_strike(op, Harm::Damaged);
+        }
+    }
+
+    /// Remembers what `block` is read as instead of what it should hold, `meant` or what is there.
+    fn note_damage(
+        &mut self,
+        block: u64,
+        meant: Option<Box<[u8; BLOCK]>>,
+        found: Vec<(u64, Box<[u8]>)>,
+    ) {
+        let meant = meant.unwrap_or_else(|| self.block_now(block));
+        let place = |sector: u64| (sector % SECTORS_PER_BLOCK) as usize;
+        let found = found.into_iter().map(|(sector, bytes)| (place(sector), bytes)).collect();
+        self.damage.push(Damage { block: BlockAddr::new(block), meant, found });
+    }
+
+    fn block_now(&self, block: u64) -> Box<[u8; BLOCK]> {
+        let mut bytes = Box::new([0; BLOCK]);
+        self.read_block(block * SECTORS_PER_BLOCK, &mut bytes[..]);
+        bytes
+    }
+
+    /// Everything that a sector may turn out to hold, now or after a power cut.
+    fn contents(&self, sector: u64) -> Vec<Box<[u8]>> {
+        let mut durable = vec![self.background; SECTOR];
+        if let Some(block) = self.durable.get(sector / SECTORS_PER_BLOCK) {
+            let start = (sector % SECTORS_PER_BLOCK) as usize * SECTOR;
+            durable.copy_from_slice(&block[start..start + SECTOR]);
+        }
+        let versions = self.volatile.get(&sector).into_iter().flatten();
+        versions.map(|version| version.bytes().into()).chain([durable.into()]).collect()
+    }
+
+    /// The sectors from `first` on should hold `meant` from now on, and do not: they hold what they
+    /// held before or, if given, `instead`.
+    fn spoil(&mut self, first: u64, meant: &[u8], instead: Option<&[u8]>) {
+        let end = first + (meant.len() / SECTOR) as u64;
+        let at = |sector: u64| (sector - first) as usize * SECTOR;
+        for block in first / SECTORS_PER_BLOCK..end.div_ceil(SECTORS_PER_BLOCK) {
+            let mut whole = self.block_now(block);
+            let start = block * SECTORS_PER_BLOCK;
+            let mut found = Vec::new();
+            for sector in start.max(first)..end.min(start + SECTORS_PER_BLOCK) {
+                let right = &meant[at(sector)..at(sector) + SECTOR];
+                let place = (sector - start) as usize * SECTOR;
+                let there: Vec<Box<[u8]>> = match instead {
+                    Some(bytes) => vec![bytes[at(sector)..at(sector) + SECTOR].into()],
+                    None => self.contents(sector),
+                };
+                if instead.is_some() || whole[place..place + SECTOR] != *right {
+                    self.damaged.insert(sector);
+                }
+                let wrong = there.into_iter().filter(|bytes| **bytes != *right);
+                found.extend(wrong.map(|bytes| (sector, bytes)));
+                whole[place..place + SECTOR].copy_from_slice(right);
+            }
+            if !found.is_empty() {
+                self.note_damage(block, Some(whole), found);
+            }
+        }
+    }
+
+    /// Lets a write arrive somewhere else, if there is anywhere.
+    fn misdirect(&mut self, op: &Op, data: &Rc<WriteData>, completed: u64) {
+        self.spoil(op.sector, &data.bytes, None);
+        let Some(rates_of) = &self.rates else { return };
+        let offset = op.sector % SECTORS_PER_BLOCK;
+        let fits = |block: &u64| {
+            let start = block * SECTORS_PER_BLOCK + offset;
+            let blocks = *block..(start + op.sectors).div_ceil(SECTORS_PER_BLOCK);
+            !op.overlaps(start, op.sectors)
+                && blocks.into_iter().all(|block| {
+                    let known = self.durable.get(block).is_some();
+                    known && rates_of(OpKind::Write, BlockAddr::new(block)).stray_target
+                })
+        };
+        let targets: Vec<u64> = self.durable.blocks().filter(fits).collect();
+        if targets.is_empty() {
+            return;
+        }
+        let first = self.random.pick(&targets) * SECTORS_PER_BLOCK + offset;
+        let mut meant = vec![0; data.bytes.len()];
+        for (sector, target) in (first..).zip(meant.chunks_mut(SECTOR)) {
+            self.read_sector(sector, target);
+        }
+        let stray = WriteData {
+            id: data.id.clone(),
+            sector: first,
+            bytes: data.bytes.clone(),
+            completed: Cell::new(completed),
+        };
+        let stray = Rc::new(stray);
+        for (index, sector) in (first..first + op.sectors).enumerate() {
+            let data = Rc::clone(&stray);
+            self.land(sector, Version { data, offset: index * SECTOR, doomed: false });
+        }
+        self.spoil(first, &meant, Some(&stray.bytes));
+    }
+
+    /// Lets one bit of a write that has just arrived be another one.
+    fn flip_at_rest(&mut self, op: &Op, data: &WriteData, completed: u64) {
+        let sector = op.sector + self.random.below(op.sectors);
+        let at = (sector - op.sector) as usize * SECTOR;
+        let right = &data.bytes[at..at + SECTOR];
+        let mut bytes: Box<[u8]> = right.into();
+        self.random.flip(&mut bytes);
+        let flipped =
+            WriteData { id: data.id.clone(), sector, bytes, completed: Cell::new(completed) };
+        let flipped = Rc::new(flipped);
+        let version = Version { data: Rc::clone(&flipped), offset: 0, doomed: false };
+        self.land(sector, version);
+        self.spoil(sector, right, Some(&flipped.bytes));
+    }
+
+    fn bytes_of(&self, op: &Op) -> Vec<u8> {
         let mut bytes = vec![0; op.sectors as usize * SECTOR];
         let end = op.sector + op.sectors;
         let mut sector = op.sector;
@@ -778,12 +1170,7 @@ impl Disk {
             self.read_block(sector, &mut bytes[place(sector)..place(next)]);
             sector = next;
         }
-        let mut rest = &bytes[..];
-        for segment in &op.segments {
-            let (part, after) = rest.split_at(segment.len());
-            segment.write(part);
-            rest = after;
-        }
+        bytes
     }
 
     /// A flush of the writes before `covers` ends, well or badly.
@@ -811,6 +1198,7 @@ impl Disk {
         self.first_living_front = self.next_front;
         self.power_left = None;
         self.faults.clear();
+        self.rates = None;
         self.owed_failures.clear();
         self.hold = None;
         self.counters.crashes += 1;
@@ -851,6 +1239,16 @@ impl Disk {
     }
 }
 
+/// Lays `bytes` into `segments`, one after the other.
+fn scatter(bytes: &[u8], segments: &[Segment]) {
+    let mut rest = bytes;
+    for segment in segments {
+        let (part, after) = rest.split_at(segment.len());
+        segment.write(part);
+        rest = after;
+    }
+}
+
 /// Collects the bytes of `segments`, one after the other.
 fn gather(segments: &[Segment], target: &mut [u8]) {
     let mut rest = target;
@@ -870,6 +1268,11 @@ pub struct SimDevice {
 }
 
 impl SimDevice {
+    /// Which front-end of its disk it is.
+    pub fn front(&self) -> u64 {
+        self.front
+    }
+
     fn op(&self, token: Token, offset: ByteOffset, segments: &[Segment], write: bool) -> (Op, u64) {
         let config = self.disk.0.borrow().config;
         let length: u64 = segments.iter().map(|segment| segment.len() as u64).sum();
@@ -912,7 +1315,9 @@ impl SimDevice {
             sectors,
             submitted: false,
             delay: 0,
+            due: 0,
             failure: None,
+            silent: None,
         };
         (op, length)
     }
@@ -953,7 +1358,9 @@ impl Device for SimDevice {
             sectors: 0,
             submitted: false,
             delay: 0,
+            due: 0,
             failure: None,
+            silent: None,
         };
         disk.queue(op, 0);
     }
@@ -1056,7 +1463,11 @@ mod tests {
 
         fn write(&mut self, block: BlockAddr, byte: u8) -> Result<(), DeviceError> {
             let token = self.start_write(block, byte);
-            self.finish(token)
+            let result = self.finish(token);
+            let buffer = self.lent.remove(&token.0).unwrap();
+            self.pool.returned(&buffer);
+            self.pool.put(buffer);
+            result
         }
 
         fn flush(&mut self) -> Result<(), DeviceError> {
@@ -1346,6 +1757,141 @@ mod tests {
         ];
         assert_eq!(disk.trace(), expected);
         assert_eq!((disk.counters().writes, disk.counters().flushes), (1, 1));
+    }
+
+    /// Every operation on `SECOND` meets `rates`.
+    fn faulty(seed: u64, rates: FaultRates) -> (SimDisk, Desk) {
+        let disk = solid(seed);
+        let mut desk = Desk::at(&disk);
+        desk.write(FIRST, 1).unwrap();
+        desk.write(SECOND, 2).unwrap();
+        disk.set_rates(move |kind, block| match (kind, block) {
+            (OpKind::Flush, _) | (_, SECOND) => rates,
+            _ => FaultRates { stray_target: true, ..FaultRates::NONE },
+        });
+        (disk, desk)
+    }
+
+    const ALWAYS: u32 = 1_000_000;
+
+    #[test]
+    fn errors_strike_at_their_rates_and_are_told() {
+        let rates = FaultRates { read_error: ALWAYS, write_error: ALWAYS, ..FaultRates::NONE };
+        let (disk, mut desk) = faulty(20, FaultRates { flush_error: ALWAYS, ..rates });
+        assert_eq!(desk.write(SECOND, 3), Err(DeviceError::Os(libc::EIO)));
+        assert!(sectors(&disk.peek(SECOND)).iter().all(|byte| [2, 3].contains(byte)));
+        let read = desk.start_read(SECOND);
+        assert!(desk.finish(read).is_err() && desk.flush().is_err());
+        desk.write(FIRST, 4).unwrap();
+        let struck: Vec<_> = disk.strikes_since(0).iter().map(|strike| strike.kind).collect();
+        assert_eq!(struck, [OpKind::Write, OpKind::Read, OpKind::Flush]);
+        assert!(disk.take_damage().is_empty(), "nothing of it is silent");
+        disk.heal();
+        desk.write(SECOND, 5).unwrap();
+        assert_eq!(desk.read(SECOND), [5; BLOCK]);
+    }
+
+    #[test]
+    fn half_of_a_million_is_every_other_one() {
+        let rates = FaultRates { write_error: ALWAYS / 2, ..FaultRates::NONE };
+        let (_, mut desk) = faulty(21, rates);
+        let failed = (0..400).filter(|_| desk.write(SECOND, 3).is_err()).count();
+        assert!((150..250).contains(&failed), "{failed} of 400");
+    }
+
+    #[test]
+    fn a_bad_sector_stays_bad_until_it_is_written() {
+        let (mut mended, mut for_good) = (0, 0);
+        for seed in 0..20 {
+            let rates = FaultRates { read_error: ALWAYS, lasting: ALWAYS, ..FaultRates::NONE };
+            let (disk, mut desk) = faulty(seed, rates);
+            let read = desk.start_read(SECOND);
+            assert!(desk.finish(read).is_err());
+            disk.set_rates(|_, _| FaultRates::NONE);
+            for _ in 0..3 {
+                let read = desk.start_read(SECOND);
+                assert!(desk.finish(read).is_err(), "it lasts");
+            }
+            match desk.write(SECOND, 3) {
+                Ok(()) => {
+                    assert_eq!(desk.read(SECOND), [3; BLOCK]);
+                    mended += 1;
+                }
+                Err(_) => for_good += 1,
+            }
+        }
+        assert!(mended > 0 && for_good > 0);
+    }
+
+    #[test]
+    fn what_ends_early_has_done_the_front_part() {
+        for seed in 0..20 {
+            let (disk, mut desk) = faulty(seed, FaultRates { short: ALWAYS, ..FaultRates::NONE });
+            assert_eq!(desk.write(SECOND, 3), Err(DeviceError::EndOfDevice));
+            let left = sectors(&disk.peek(SECOND));
+            assert!(left.is_sorted_by(|a, b| a >= b) && left[7] == 2, "{left:?}");
+        }
+    }
+
+    #[test]
+    fn a_late_operation_waits_for_its_time_and_nobody_else_does() {
+        let (disk, mut desk) = faulty(22, FaultRates { late: ALWAYS, ..FaultRates::NONE });
+        let late = desk.start_write(SECOND, 3);
+        for _ in 0..300 {
+            desk.write(FIRST, 4).unwrap();
+        }
+        assert_eq!((disk.in_flight(), disk.in_flight_in_time()), (1, 0));
+        let due = disk.next_due().expect("it is late");
+        assert!(due >= LATE.start);
+        disk.set_now(due);
+        desk.finish(late).unwrap();
+        disk.heal();
+        assert_eq!(desk.read(SECOND), [3; BLOCK]);
+    }
+
+    #[test]
+    fn a_lost_write_is_acknowledged_and_never_there() {
+        let (disk, mut desk) = faulty(23, FaultRates { lost_write: ALWAYS, ..FaultRates::NONE });
+        desk.write(SECOND, 3).unwrap();
+        assert_eq!(desk.read(SECOND), [2; BLOCK]);
+        disk.crash(Keep::Everything);
+        assert_eq!(disk.peek(SECOND), [2; BLOCK]);
+        let [damage] = &disk.take_damage()[..] else { panic!("one block is damaged") };
+        assert_eq!((damage.block, *damage.meant), (SECOND, [3; BLOCK]));
+        assert!(damage.found.iter().all(|(_, bytes)| **bytes == [2; SECTOR]));
+        assert_eq!(disk.damaged_blocks(), BTreeSet::from([SECOND]));
+        assert_eq!(disk.strikes_since(0).len(), 1, "the read that met it");
+        let mut desk = Desk::at(&disk);
+        desk.write(SECOND, 4).unwrap();
+        assert!(disk.damaged_blocks().is_empty());
+    }
+
+    #[test]
+    fn a_misdirected_write_lands_on_another_block() {
+        let rates = FaultRates { misdirected_write: ALWAYS, ..FaultRates::NONE };
+        let (disk, mut desk) = faulty(24, rates);
+        desk.write(SECOND, 3).unwrap();
+        assert_eq!((desk.read(FIRST), desk.read(SECOND)), (vec![3; BLOCK], vec![2; BLOCK]));
+        let [lost, hit] = &disk.take_damage()[..] else { panic!("two blocks are damaged") };
+        assert_eq!((lost.block, *lost.meant), (SECOND, [3; BLOCK]));
+        assert_eq!((hit.block, *hit.meant), (FIRST, [1; BLOCK]));
+        assert_eq!(&*hit.found[0].1, [3; SECTOR]);
+    }
+
+    #[test]
+    fn one_bit_flips_at_rest_or_on_its_way() {
+        let ones = |bytes: &[u8], right: u8| {
+            bytes.iter().map(|byte| (byte ^ right).count_ones()).sum::<u32>()
+        };
+        let (disk, mut desk) = faulty(25, FaultRates { flip_at_rest: ALWAYS, ..FaultRates::NONE });
+        desk.write(SECOND, 3).unwrap();
+        assert_eq!(ones(&desk.read(SECOND), 3), 1);
+        assert_eq!(ones(&desk.read(SECOND), 3), 1, "it stays");
+        assert_eq!(disk.take_damage().len(), 1);
+        let (disk, mut desk) = faulty(26, FaultRates { flip_on_read: ALWAYS, ..FaultRates::NONE });
+        assert_eq!(ones(&desk.read(SECOND), 2), 1);
+        assert_eq!(disk.peek(SECOND), [2; BLOCK], "only on its way");
+        assert_eq!((disk.take_damage().len(), disk.strikes()), (1, 1));
     }
 
     #[test]
