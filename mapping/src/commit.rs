@@ -30,6 +30,7 @@ use bessel_reactor::units::BlockAddr;
 use crate::flusher::FlushWaiter;
 use crate::format::node_as_bytes;
 use crate::nodes::cache::FrameId;
+use crate::planted::{self, Bug};
 use crate::request::{CommandError, Reply, VolumeHandle};
 use crate::shard::{Shard, TokenKind};
 
@@ -165,15 +166,19 @@ impl<D: Device> Shard<D> {
             self.fail_sealed(handle);
             return true;
         }
+        let overtakes = planted::is(Bug::RoundOvertakesSnapshot)
+            && volume.commit_wanted
+            && !volume.dirty.is_empty();
         let needed = match volume.sealed.front() {
-            Some(sealed) => sealed.frozen.len(),
-            None if volume.commit_wanted => volume.dirty.len(),
-            None => return true,
+            Some(sealed) if !overtakes => sealed.frozen.len(),
+            _ if volume.commit_wanted => volume.dirty.len(),
+            _ => return true,
         };
         if self.images.available() < needed {
             return false;
         }
-        let sealed = match self.volume_mut(handle).sealed.pop_front() {
+        let waiting = &mut self.volume_mut(handle).sealed;
+        let sealed = match if overtakes { None } else { waiting.pop_front() } {
             Some(sealed) => sealed,
             None => match self.seal_changes(handle) {
                 Some(sealed) => sealed,
@@ -228,9 +233,16 @@ impl<D: Device> Shard<D> {
             }
             let (addr, buffer) = self.take_image(id);
             let frame = self.cache.frame_mut(id);
+            if planted::is(Bug::ChangesDuringRoundLost) {
+                frame.dirty = true;
+            }
+            if planted::is(Bug::EvictsInFlight) && !frame.fresh {
+                flight.linked.push((addr, buffer));
+                continue;
+            }
             frame.in_rounds += 1;
             flight.frames.push(id);
-            if frame.fresh {
+            if frame.fresh || planted::is(Bug::LinkedWithFresh) {
                 self.write_image(handle, addr, buffer, ImagePool::Round);
                 flight.writes_in_flight += 1;
             } else {
@@ -240,6 +252,12 @@ impl<D: Device> Shard<D> {
         self.frame_lists.push(frozen);
         flight.frames.extend(sealed.root);
         for (addr, buffer) in sealed.images.into_iter().flatten() {
+            self.write_image(handle, addr, buffer, ImagePool::Sealed);
+            flight.writes_in_flight += 1;
+        }
+        if planted::is(Bug::RecordWithNodes)
+            && let Some((addr, buffer)) = flight.record.take()
+        {
             self.write_image(handle, addr, buffer, ImagePool::Sealed);
             flight.writes_in_flight += 1;
         }
@@ -295,10 +313,14 @@ impl<D: Device> Shard<D> {
         let mark = self.flusher.mark();
         let volume = self.volume_mut(handle);
         // A flush that fails from here on leaves the image unknown, whoever asked for that flush.
-        volume.write_mark = Some(mark);
+        if !planted::is(Bug::ImagesWithoutMark) {
+            volume.write_mark = Some(mark);
+        }
         let flight = volume.flight.as_mut().expect("images are written by a round in flight");
         flight.writes_in_flight -= 1;
-        if let Err(error) = result {
+        if let Err(error) = result
+            && !planted::is(Bug::FailedImageIgnored)
+        {
             flight.failed.get_or_insert_with(|| format!("writing metadata: {error}"));
         }
         self.advance_round(handle);
@@ -325,7 +347,7 @@ impl<D: Device> Shard<D> {
 
     /// Goes on when every write of the phase has ended.
     fn advance_round(&mut self, handle: VolumeHandle) {
-        let volatile = self.flusher.volatile;
+        let mut volatile = self.flusher.volatile;
         let mark = self.flusher.mark();
         let flight = self.volume_mut(handle).flight.as_mut().expect("a round is in flight");
         if flight.writes_in_flight > 0 {
@@ -340,6 +362,11 @@ impl<D: Device> Shard<D> {
             Phase::WriteLinked => Phase::FlushLinked,
             Phase::WriteRecord => Phase::FlushRecord,
             phase => unreachable!("no write was in flight in {phase:?}"),
+        };
+        volatile &= !match flight.phase {
+            Phase::FlushFresh => planted::is(Bug::FirstFlushSkipped),
+            Phase::FlushLinked => planted::is(Bug::SecondFlushSkipped),
+            _ => planted::is(Bug::RecordFlushSkipped),
         };
         if volatile {
             self.flusher.want(mark, FlushWaiter::Round(handle));
@@ -358,7 +385,19 @@ impl<D: Device> Shard<D> {
         if flight.phase == Phase::WriteLinked && !flight.linked.is_empty() {
             let mut linked = std::mem::take(&mut flight.linked);
             flight.writes_in_flight = linked.len() as u32;
-            for (addr, buffer) in linked.drain(..) {
+            if planted::is(Bug::RecordWithLinked)
+                && let Some((addr, buffer)) = flight.record.take()
+            {
+                flight.writes_in_flight += 1;
+                self.write_image(handle, addr, buffer, ImagePool::Sealed);
+            }
+            for (addr, mut buffer) in linked.drain(..) {
+                if planted::is(Bug::ImagesAfterFlush)
+                    && let Some(id) = self.cache.find(addr)
+                {
+                    let now = node_as_bytes(self.cache.entries(id));
+                    self.images.bytes_mut(&mut buffer).copy_from_slice(now);
+                }
                 self.write_image(handle, addr, buffer, ImagePool::Round);
             }
             let flight = self.volume_mut(handle).flight.as_mut().expect("a round is in flight");
@@ -400,6 +439,9 @@ impl<D: Device> Shard<D> {
             let frame = self.cache.frame_mut(id);
             frame.in_rounds -= 1;
             frame.fresh = false;
+            if planted::is(Bug::ChangesDuringRoundLost) {
+                frame.dirty = false;
+            }
         }
         self.frame_lists.push(flight.frames);
         let volume = self.volume_mut(handle);
@@ -452,6 +494,9 @@ impl<D: Device> Shard<D> {
         self.retire_changes();
         self.wake_committing(handle);
         self.released = true;
+        if planted::is(Bug::LatchNotKept) {
+            self.volume_mut(handle).latched = None;
+        }
     }
 
     fn fail_sealed(&mut self, handle: VolumeHandle) {

@@ -22,6 +22,7 @@ use crate::format::{
     Geometry, encode_catalogue_block,
 };
 use crate::message::{BlockKind, BlockRun, Message};
+use crate::planted::{self, Bug};
 use crate::store::{FreeCounts, OpenedStore};
 
 /// Runs in one grant, so that a fragmented bitmap cannot make an endless message.
@@ -172,7 +173,7 @@ impl Authority {
 
     /// A flush of the device has failed: what the job under way has written is unknown.
     pub(crate) fn doubt(&mut self) {
-        self.doubted = !matches!(self.state, State::Idle);
+        self.doubted = !matches!(self.state, State::Idle) && !planted::is(Bug::ClaimDoubtIgnored);
     }
 
     /// Starts the next job when idle.
@@ -254,6 +255,7 @@ impl Authority {
     /// Does the job to the current bitmap and writes it.
     fn apply<D: Device>(&mut self, device: &mut D) {
         let (id, mut bitmap) = self.current.take().expect("a bitmap was made current");
+        let before = planted::is(Bug::ClaimForgotten).then(|| bitmap.clone());
         let first = self.first_block(id);
         let left = self.geometry.extent_blocks - id.index * BITMAP_BITS;
         let blocks = left.min(BITMAP_BITS);
@@ -274,7 +276,7 @@ impl Authority {
             return;
         }
         self.write_bitmap(id, &bitmap, device);
-        self.current = Some((id, bitmap));
+        self.current = Some((id, before.unwrap_or(bitmap)));
     }
 
     fn write_bitmap<D: Device>(&mut self, id: BitmapId, bitmap: &Bitmap, device: &mut D) {
@@ -332,6 +334,10 @@ impl Authority {
                 self.write_fresh_bitmap(extent, done + 1, device);
                 Step::Wait
             }
+            State::InitBitmap { extent, .. } if planted::is(Bug::CatalogueBeforeBitmap) => {
+                self.write_catalogue(extent, device);
+                Step::Wait
+            }
             State::InitBitmap { extent, .. } => {
                 self.state = State::InitFlush { extent };
                 Step::Flush
@@ -340,6 +346,10 @@ impl Authority {
                 self.extents.set(extent, self.type_of(extent));
                 self.state = State::FlushCatalogue { extent };
                 Step::Flush
+            }
+            State::WriteClaim { runs } if planted::is(Bug::ClaimNotFlushed) => {
+                self.grant(runs);
+                self.poll(device)
             }
             State::WriteClaim { runs } => {
                 self.state = State::FlushClaim { runs };
@@ -366,6 +376,10 @@ impl Authority {
         let bitmap = read.and_then(|()| {
             Bitmap::decode(self.pool.bytes(&self.buffer), addr, self.secret)
                 .map_err(|error| error.to_string())
+                .or_else(|error| {
+                    let free = planted::is(Bug::DamagedBitmapIsFree);
+                    if free { Ok(self.geometry.fresh_bitmap(id.index)) } else { Err(error) }
+                })
         });
         match bitmap {
             Ok(bitmap) => {

@@ -13,6 +13,7 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use crate::planted::{self, Bug};
 use crate::request::VolumeHandle;
 
 /// Who waits for a flush.
@@ -67,7 +68,8 @@ impl Flusher {
     /// Asks for a flush that covers a write with this mark.
     pub(crate) fn want(&mut self, mark: u64, waiter: FlushWaiter) {
         assert!(self.volatile, "nobody waits for flushes of a device that needs none");
-        self.waiters.push_back((mark + 1, waiter));
+        let later = !planted::is(Bug::FlushSharedTooEarly);
+        self.waiters.push_back((mark + u64::from(later), waiter));
     }
 
     /// True when a flush should be submitted now; it counts as started from here on.
@@ -89,7 +91,8 @@ impl Flusher {
             self.failures.fetch_add(1, Ordering::AcqRel);
         }
         let failures = self.failures.load(Ordering::Acquire);
-        let good = success && failures == self.failures_seen;
+        let here_only = planted::is(Bug::FailureElsewhereIgnored);
+        let good = success && (here_only || failures == self.failures_seen);
         self.failures_seen = failures;
         if good {
             self.done = self.started;

@@ -24,6 +24,7 @@ use bessel_reactor::buffer::Segment;
 use bessel_reactor::units::{BlockAddr, VolumeBlock};
 
 use crate::format::NODE_ENTRIES;
+use crate::planted::{self, Bug};
 use crate::request::VolumeId;
 
 const MAGIC: [u8; 8] = *b"BESSELJ1";
@@ -139,7 +140,14 @@ impl Journal {
     /// Notes a change that round `round` of the volume will make durable.
     pub(crate) fn append(&mut self, volume: VolumeId, round: u64, entry: &Entry) {
         assert!(self.next - self.tail < self.capacity, "`has_room` is asked first");
-        self.place(self.next).write(&encode(self.next, entry));
+        if planted::is(Bug::JournalEntryLate) {
+            let place = self.place(self.next - 1);
+            place.part(0, 8).write(&(self.next - 1).to_le_bytes());
+            self.place(self.next).write(&encode(self.next, entry));
+            self.place(self.next).part(0, 8).write(&[0xff; 8]);
+        } else {
+            self.place(self.next).write(&encode(self.next, entry));
+        }
         compiler_fence(Ordering::Release); // Before whatever follows: a kill may come any time.
         self.next += 1;
         match self.spans.back_mut() {
@@ -256,11 +264,16 @@ pub fn outstanding(
     last: &Identity,
 ) -> BTreeMap<VolumeId, Vec<Change>> {
     let mut volumes: BTreeMap<VolumeId, Remaining> = BTreeMap::new();
+    if planted::is(Bug::JournalNotReplayed) {
+        return BTreeMap::new();
+    }
     // All entries of a volume are in one journal, that of its home.
-    for (_, entries) in journals.iter().filter(|(identity, _)| identity == last) {
+    let any_life = planted::is(Bug::JournalOfOtherLives);
+    for (_, entries) in journals.iter().filter(|(identity, _)| any_life || identity == last) {
         // From the newest change to the oldest: who comes first, wins.
-        for entry in entries.iter().rev() {
-            match entry {
+        for index in (0..entries.len()).rev() {
+            let oldest_wins = planted::is(Bug::JournalOldestWins);
+            match &entries[if oldest_wins { entries.len() - 1 - index } else { index }] {
                 Entry::Replaced(volume) => volumes.entry(*volume).or_default().complete = true,
                 Entry::Changed(volume, change) => volumes.entry(*volume).or_default().add(change),
             }

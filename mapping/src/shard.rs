@@ -25,6 +25,7 @@ use crate::journal::{Change, Entry as JournalEntry, Journal};
 use crate::message::{BlockKind, Message};
 use crate::nodes::cache::{FrameId, NodeCache};
 use crate::pipeline::{BOUNCE_BYTES, Piece, Request, Work};
+use crate::planted::{self, Bug};
 use crate::request::{IoCompletion, Reply, ShardStats, VolumeHandle};
 use crate::slab::Slab;
 use crate::store::OpenedStore;
@@ -377,6 +378,9 @@ impl<D: Device> Shard<D> {
     /// Serves everyone whose flush has ended. After a failed one, what any volume has written since
     /// the last good one is unknown (DESIGN §4).
     fn flush_completed(&mut self, result: Result<(), DeviceError>) {
+        if planted::is(Bug::FlushRetried) && result.is_err() {
+            return self.device.flush(TokenKind::Flush.token(0));
+        }
         let good = self.flusher.completed(result.is_ok());
         let result = match result {
             Ok(()) if !good => Err(DeviceError::FlushFailedElsewhere),
@@ -397,6 +401,9 @@ impl<D: Device> Shard<D> {
             for handle in unsure {
                 self.latch(handle, &format!("the device failed to flush ({error})"));
             }
+        }
+        if planted::is(Bug::LatchClearedByFlush) && result.is_ok() {
+            self.volumes.iter_mut().flatten().for_each(|volume| volume.latched = None);
         }
         while let Some(waiter) = self.flusher.served() {
             match waiter {
@@ -464,7 +471,10 @@ impl<D: Device> Shard<D> {
         let volumes = &self.volumes;
         let retired = journal.retire(|id, round| {
             let open = volumes.iter().flatten().find(|volume| volume.record.id == id);
-            open.is_none_or(|volume| volume.latched.is_some() || volume.durable_round >= round)
+            open.is_none_or(|volume| {
+                let begun = planted::is(Bug::JournalRetiredEarly) && volume.next_round > round;
+                volume.latched.is_some() || volume.durable_round >= round || begun
+            })
         });
         self.released |= retired;
     }

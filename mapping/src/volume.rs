@@ -11,6 +11,7 @@ use crate::commit::{Flight, Sealed};
 use crate::format::VolumeRecord;
 use crate::message::{BlockKind, BlockRun};
 use crate::nodes::cache::FrameId;
+use crate::planted::{self, Bug};
 use crate::request::{CacheMode, VolumeHandle};
 use crate::snapshot_log::SnapshotLog;
 
@@ -164,7 +165,12 @@ impl Volume {
     }
 
     pub(crate) fn lock(&mut self, first: VolumeBlock, count: u64, piece: u32) {
-        assert!(!self.is_locked(first, count), "blocks {first}+{count} locked twice");
+        let may_overlap =
+            planted::is(Bug::WritesIgnoreLocks) || planted::is(Bug::UnmapIgnoresLocks);
+        assert!(
+            may_overlap || !self.is_locked(first, count),
+            "blocks {first}+{count} locked twice"
+        );
         self.locks.push(RangeLock { first, count, piece });
     }
 
@@ -198,7 +204,9 @@ impl Volume {
     pub(crate) fn release(&mut self, oldest: Option<u64>) -> Option<Unlinked> {
         let first = self.unlinked.front()?;
         let finished = oldest.is_none_or(|oldest| oldest > first.stamp);
-        if first.round > self.durable_round || !finished {
+        let finished = finished || planted::is(Bug::ReusedUnderRequests);
+        let early = first.kind == BlockKind::Data && planted::is(Bug::ReusedBeforeCommit);
+        if first.round > self.durable_round && !early || !finished {
             return None;
         }
         self.unlinked.pop_front()
@@ -211,6 +219,7 @@ impl Volume {
         }
         let sealed = self.sealed.back().map(|sealed| sealed.round);
         let in_flight = self.flight.as_ref().map(Flight::round);
+        let in_flight = in_flight.filter(|_| !planted::is(Bug::FlushForgetsRound));
         sealed.or(in_flight).unwrap_or(0)
     }
 
@@ -231,6 +240,7 @@ impl Volume {
 
     /// True while writes that were in flight at the snapshot may still land in its blocks.
     pub(crate) fn is_settling(&self, sequence: u64) -> bool {
-        self.settling.iter().any(|(_, settling)| *settling == sequence)
+        !planted::is(Bug::SettlingIgnored)
+            && self.settling.iter().any(|(_, settling)| *settling == sequence)
     }
 }

@@ -22,6 +22,9 @@ mod time;
 
 use std::process::ExitCode;
 
+// With the feature `planted` the mapping holds mistakes on purpose, for tests alone.
+const _: () = assert!(!bessel_mapping::PLANTED, "bessel is not to be built with planted bugs");
+
 fn main() -> ExitCode {
     match cli::run() {
         Ok(()) => ExitCode::SUCCESS,

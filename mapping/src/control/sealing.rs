@@ -6,6 +6,7 @@ use bessel_reactor::units::BlockAddr;
 
 use crate::commit::{After, Sealed};
 use crate::nodes::cache::FrameId;
+use crate::planted::{self, Bug};
 use crate::request::VolumeHandle;
 use crate::shard::Shard;
 
@@ -27,9 +28,14 @@ impl<D: Device> Shard<D> {
         let (round, frozen) = if freezes {
             let round = volume.next_round;
             volume.next_round += 1;
-            volume.dirty_since = None;
             let spare = self.frame_lists.pop().unwrap_or_default();
-            (round, std::mem::replace(&mut self.volume_mut(handle).dirty, spare))
+            let volume = self.volume_mut(handle);
+            if planted::is(Bug::SnapshotLeavesDirty) {
+                (round, spare)
+            } else {
+                volume.dirty_since = None;
+                (round, std::mem::replace(&mut volume.dirty, spare))
+            }
         } else {
             (volume.next_round - 1, self.frame_lists.pop().unwrap_or_default())
         };
@@ -77,7 +83,8 @@ impl<D: Device> Shard<D> {
         volume.record.generation += 1;
         volume.record.owner_epoch = epoch;
         let (slot, record) = (volume.slot, volume.record.clone());
-        let addr = self.geometry.registry_slot(slot, record.generation);
+        let live = planted::is(Bug::LiveSlotReused);
+        let addr = self.geometry.registry_slot(slot, if live { 0 } else { record.generation });
         (addr, self.sealed_image(|out| record.encode_block(out, addr, secret)))
     }
 

@@ -10,6 +10,7 @@ use crate::format::LogEntry;
 use crate::journal::Entry as JournalEntry;
 use crate::message::BlockKind;
 use crate::nodes::cache::FrameId;
+use crate::planted::{self, Bug};
 use crate::request::{CloneOrigin, CommandError, Reply, SnapshotId, VolumeHandle};
 use crate::shard::Shard;
 use crate::volume::NO_REQUEST;
@@ -144,7 +145,7 @@ impl<D: Device> Shard<D> {
         time: WallTime,
     ) -> Tried {
         let volume = self.volume(handle);
-        if volume.active_head != NO_REQUEST {
+        if volume.active_head != NO_REQUEST && !planted::is(Bug::RollbackUnderRequests) {
             return Err(CommandError::InUse.into());
         }
         if volume.is_settling(sequence) {
@@ -159,7 +160,9 @@ impl<D: Device> Shard<D> {
             size: entry.size,
         };
         let source = self.origin_node(Some(&origin), ticket)?;
-        if !self.volume(handle).is_quiet() {
+        let any_time =
+            planted::is(Bug::RollbackWithoutCommit) || planted::is(Bug::RollbackUnderRequests);
+        if !self.volume(handle).is_quiet() && !any_time {
             // Changes of the old tree must not be made again in the new one after a kill.
             self.want_commit(handle);
             return Err(NotNow::Wait);
@@ -172,7 +175,9 @@ impl<D: Device> Shard<D> {
         let root = self.make_root(height, Some(&origin), source)?;
         self.cut(ticket, handle, root, None, time);
         let round = self.volume(handle).next_round - 1;
-        if let Some(journal) = &mut self.journal {
+        if let Some(journal) = &mut self.journal
+            && !planted::is(Bug::RollbackNotJournaled)
+        {
             journal.append(id, round, &JournalEntry::Replaced(id));
         }
         Ok(())

@@ -11,6 +11,7 @@ use crate::format::{Entry, ExtentType, VolumeRecord, height_for};
 use crate::message::{BlockKind, BlockRun};
 use crate::nodes::cache::{FrameId, FrameState};
 use crate::pipeline::Work;
+use crate::planted::{self, Bug};
 use crate::radix::{Missing, Path};
 use crate::request::{
     CacheChooser, CacheMode, CloneOrigin, CommandError, CreatePlan, Reply, VolumeHandle,
@@ -157,7 +158,9 @@ impl<D: Device> Shard<D> {
             }
             (Some(origin), _) => {
                 self.fill_with(root, Entry::sparse());
-                let link = Entry::node(origin.height, origin.root).to_read_only();
+                let link = Entry::node(origin.height, origin.root);
+                let writable = planted::is(Bug::TallCloneWritable);
+                let link = if writable { link } else { link.to_read_only() };
                 self.set_first_entry(root, link);
             }
             (None, _) => self.fill_with(root, Entry::sparse()),

@@ -11,6 +11,7 @@ use zerocopy::{FromBytes, IntoBytes};
 use super::entry::{Entry, EntryKind, TagKey};
 use super::extents::{ExtentMap, ExtentType};
 use super::seal::BLOCK;
+use crate::planted::{self, Bug};
 
 /// Entries in a node.
 pub const NODE_ENTRIES: usize = 512;
@@ -126,7 +127,7 @@ fn entry_fault(
     if entry.bits() == 0 {
         return Some("the entry is all zero: its sector was lost or never written");
     }
-    if !key.verify(entry, addr, slot) {
+    if !key.verify(entry, addr, slot) && !planted::is(Bug::TagNotChecked) {
         return Some("the tag does not match: the entry is damaged or belongs elsewhere");
     }
     let wanted = match kind {
@@ -140,10 +141,12 @@ fn entry_fault(
         }
         EntryKind::Data if level == 1 => ExtentType::Data,
         EntryKind::Data => return Some("data is linked above the leaves"),
-        EntryKind::Node(child) if child + 1 == level => ExtentType::Metadata,
+        EntryKind::Node(child) if child + 1 == level || planted::is(Bug::LevelNotChecked) => {
+            ExtentType::Metadata
+        }
         EntryKind::Node(_) => return Some("the link does not lead to the level below"),
     };
-    if !extents.holds(entry.block(), wanted) {
+    if !extents.holds(entry.block(), wanted) && !planted::is(Bug::ExtentTypeNotChecked) {
         return Some("the block is outside the store, in an extent of another type or in a bitmap");
     }
     None

@@ -6,6 +6,7 @@
 use bessel_reactor::units::BlockAddr;
 
 use super::seal::{BLOCK, Damage, SECTOR, is_zero};
+use crate::planted::{self, Bug};
 
 /// What one slot of a pair holds.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -53,7 +54,8 @@ pub fn choose_slot<T>(slots: [Slot<T>; 2], generation: impl Fn(&T) -> u64) -> Sl
         [Slot::Empty, Slot::Empty] => SlotPair::Empty,
         [Slot::Record(a), Slot::Record(b)] => {
             // A writer puts each generation into the slot of its parity, so the two differ.
-            SlotPair::Record(if generation(&a) > generation(&b) { a } else { b }, None)
+            let first = (generation(&a) > generation(&b)) != planted::is(Bug::OlderSlotChosen);
+            SlotPair::Record(if first { a } else { b }, None)
         }
         [Slot::Record(record), Slot::Empty] | [Slot::Empty, Slot::Record(record)] => {
             SlotPair::Record(record, None)

@@ -14,6 +14,7 @@
 use bessel_reactor::units::{BLOCK_SIZE, BlockAddr, ByteCount};
 
 use crate::format::{Entry, NODE_ENTRIES};
+use crate::planted::{self, Bug};
 
 /// Index of a frame. Stable while the frame cannot be evicted; not to be kept across a wait.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -80,7 +81,7 @@ impl Frame {
 
     fn evictable(&self) -> bool {
         self.state == FrameState::Present
-            && !self.dirty
+            && (!self.dirty || planted::is(Bug::EvictsDirty))
             && self.in_rounds == 0
             && self.pins == 0
             && self.children == 0

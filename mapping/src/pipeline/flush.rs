@@ -3,6 +3,7 @@
 use bessel_reactor::device::Device;
 
 use crate::flusher::FlushWaiter;
+use crate::planted::{self, Bug};
 use crate::shard::Shard;
 
 impl<D: Device> Shard<D> {
@@ -13,7 +14,7 @@ impl<D: Device> Shard<D> {
         let (round, mark) = (volume.newest_change_round(), volume.write_mark);
         let request = &mut self.requests[index];
         request.commit_round = round;
-        request.flush_mark = mark;
+        request.flush_mark = mark.filter(|_| !planted::is(Bug::FlushForgetsOverwrites));
     }
 
     /// True when the request has been put where a round or a flush will find it.

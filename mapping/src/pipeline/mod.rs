@@ -23,6 +23,7 @@ use bessel_reactor::device::{Device, DeviceError, SEGMENTS_MAX};
 use bessel_reactor::units::{BLOCK_SIZE, BlockAddr, SECTOR_SIZE, Sector, VolumeBlock};
 
 use crate::nodes::cache::{FrameId, FrameState};
+use crate::planted::{self, Bug};
 use crate::radix::Located;
 use crate::request::{Busy, CacheMode, IoCompletion, IoKind, IoRequest, IoStatus, VolumeHandle};
 use crate::shard::{Shard, TokenKind};
@@ -284,10 +285,13 @@ impl<D: Device> Shard<D> {
         let handle = request.volume;
         if request.status == IoStatus::Done && request.kind != IoKind::Read {
             let volume = self.volume(handle);
-            let promises_durability =
-                request.kind == IoKind::Flush || volume.cache == CacheMode::Writethrough;
+            let promises_durability = request.kind == IoKind::Flush
+                || volume.cache == CacheMode::Writethrough
+                    && !planted::is(Bug::WritethroughNotAwaited);
             if volume.latched.is_some() {
-                self.requests[index].status = IoStatus::Failed;
+                if !planted::is(Bug::LatchedStillAcknowledges) {
+                    self.requests[index].status = IoStatus::Failed;
+                }
             } else if promises_durability && self.waits_for_durability(index) {
                 self.requests[index].parked = true;
                 return;
@@ -367,7 +371,10 @@ impl<D: Device> Shard<D> {
         if let Some(bounce) = &self.pieces[index].bounce {
             self.bounces.returned(bounce);
         }
-        if let Err(error) = result {
+        if let Err(error) = result
+            && !(planted::is(Bug::DataErrorIgnored)
+                && self.pieces[index].kind == PieceKind::WriteInPlace)
+        {
             self.data_error(index, error);
             return;
         }
@@ -470,7 +477,13 @@ impl<D: Device> Shard<D> {
         });
         self.loads.put(buffer);
         self.released = true;
-        match checked {
+        if planted::is(Bug::UnreadableNodeIsHole) && checked.is_err() {
+            self.fill_with(frame, crate::format::Entry::sparse());
+        }
+        match checked.or_else(|error| {
+            let found = *self.cache.entries(frame);
+            if planted::is(Bug::UnreadableNodeIsHole) { Ok(found) } else { Err(error) }
+        }) {
             Ok(node) => {
                 *self.cache.entries_mut(frame) = node;
                 self.cache.frame_mut(frame).state = FrameState::Present;

@@ -11,6 +11,7 @@ use super::{Step, Work};
 use crate::format::{Entry, EntryKind, NODE_ENTRIES};
 use crate::journal::{Change, Mapped};
 use crate::nodes::cache::FrameState;
+use crate::planted::{self, Bug};
 use crate::radix::{Missing, Path, slot_at, slot_span};
 use crate::request::{IoKind, IoStatus, VolumeHandle};
 use crate::shard::Shard;
@@ -34,8 +35,16 @@ impl<D: Device> Shard<D> {
             return Step::Failed(IoStatus::Failed);
         }
         if offset != 0 || left < BLOCK_SIZE {
-            if self.requests[index].kind == IoKind::WriteZeroes {
+            if self.requests[index].kind == IoKind::WriteZeroes
+                && !planted::is(Bug::ZeroesSkipEdges)
+            {
                 return self.write_step(index);
+            }
+            if planted::is(Bug::DiscardRoundsOut)
+                && !self.volume(handle).is_locked(block, 1)
+                && let Path::Writable(leaf) = self.make_writable(handle, block, 1)
+            {
+                self.set_entry(handle, leaf, slot_at(block, 1), Entry::sparse());
             }
             // A discard is a hint; part of a block cannot be given back.
             self.consume(index, left.min(BLOCK_SIZE - offset as u64));
@@ -48,7 +57,9 @@ impl<D: Device> Shard<D> {
                 // may be shared, and another volume counts its rounds by itself.)
                 let round = self.volume(handle).newest_change_round();
                 let request = &mut self.requests[index];
-                request.commit_round = request.commit_round.max(round);
+                if !planted::is(Bug::HoleNotAwaited) {
+                    request.commit_round = request.commit_round.max(round);
+                }
                 self.consume(index, hole.min(blocks) * BLOCK_SIZE);
                 Step::On
             }
@@ -105,7 +116,11 @@ impl<D: Device> Shard<D> {
     fn unlink_shared(&mut self, index: u32, block: VolumeBlock, level: u8) -> Step {
         let handle = self.requests[index].volume;
         let blocks = slot_span(level);
-        if self.volume(handle).is_locked(block, blocks) {
+        if planted::is(Bug::SharedDiscardSkipped) {
+            self.consume(index, blocks * BLOCK_SIZE);
+            return Step::On;
+        }
+        if self.volume(handle).is_locked(block, blocks) && !planted::is(Bug::UnmapIgnoresLocks) {
             return self.park(index);
         }
         let node = match self.writable_for(index, block, level) {
@@ -123,7 +138,7 @@ impl<D: Device> Shard<D> {
         let handle = self.requests[index].volume;
         let slot = slot_at(block, 1);
         let count = blocks.min((NODE_ENTRIES - slot) as u64);
-        if self.volume(handle).is_locked(block, count) {
+        if self.volume(handle).is_locked(block, count) && !planted::is(Bug::UnmapIgnoresLocks) {
             return self.park(index);
         }
         let leaf = match self.writable_for(index, block, 1) {
@@ -170,7 +185,9 @@ impl<D: Device> Shard<D> {
             IoKind::Discard => Mapped::Sparse,
             _ => Mapped::Zeroed,
         };
-        self.note_change(handle, Change { first, count: blocks, now });
+        if !planted::is(Bug::DiscardNotJournaled) {
+            self.note_change(handle, Change { first, count: blocks, now });
+        }
         let round = self.volume(handle).next_round;
         let request = &mut self.requests[index];
         request.commit_round = request.commit_round.max(round);

@@ -17,6 +17,7 @@ use crate::format::{Entry, EntryKind, NODE_ENTRIES};
 use crate::journal::{Change, Mapped};
 use crate::message::{BlockKind, BlockRun};
 use crate::nodes::cache::FrameId;
+use crate::planted::{self, Bug};
 use crate::radix::{Located, Path, slot_at};
 use crate::request::{IoKind, IoStatus, VolumeHandle};
 use crate::shard::{Shard, TokenKind};
@@ -52,7 +53,7 @@ impl<D: Device> Shard<D> {
         }
         let target = Target { block, offset, left };
         let Some(located) = self.locate_or_park(index, block) else { return Step::Parked };
-        if self.volume(handle).is_locked(block, 1) {
+        if self.volume(handle).is_locked(block, 1) && !planted::is(Bug::WritesIgnoreLocks) {
             return self.park(index);
         }
         match located {
@@ -64,7 +65,13 @@ impl<D: Device> Shard<D> {
                     let blocks = self.blocks_to_allocate(handle, target, frame, slot, writable);
                     self.allocate(index, target, blocks)
                 } else {
-                    let old = (entry.kind() == EntryKind::Data).then(|| entry.block());
+                    let old = (entry.kind() == EntryKind::Data
+                        && !planted::is(Bug::MergeForgetsOld))
+                    .then(|| entry.block());
+                    let old = match planted::is(Bug::MergeFromSnapshot) {
+                        true => self.block_in_last_snapshot(handle, block).or(old),
+                        false => old,
+                    };
                     self.merge_into_new(index, target, old)
                 }
             }
@@ -84,7 +91,9 @@ impl<D: Device> Shard<D> {
         // The block may have been installed by a write whose commit is still under way.
         let change_round = self.cache.frame(leaf).change_round;
         let request = &mut self.requests[index];
-        request.commit_round = request.commit_round.max(change_round);
+        if !planted::is(Bug::UncommittedOverwritten) {
+            request.commit_round = request.commit_round.max(change_round);
+        }
         let home = self.cache.entries(leaf)[slot].block();
         let covered = (target.offset as u64 + target.left).div_ceil(BLOCK_SIZE);
         let end = NODE_ENTRIES.min(slot + covered as usize);
@@ -197,6 +206,15 @@ impl<D: Device> Shard<D> {
         self.requests[index].pieces += 1;
         self.device.write(TokenKind::Piece.token(piece_index), from, &self.scratch);
         self.consume(index, bytes as u64);
+        if planted::is(Bug::InstalledAtSubmission) && kind == PieceKind::Allocate {
+            let handle = self.requests[index].volume;
+            if let Path::Writable(leaf) = self.make_writable(handle, target.block, 1) {
+                for at in 0..u64::from(count) {
+                    let slot = slot_at(target.block, 1) + at as usize;
+                    self.set_entry(handle, leaf, slot, Entry::data(home.add(at)));
+                }
+            }
+        }
         Step::On
     }
 
@@ -230,6 +248,8 @@ impl<D: Device> Shard<D> {
     fn return_unused(&mut self, kind: PieceKind, home: BlockAddr, count: u32, wanted: usize) {
         let unused = (wanted / BLOCK_SIZE as usize) as u32 - count.min((wanted / 4096) as u32);
         if kind == PieceKind::Allocate && unused > 0 {
+            let too_many = u32::from(planted::is(Bug::ReturnsBlockInUse)).min(count);
+            let (count, unused) = (count - too_many, unused + too_many);
             let run = BlockRun { start: home.add(u64::from(count)), count: unused };
             self.claims.put_first(BlockKind::Data, run);
         }
@@ -265,7 +285,7 @@ impl<D: Device> Shard<D> {
     /// True while a write in place to the block has not landed: what a merge read now could miss it.
     fn overwrites_in_flight(&self, index: u32, block: VolumeBlock) -> bool {
         let handle = self.requests[index].volume;
-        if self.volume(handle).overwrites == 0 {
+        if self.volume(handle).overwrites == 0 || planted::is(Bug::MergeBeforeOverwrite) {
             return false;
         }
         self.pieces.iter().any(|piece| {
@@ -340,7 +360,9 @@ impl<D: Device> Shard<D> {
     pub(super) fn overwrite_completed(&mut self, index: u32) {
         self.note_data_written(index);
         let request = self.end_piece(index);
-        self.requests[request].flush_mark = Some(self.flusher.mark());
+        if !planted::is(Bug::OverwriteNotFlushed) {
+            self.requests[request].flush_mark = Some(self.flusher.mark());
+        }
         self.finish_if_dispatched(request);
     }
 
@@ -373,9 +395,16 @@ impl<D: Device> Shard<D> {
         self.note_change(handle, Change { first, count: u64::from(count), now });
         let slot = slot_at(first, 1);
         for at in 0..count as usize {
-            self.set_entry(handle, leaf, slot + at, Entry::data(home.add(at as u64)));
+            let entry = Entry::data(home.add(at as u64));
+            if planted::is(Bug::InstalledAtSubmission)
+                && self.cache.entries(leaf)[slot + at].untagged() == entry
+            {
+                continue;
+            }
+            self.set_entry(handle, leaf, slot + at, entry);
         }
-        let round = self.volume(handle).next_round;
+        let before = u64::from(planted::is(Bug::InstalledInRoundBefore));
+        let round = self.volume(handle).next_round - before;
         let request = self.end_piece(index);
         let waiting = &mut self.requests[request];
         waiting.commit_round = waiting.commit_round.max(round);

@@ -9,6 +9,7 @@ use crate::claims::Taken;
 use crate::format::{Entry, EntryKind};
 use crate::message::{BlockKind, BlockRun};
 use crate::nodes::cache::{FrameId, FrameState};
+use crate::planted::{self, Bug};
 use crate::request::VolumeHandle;
 use crate::shard::Shard;
 
@@ -115,9 +116,14 @@ impl<D: Device> Shard<D> {
     pub(crate) fn fill_read_only(&mut self, target: FrameId, source: &[Entry; 512]) {
         let addr = self.cache.frame(target).addr;
         let key = self.key;
+        let stays_writable = match self.cache.frame(target).level {
+            1 => planted::is(Bug::CopiedLeafWritable),
+            _ => planted::is(Bug::CopiedNodeWritable),
+        };
         let entries = self.cache.entries_mut(target);
         for (slot, entry) in source.iter().enumerate() {
-            entries[slot] = key.seal(entry.to_read_only(), addr, slot);
+            let copy = if stays_writable { entry.untagged() } else { entry.to_read_only() };
+            entries[slot] = key.seal(copy, addr, slot);
         }
     }
 
@@ -170,7 +176,9 @@ impl<D: Device> Shard<D> {
         let volume = self.volume_mut(handle);
         volume.counters.nodes_allocated += 1;
         volume.record.blocks_allocated += 1;
-        self.mark_dirty(handle, child);
+        if !planted::is(Bug::FreshNodeNotDirty) {
+            self.mark_dirty(handle, child);
+        }
         self.set_entry(handle, parent, slot, Entry::node(level, addr));
     }
 
@@ -185,7 +193,8 @@ impl<D: Device> Shard<D> {
         let addr = self.cache.frame(frame).addr;
         let sealed = self.key.seal(entry, addr, slot);
         let old = std::mem::replace(&mut self.cache.entries_mut(frame)[slot], sealed);
-        if old.kind() == EntryKind::Data && !old.read_only() {
+        if old.kind() == EntryKind::Data && (!old.read_only() || planted::is(Bug::FreesSharedData))
+        {
             self.volume_mut(handle).unlink_block(BlockKind::Data, old.block());
         }
         self.mark_dirty(handle, frame);

@@ -14,6 +14,7 @@ use crate::format::{
     CATALOGUE_ENTRIES_PER_BLOCK, CatalogueEntry, ExtentType, Geometry, GeometryError,
     SUPERBLOCK_COPIES, Superblock, encode_catalogue_block,
 };
+use crate::planted::{self, Bug};
 
 /// What to make.
 #[derive(Clone)]
@@ -115,7 +116,9 @@ fn write_system_extent<D: Device>(
 
     let old = Span { start: BlockAddr::new(0), blocks: geometry.host_start.get() };
     io.write([old], |_, bytes| note(bytes)).map_err(failed("erasing what it held"))?;
-    io.flush().map_err(failed("erasing what it held"))?;
+    if !planted::is(Bug::EraseNotFlushed) {
+        io.flush().map_err(failed("erasing what it held"))?;
+    }
 
     let tables = span(geometry.host_start, geometry.catalogue_start);
     let registry = span(geometry.registry_start, end);
@@ -130,6 +133,9 @@ fn write_system_extent<D: Device>(
         note(bytes);
     })
     .map_err(failed("writing the extent catalogue"))?;
+    if planted::is(Bug::SuperblockBeforeTables) {
+        return Ok(());
+    }
     io.flush().map_err(failed("writing the extent catalogue"))
 }
 

@@ -1,0 +1,235 @@
+//! Mistakes on purpose, to see that the tests would find them.
+//!
+//! Each [`Bug`] is a mistake that a maintainer could make, planted where it would be made. `make
+//! planted` builds the tests with the feature `planted`, runs them once for each bug and says which
+//! of them saw it (docs/planted.md). One bug is active in a process, that which the environment
+//! variable `BESSEL_PLANTED` names; without it the code is as it should be.
+//!
+//! Without the feature [`is`] is a constant, so the compiler leaves nothing of all this; the
+//! `bessel` program does not build with it.
+
+use bessel_reactor::device::Device;
+use bessel_reactor::units::{BlockAddr, VolumeBlock};
+
+use crate::format::EntryKind;
+use crate::radix::Located;
+use crate::request::VolumeHandle;
+use crate::shard::Shard;
+
+macro_rules! bugs {
+    ($($(#[doc = $what:literal])+ $name:ident,)+) => {
+        /// See the module's documentation. Each says what is wrong with the code while it is active.
+        #[derive(Clone, Copy, PartialEq, Eq, Debug)]
+        pub(crate) enum Bug {
+            $($(#[doc = $what])+ $name,)+
+        }
+
+        #[cfg(feature = "planted")]
+        const ALL: &[Bug] = &[$(Bug::$name,)+];
+    };
+}
+
+// `scripts/planted` reads this list: a name and what it breaks, and there which tests should see it.
+bugs! {
+    // Commit rounds.
+    /// Commit nodes are written together with the new nodes and data they lead to.
+    LinkedWithFresh,
+    /// No flush between new nodes and data and the commit nodes that lead to them.
+    FirstFlushSkipped,
+    /// A round counts as durable before the flush that follows its commit nodes.
+    SecondFlushSkipped,
+    /// A command is answered before the flush that follows the volume's record.
+    RecordFlushSkipped,
+    /// Images of commit nodes are taken after the flush instead of before.
+    ImagesAfterFlush,
+    /// A node stays marked as changed while its round is in flight: what changes meanwhile is in no round.
+    ChangesDuringRoundLost,
+    /// A new node that was linked and not yet changed itself is in no round.
+    FreshNodeNotDirty,
+    /// The failed write of a node does not fail its round.
+    FailedImageIgnored,
+    /// The write of a node does not count as a write that a failed flush may have lost.
+    ImagesWithoutMark,
+    // Snapshots.
+    /// A volume's record is written together with the nodes and the log that it names.
+    RecordWithNodes,
+    /// A snapshot's record is written together with the commit nodes of the tree it freezes.
+    RecordWithLinked,
+    /// Nodes changed before a snapshot go out after its record instead of before.
+    SnapshotLeavesDirty,
+    /// A round of the new tree goes out before the record that makes the new tree reachable.
+    RoundOvertakesSnapshot,
+    /// A copied leaf keeps its links writable: the snapshot's data is overwritten in place.
+    CopiedLeafWritable,
+    /// A copied root or middle node keeps its links writable: the snapshot's nodes are changed.
+    CopiedNodeWritable,
+    /// Lookup takes a path for writable when its last link is, whatever is above.
+    ReadOnlyAboveIgnored,
+    /// A snapshot counts as settled while writes in flight still land in it.
+    SettlingIgnored,
+    /// A clone taller than its snapshot links to the snapshot's root by a writable link.
+    TallCloneWritable,
+    /// A record is written over the slot that counts instead of the other one.
+    LiveSlotReused,
+    /// Of two whole slots the older one is chosen.
+    OlderSlotChosen,
+    /// A rollback does not wait until changes of the tree it leaves are durable.
+    RollbackWithoutCommit,
+    /// A rollback does not care about requests in flight.
+    RollbackUnderRequests,
+    // Acknowledgements and flushes.
+    /// A write in writethrough mode completes when its data has been written.
+    WritethroughNotAwaited,
+    /// A write waits for the round in flight instead of the next one, which holds its change.
+    InstalledInRoundBefore,
+    /// A write in place to a block that is not committed yet does not wait for that commit.
+    UncommittedOverwritten,
+    /// A write in place in writethrough mode completes without a flush.
+    OverwriteNotFlushed,
+    /// A FLUSH with nothing to commit does not flush what was written in place.
+    FlushForgetsOverwrites,
+    /// A FLUSH does not wait for the round in flight.
+    FlushForgetsRound,
+    /// Who wants a flush shares the one in flight, which began before the write had completed.
+    FlushSharedTooEarly,
+    /// Write zeroes over a hole does not wait for the round that makes it one.
+    HoleNotAwaited,
+    // Errors.
+    /// A failed flush is submitted again, and its success counts.
+    FlushRetried,
+    /// A flush that failed on another shard is no concern of this one.
+    FailureElsewhereIgnored,
+    /// A claim is granted although a flush failed while it was being made durable.
+    ClaimDoubtIgnored,
+    /// A volume forgets at once that it was latched.
+    LatchNotKept,
+    /// A flush that succeeds unlatches the volumes that a failed one has latched.
+    LatchClearedByFlush,
+    /// What waits for durability when its volume is latched completes well.
+    LatchedStillAcknowledges,
+    /// A failed write in place completes well.
+    DataErrorIgnored,
+    /// A node that cannot be read counts as one of holes.
+    UnreadableNodeIsHole,
+    // The pipeline.
+    /// A mapping is installed when its data write is submitted.
+    InstalledAtSubmission,
+    /// A small write to a shared block puts zeroes around itself instead of the old sectors.
+    MergeForgetsOld,
+    /// A small write to a shared block merges with what the last snapshot holds.
+    MergeFromSnapshot,
+    /// A merge reads the old contents while a write in place to the block is in flight.
+    MergeBeforeOverwrite,
+    /// Writes do not care that somebody else is giving the block a new home.
+    WritesIgnoreLocks,
+    /// Discards and write zeroes do not care that a write is giving the block a new home.
+    UnmapIgnoresLocks,
+    /// A discard gives back blocks that it covers in part.
+    DiscardRoundsOut,
+    /// Write zeroes leaves the blocks that it covers in part as they are.
+    ZeroesSkipEdges,
+    /// A discard of a shared subtree does nothing.
+    SharedDiscardSkipped,
+    // Free space.
+    /// A freed block is handed out before the commit that unlinks it is durable.
+    ReusedBeforeCommit,
+    /// A freed block is handed out while requests that looked it up are active.
+    ReusedUnderRequests,
+    /// Overwriting or discarding frees blocks that a snapshot has.
+    FreesSharedData,
+    /// Of blocks taken and not used, one too many is given back.
+    ReturnsBlockInUse,
+    /// Claimed blocks are handed out before their bitmap is flushed.
+    ClaimNotFlushed,
+    /// A claim is forgotten in memory: the next one, of whichever shard, gets the same blocks.
+    ClaimForgotten,
+    /// The catalogue names a new extent whose bitmap is not flushed.
+    CatalogueBeforeBitmap,
+    /// A bitmap that is damaged counts as one of free blocks.
+    DamagedBitmapIsFree,
+    // The node cache.
+    /// A changed node may be evicted.
+    EvictsDirty,
+    /// A commit node may be evicted while its image waits for the flush.
+    EvictsInFlight,
+    // The format.
+    /// Tags of entries are not checked.
+    TagNotChecked,
+    /// A link may lead to any level.
+    LevelNotChecked,
+    /// A link may lead to an extent of any type.
+    ExtentTypeNotChecked,
+    /// The checksums of sealed sectors are not checked.
+    SealNotChecked,
+    /// Format does not flush the erasing of an old superblock before it clears the tables.
+    EraseNotFlushed,
+    /// Format does not flush the tables before it writes the superblock.
+    SuperblockBeforeTables,
+    // The journal of a killed process.
+    /// Changes that a killed process has made are not made again.
+    JournalNotReplayed,
+    /// Changes of lives other than the last one are made again.
+    JournalOfOtherLives,
+    /// The first change to a block wins, not the last one.
+    JournalOldestWins,
+    /// Changes are forgotten when their round begins, not when it is durable.
+    JournalRetiredEarly,
+    /// An entry becomes whole when the next one is written, after its request has completed.
+    JournalEntryLate,
+    /// Discards and write zeroes are not noted.
+    DiscardNotJournaled,
+    /// A rollback does not note that the tree was replaced.
+    RollbackNotJournaled,
+    /// Changes made again are not committed before the journal that holds them is void.
+    RestoreNotCommitted,
+}
+
+/// Whether this bug is active: never, in a build that is not for `make planted`.
+#[cfg(not(feature = "planted"))]
+#[inline(always)]
+pub(crate) const fn is(_: Bug) -> bool {
+    false
+}
+
+/// Whether this bug is active. Says so on standard error the first time.
+#[cfg(feature = "planted")]
+pub(crate) fn is(bug: Bug) -> bool {
+    use std::io::Write;
+    use std::sync::OnceLock;
+    use std::sync::atomic::{AtomicBool, Ordering};
+
+    static ACTIVE: OnceLock<Option<Bug>> = OnceLock::new();
+    static REACHED: AtomicBool = AtomicBool::new(false);
+
+    let active = ACTIVE.get_or_init(|| {
+        let name = std::env::var("BESSEL_PLANTED").ok()?;
+        let found = ALL.iter().find(|bug| format!("{bug:?}") == name);
+        Some(*found.unwrap_or_else(|| panic!("BESSEL_PLANTED={name} names no planted bug")))
+    });
+    if *active != Some(bug) {
+        return false;
+    }
+    if !REACHED.swap(true, Ordering::Relaxed) {
+        // Past the test harness, which keeps what is printed to itself.
+        let _ = writeln!(std::io::stderr(), "planted: {bug:?} is reached");
+    }
+    true
+}
+
+impl<D: Device> Shard<D> {
+    /// Where the volume's last snapshot has a block, if all of the path is in memory.
+    pub(crate) fn block_in_last_snapshot(
+        &mut self,
+        handle: VolumeHandle,
+        block: VolumeBlock,
+    ) -> Option<BlockAddr> {
+        let last = self.volume(handle).log.entries.last()?.root;
+        let root = self.cache.find(last)?;
+        let current = std::mem::replace(&mut self.volume_mut(handle).root, root);
+        let located = self.locate(handle, block);
+        self.volume_mut(handle).root = current;
+        let Located::Leaf { frame, slot, .. } = located else { return None };
+        let entry = self.cache.entries(frame)[slot];
+        (entry.kind() == EntryKind::Data).then(|| entry.block())
+    }
+}
