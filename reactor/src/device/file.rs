@@ -15,7 +15,7 @@ use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::stat::{major, minor};
 use nix::sys::statfs::{FsType, TMPFS_MAGIC, fstatfs};
 
-use super::DeviceProperties;
+use super::{DeviceProperties, lock};
 use crate::buffer::BufferPool;
 use crate::sys;
 use crate::units::{ByteCount, SECTOR_SIZE};
@@ -164,6 +164,7 @@ pub(super) fn open(path: &Path, options: &OpenOptions) -> Result<OpenFile, OpenE
         return Err(OpenError::NotADevice { path: path.to_path_buf() });
     }
 
+    lock::mark_in_flight(&file).map_err(io::Error::from).map_err(inspect("locks"))?;
     let in_memory = !block_device && is_in_memory(&file).map_err(inspect("file system"))?;
     let direct = !in_memory && use_direct_io(&file);
     let bytes = if block_device {

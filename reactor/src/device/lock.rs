@@ -3,13 +3,31 @@
 //! A lock on the store is held by its own file descriptor for the whole life of the daemon, apart
 //! from those that do I/O, so that reactors come and go without letting it slip. The kernel drops it
 //! when the process dies, however it dies. It guards against a second process on this host only.
+//!
+//! What a killed process had in flight outlives it: the kernel finishes it later, on a device that
+//! hangs much later, and it would land on top of what the next process has written meanwhile. So
+//! every open device holds a second lock, shared, on a byte far beyond its end. It belongs to the
+//! open file, which the ring keeps until its last operation has ended; whoever takes the device over
+//! waits until it is free.
 
 use std::fs::{File, TryLockError};
 use std::io;
+use std::os::fd::AsFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
+use nix::errno::Errno;
+use nix::fcntl::{FcntlArg, fcntl};
 use nix::sys::stat::{major, minor};
+
+/// How long a device may take over what a killed process had asked of it. Linux itself gives up on
+/// a SCSI command after 30 s, and tries it again a few times.
+const IN_FLIGHT_MAX: Duration = Duration::from_secs(120);
+/// How often to look whether it is done.
+const IN_FLIGHT_POLL: Duration = Duration::from_millis(5);
+/// The byte whose lock says that I/O may be in flight: no device reaches there.
+const IN_FLIGHT_BYTE: i64 = i64::MAX - 1;
 
 /// Exclusive use of a device, until dropped.
 #[derive(Debug)]
@@ -50,6 +68,16 @@ pub enum LockError {
         /// Where it leads.
         target: PathBuf,
     },
+    /// A process has gone and its I/O has not.
+    #[error(
+        "{path} has not finished what a killed process had asked of it after {} s; find out why it \
+         hangs, then try again",
+        IN_FLIGHT_MAX.as_secs()
+    )]
+    InFlight {
+        /// The device.
+        path: PathBuf,
+    },
     /// It cannot be opened or locked.
     #[error("cannot lock {path}; check that it exists and that its file system has locks")]
     Os {
@@ -62,8 +90,13 @@ pub enum LockError {
 }
 
 impl DeviceLock {
-    /// Takes the lock at once or says who has it. Never waits.
+    /// Takes the lock, or says at once who has it. Waits for I/O that a killed process has left in
+    /// flight, two minutes at most.
     pub fn acquire(path: &Path) -> Result<Self, LockError> {
+        Self::acquire_within(path, IN_FLIGHT_MAX)
+    }
+
+    fn acquire_within(path: &Path, patience: Duration) -> Result<Self, LockError> {
         let failed = |source| LockError::Os { path: path.to_path_buf(), source };
         let kind = match std::fs::metadata(path) {
             Ok(metadata) => metadata.file_type(),
@@ -91,13 +124,59 @@ impl DeviceLock {
             Err(error) => return Err(failed(error)),
         };
         match file.try_lock() {
-            Ok(()) => Ok(Self { _file: file }),
+            Ok(()) => {
+                wait_for_in_flight(&file, path, patience)?;
+                Ok(Self { _file: file })
+            }
             Err(TryLockError::WouldBlock) => {
                 Err(LockError::InUse { path: path.to_path_buf(), holder: holder(path) })
             }
             Err(TryLockError::Error(error)) => Err(failed(error)),
         }
     }
+}
+
+/// Says of an open device, to whoever comes after us, that I/O may be in flight on it. Lasts until the
+/// last reference to the open file is gone, the kernel's own among them.
+pub(super) fn mark_in_flight(file: &File) -> nix::Result<()> {
+    let lock = in_flight_lock(libc::F_RDLCK);
+    fcntl(file.as_fd(), FcntlArg::F_OFD_SETLK(&lock)).map(drop)
+}
+
+fn in_flight_lock(kind: libc::c_int) -> libc::flock {
+    libc::flock {
+        l_type: kind as libc::c_short,
+        l_whence: libc::SEEK_SET as libc::c_short,
+        l_start: IN_FLIGHT_BYTE,
+        l_len: 1,
+        l_pid: 0,
+    }
+}
+
+/// Nobody living uses the device. Returns once nobody dead does either.
+fn wait_for_in_flight(file: &File, path: &Path, patience: Duration) -> Result<(), LockError> {
+    let mut waited = Duration::ZERO;
+    // Shared locks of other open files refuse an exclusive one. A descriptor open for reading may
+    // not ask for one: it can ask whether somebody else could.
+    while in_flight_elsewhere(file)
+        .map_err(|error| LockError::Os { path: path.to_path_buf(), source: error.into() })?
+    {
+        if waited >= patience {
+            return Err(LockError::InFlight { path: path.to_path_buf() });
+        }
+        if waited.is_zero() {
+            tracing::warn!(path = %path.display(), "I/O of a killed process is in flight, waiting for it");
+        }
+        std::thread::sleep(IN_FLIGHT_POLL);
+        waited += IN_FLIGHT_POLL;
+    }
+    Ok(())
+}
+
+fn in_flight_elsewhere(file: &File) -> Result<bool, Errno> {
+    let mut lock = in_flight_lock(libc::F_WRLCK);
+    fcntl(file.as_fd(), FcntlArg::F_OFD_GETLK(&mut lock))?;
+    Ok(lock.l_type != libc::F_UNLCK as libc::c_short)
 }
 
 /// A block device is claimed: by another daemon, whose lock shows, or by the kernel.
@@ -145,6 +224,22 @@ mod tests {
         );
         drop(first);
         DeviceLock::acquire(&path).unwrap();
+        std::fs::remove_file(&path).unwrap();
+    }
+
+    #[test]
+    fn what_a_killed_process_has_in_flight_is_waited_for() {
+        let path = std::env::temp_dir().join(format!("bessel-flight-{}", std::process::id()));
+        File::create(&path).unwrap();
+        let dead = File::open(&path).unwrap();
+        mark_in_flight(&dead).unwrap();
+        let error = DeviceLock::acquire_within(&path, Duration::ZERO).unwrap_err();
+        assert!(matches!(error, LockError::InFlight { .. }), "{error}");
+        std::thread::scope(|scope| {
+            let next = scope.spawn(|| DeviceLock::acquire(&path).map(drop));
+            drop(dead);
+            next.join().unwrap().unwrap();
+        });
         std::fs::remove_file(&path).unwrap();
     }
 
