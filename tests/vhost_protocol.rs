@@ -763,6 +763,23 @@ fn what_came_while_nobody_was_there_is_found_whatever_base_the_front_end_tells()
     drop(victim);
 }
 
+/// A guest moved to another process (cloud-hypervisor restores a snapshot so) brings its rings, with
+/// requests that nobody has popped, and asks for a region of its own.
+#[test]
+fn a_new_region_for_a_ring_with_requests_in_it_misses_none() {
+    let world = PlainVolume::serve("moved");
+    let mut guest = world.guest(Options { inflight: true, ..Options::default() });
+    assert_eq!(guest.write(0, 0, &[1; 512]), block::DONE);
+    assert_eq!(guest.stop_queue(0).unwrap(), 1);
+    let late = guest.submit(0, block::OUT, 1, &[5; 512], 0);
+    guest.forget_inflight();
+    guest.share_inflight().unwrap();
+    guest.start_queue(0, 2).unwrap();
+    assert_eq!(guest.wait_used(0).head, late.head);
+    guest.release(late);
+    assert_eq!(guest.read(0, 1, 512).1, [5; 512]);
+}
+
 /// Kills the server at whatever instruction it is, again and again under load. Every request is
 /// answered exactly once, and the disk holds what the last write to each sector said.
 #[test]

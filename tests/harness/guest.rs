@@ -539,6 +539,11 @@ impl Guest {
         self.front_end.tell(message::SET_INFLIGHT_FD, payload, &[file.as_fd()])
     }
 
+    /// The next [`Guest::share_inflight`] asks for a new region.
+    pub fn forget_inflight(&mut self) {
+        self.inflight = None;
+    }
+
     /// Describes a ring to the back-end and enables it.
     pub fn start_queue(&mut self, queue: usize, base: u16) -> io::Result<()> {
         let index = queue as u32;

@@ -143,8 +143,6 @@ impl InflightRegion {
 /// What a region remembers of a queue.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Recovered {
-    /// Nobody has used the region before: it cannot tell how far the ring was.
-    pub(crate) fresh: bool,
     /// Heads that were in flight, the last one popped first: take them from the end.
     pub(crate) heads: Vec<u16>,
 }
@@ -191,15 +189,14 @@ impl InflightQueue {
     }
 
     fn recover(&mut self, ring_used: u16) -> Result<Recovered, InflightError> {
-        let version = self.window.load_u16(VERSION_AT, Relaxed);
-        match version {
+        match self.window.load_u16(VERSION_AT, Relaxed) {
             0 => {
                 self.window.store_u16(COUNT_AT, self.size, Relaxed);
                 self.window.store_u16(USED_AT, ring_used, Relaxed);
                 self.window.store_u16(VERSION_AT, VERSION, Release);
             }
             VERSION => self.finish_batch(ring_used),
-            _ => return Err(InflightError::Version(version)),
+            version => return Err(InflightError::Version(version)),
         }
         let mut marked: Vec<(u64, u16)> = (0..self.size)
             .filter(|head| self.window.load_u8(entry_at(*head), Relaxed) == 1)
@@ -207,8 +204,7 @@ impl InflightQueue {
             .collect();
         marked.sort_unstable_by(|left, right| right.cmp(left));
         self.next_counter = marked.first().map_or(0, |(counter, _)| counter.wrapping_add(1));
-        let heads = marked.into_iter().map(|(_, head)| head).collect();
-        Ok(Recovered { fresh: version == 0, heads })
+        Ok(Recovered { heads: marked.into_iter().map(|(_, head)| head).collect() })
     }
 
     /// Takes the marks off a batch that was published but not finished.

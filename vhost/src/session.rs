@@ -513,12 +513,10 @@ impl Session {
         let (mut records, mut recovered) = (None, Vec::new());
         if let Some(region) = &self.inflight {
             let (queue, found) = region.recover(index, ring.size, used)?;
-            if !found.fresh {
-                // What was popped is what was used and what is in flight, whatever base we are
-                // told: the front-end of a killed daemon can only guess it. cloud-hypervisor says
-                // the available index, past what was submitted while nobody was there.
-                base = used.wrapping_add(found.heads.len() as u16);
-            }
+            // What was popped is what was used and what is in flight, whatever base we are told:
+            // front-ends can only guess it. cloud-hypervisor says the available index, past what
+            // was submitted while nobody was there.
+            base = used.wrapping_add(found.heads.len() as u16);
             if !found.heads.is_empty() {
                 let (volume, requests) = (&self.disk.info.id, found.heads.len());
                 if let Some(Due { suppressed }) = self.limits.recovering.due() {

@@ -93,7 +93,7 @@ pub trait Device {
     /// Queues a flush.
     fn flush(&mut self, token: Token);
 
-    /// Hands everything queued since the last call to the device: one system call for the batch.
+    /// Hands everything that is still queued to the device, in one system call.
     fn submit(&mut self);
 
     /// Appends the operations that have completed to `completions` and forgets them.

@@ -10,8 +10,8 @@
 //! Hot path: `read`, `write`, `flush`, `submit`, `reap`. They allocate nothing; [`BATCH`] operations
 //! share a system call, and a turn that queued nothing makes none unless the kernel asks for one.
 //!
-//! A device may be opened on any thread; the first that registers memory, submits or waits owns it
-//! from then on (`IORING_SETUP_SINGLE_ISSUER`; the ring is enabled at that moment).
+//! A device may be opened on any thread; the first that registers memory, hands operations over or
+//! waits owns it from then on (`IORING_SETUP_SINGLE_ISSUER`; the ring is enabled at that moment).
 
 use std::fs::File;
 use std::io;
