@@ -96,7 +96,8 @@ def wait_until(condition, seconds, what, log=None, every=0.02):
 
 
 class Daemon:
-    """`bessel serve` on a store file in the run's directory, and the command line that talks to it."""
+    """`bessel serve` on a store file in the run's directory, or on a block device that has a size of its own
+    (`store_size` None), and the command line that talks to it."""
 
     def __init__(self, run, program, volumes, store=None, store_size="8GiB"):
         self._run, self._program = run, program
@@ -105,8 +106,8 @@ class Daemon:
         self.store = store or run.path("store.img")
         self.config = run.path("bessel.yaml")
         core = max(os.sched_getaffinity(0))
-        lines = ["store:", f"  device: {self.store}", f"  size: {store_size}", "reactors:", f"  cores: [{core}]",
-                 "  poll: adaptive", "api:", f"  socket: {self.api}", "volumes:"]
+        lines = ["store:", f"  device: {self.store}"] + ([f"  size: {store_size}"] if store_size else [])
+        lines += ["reactors:", f"  cores: [{core}]", "  poll: adaptive", "api:", f"  socket: {self.api}", "volumes:"]
         for name, size in volumes.items():
             lines += [f"  - name: {name}", f"    size: {size}", f"    socket: {run.socket(name + '.sock')}", "    queues: 2"]
         with open(self.config, "w") as config:
@@ -229,6 +230,9 @@ class Guest(Machine):
     """A guest under QEMU with at most one disk, doing one job of scripts/guest-init."""
 
     def __init__(self, run, name, accelerator, job, disk=None, reconnect=False, **parameters):
+        kernels = glob.glob(os.path.join(GUEST, "kernel", "boot", "vmlinuz-*"))
+        if not kernels:
+            raise Failed("there is no guest kernel in build/guest; run scripts/setup first")
         console = run.path(f"{name}.console.log")
         words = ["console=ttyS0", "quiet", "loglevel=4", "panic=-1", "random.trust_cpu=on", f"bessel.job={job}"]
         words += [f"bessel.{key}={value}" for key, value in parameters.items()]
@@ -237,7 +241,7 @@ class Guest(Machine):
                      "-cpu", "host" if accelerator == "kvm" else "qemu64,+rdrand",
                      "-object", "memory-backend-memfd,id=mem,size=512M,share=on", "-numa", "node,memdev=mem",
                      "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
-                     "-kernel", glob.glob(os.path.join(GUEST, "kernel", "boot", "vmlinuz-*"))[0],
+                     "-kernel", kernels[0],
                      "-initrd", os.path.join(GUEST, "initramfs.cpio"), "-append", " ".join(words),
                      "-serial", f"file:{console}", "-serial", "stdio"]
         if disk:

@@ -9,7 +9,9 @@ A test that this machine lacks something for is skipped, and the line says what.
 """
 
 import argparse
+import functools
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -25,16 +27,16 @@ KILLS_UNDER_BARE_GUEST = 8
 
 
 class World:
-    """What a test works with: a daemon with one volume, the accelerator for guests, and a way to boot them."""
+    """What a test works with: a daemon with one volume, and ways to boot guests."""
 
-    def __init__(self, run, options, accelerator):
-        self.run, self._accelerator, self.bench = run, accelerator, options.bench
+    def __init__(self, run, options):
+        self.run, self.bench = run, options.bench
         self.program = options.program
         self.daemon = vm.Daemon(run, options.program, {VOLUME: "1GiB"})
         self.daemon.start()
 
     def guest(self, name, job, volume=VOLUME, **options):
-        return vm.Guest(self.run, name, self._accelerator, job, self.daemon.volume_socket(volume), **options)
+        return vm.Guest(self.run, name, accelerator(), job, self.daemon.volume_socket(volume), **options)
 
     def cloud_hypervisor_guest(self, name, laps):
         return bare_guest.BareGuest(self.run, name, self.daemon.volume_socket(VOLUME), laps)
@@ -47,6 +49,13 @@ class World:
         lost = [name for name in acknowledged if found.get(name) != acknowledged[name]]
         self.expect(not lost, f"{when}: of {len(acknowledged)} fsynced files these are lost or changed: {lost[:5]}")
 
+    def load_and_verify(self):
+        """Random reads and writes; every read must bring what was written last."""
+        done = subprocess.run([self.bench, "load", "--socket", self.daemon.volume_socket(VOLUME), "--rw", "mix",
+                               "--requests", "20000", "--depth", "32", "--verify"],
+                              capture_output=True, text=True, timeout=120, check=False)
+        self.expect(done.returncode == 0, f"bessel-bench exited {done.returncode}: {done.stderr.strip()}")
+
     def check_store(self):
         """`bessel check` on the store, which no daemon may be serving."""
         done = subprocess.run([self.program, "check", self.daemon.store], capture_output=True, text=True, timeout=120, check=False)
@@ -55,6 +64,15 @@ class World:
     def stop_cleanly(self):
         status = self.daemon.stop()
         self.expect(status == 0, f"the daemon exited {status} on SIGTERM")
+
+
+@functools.cache
+def accelerator():
+    """What guests run under, found out when the first one is wanted."""
+    with vm.Run("test/accelerator") as run:
+        chosen, reason = vm.choose_accelerator(run)
+    print(f"guests run under {chosen.upper()}: {reason}", flush=True)
+    return chosen
 
 
 def needs(what_is_missing):
@@ -149,12 +167,42 @@ def a_clone_has_the_older_files_and_goes_its_own_way(world):
 
 
 def the_load_generator_reads_back_what_it_wrote(world):
-    done = subprocess.run([world.bench, "load", "--socket", world.daemon.volume_socket(VOLUME), "--rw", "mix",
-                           "--requests", "20000", "--depth", "32", "--verify"],
-                          capture_output=True, text=True, timeout=120, check=False)
-    world.expect(done.returncode == 0, f"bessel-bench exited {done.returncode}: {done.stderr.strip()}")
+    world.load_and_verify()
     world.stop_cleanly()
     world.check_store()
+
+
+def loop_devices_are_missing():
+    usable = shutil.which("losetup") and os.access("/dev/loop-control", os.R_OK | os.W_OK)
+    return None if usable else "no loop devices, or no right to make one"
+
+
+@needs(loop_devices_are_missing)
+def a_block_device_of_4096_byte_sectors_serves_and_survives_kills(world):
+    world.stop_cleanly()
+    backing = world.run.path("disk.img")
+    with open(backing, "wb") as disk:
+        disk.truncate(2 << 30)
+    attached = subprocess.run(["losetup", "--sector-size", "4096", "--find", "--show", backing],
+                              capture_output=True, text=True, timeout=60, check=False)
+    world.expect(attached.returncode == 0, f"losetup: {attached.stderr.strip()}")
+    device = attached.stdout.strip()
+    try:
+        formatted = subprocess.run([world.program, "format", device], capture_output=True, text=True, timeout=60, check=False)
+        world.expect(formatted.returncode == 0, f"bessel format: {formatted.stderr.strip()}")
+        world.daemon = vm.Daemon(world.run, world.program, {VOLUME: "1GiB"}, store=device, store_size=None)
+        for _ in range(CRASHES):
+            world.daemon.start()
+            world.load_and_verify()
+            world.daemon.kill()
+        world.daemon.start()
+        world.stop_cleanly()
+        world.check_store()
+    finally:
+        if world.daemon.process.poll() is None:
+            world.daemon.kill()
+        subprocess.run(["losetup", "--detach", device], timeout=60, check=False)
+    os.remove(backing)
 
 
 @needs(bare_guest.what_is_missing)
@@ -197,6 +245,7 @@ TESTS = [
     a_guest_outlives_the_daemon_with_a_pause,
     a_clone_has_the_older_files_and_goes_its_own_way,
     the_load_generator_reads_back_what_it_wrote,
+    a_block_device_of_4096_byte_sectors_serves_and_survives_kills,
     a_cloud_hypervisor_guest_reads_writes_flushes_and_discards,
     a_cloud_hypervisor_guest_outlives_a_daemon_killed_again_and_again,
 ]
@@ -209,9 +258,6 @@ def main():
     parser.add_argument("--bench", default=os.path.join(release, "bessel-bench"), help="the load generator")
     parser.add_argument("names", nargs="*", help="run only tests with one of these in their name")
     options = parser.parse_args()
-    with vm.Run("test/accelerator") as run:
-        accelerator, reason = vm.choose_accelerator(run)
-    print(f"guests run under {accelerator.upper()}: {reason}", flush=True)
     passed = failed = skipped = 0
     for test in TESTS:
         name = test.__name__
@@ -225,7 +271,7 @@ def main():
         began = time.monotonic()
         try:
             with vm.Run(f"test/{name}") as run:
-                test(World(run, options, accelerator))
+                test(World(run, options))
                 os.remove(run.path("store.img"))
             passed += 1
             print(f"test {name} ... ok ({time.monotonic() - began:.0f} s)", flush=True)
