@@ -7,6 +7,8 @@
 
 mod support;
 
+use bessel_mapping::format::{SUPERBLOCK_COPIES, Superblock};
+use bessel_reactor::units::BLOCK_SIZE;
 use serde_json::Value;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -206,6 +208,19 @@ fn a_device_that_is_no_store_is_refused_with_its_line_and_left_unchanged() {
     let error = world.refused(&format!("serve --config {config}"));
     assert!(error.contains("truncated"), "{error}");
     assert_eq!(std::fs::read(world.path("store.img")).unwrap(), cut);
+
+    let mut newer = whole;
+    for copy in SUPERBLOCK_COPIES {
+        let at = (copy.get() * BLOCK_SIZE) as usize;
+        let Some(block) = newer.get_mut(at..at + BLOCK_SIZE as usize) else { continue };
+        let mut superblock = Superblock::decode(block, copy).unwrap();
+        superblock.features_incompatible = 1 << 40;
+        superblock.encode_block(block, copy);
+    }
+    std::fs::write(world.path("store.img"), &newer).unwrap();
+    let error = world.refused(&format!("serve --config {config}"));
+    assert!(error.contains("bessel.yaml:2: ") && error.contains("newer"), "{error}");
+    assert!(std::fs::read(world.path("store.img")).unwrap() == newer, "it was changed");
 }
 
 #[test]
