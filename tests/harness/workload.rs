@@ -38,7 +38,7 @@ impl Workload {
     /// Starts one thing, or lets the world go on a little. Stops early when the power goes.
     pub fn step(&self, world: &mut World) {
         if world.volumes().is_empty() {
-            if world.disk.is_failing() {
+            if world.disk.is_failing() || !world.may_create() {
                 return; // It would be refused again and again.
             }
             let size = ByteCount::new(8 << 20);
@@ -72,8 +72,20 @@ impl Workload {
             world.start_io(volume, kind, 0, 0);
             return;
         }
-        let (first, count) = self.range(world, sectors);
+        let unmaps = matches!(kind, IoKind::WriteZeroes | IoKind::Discard);
+        let (first, count) = match unmaps && world.random.chance(1, 6) {
+            true => Self::leaves(world, sectors),
+            false => self.range(world, sectors),
+        };
         world.start_io(volume, kind, first, count);
+    }
+
+    /// One or more whole leaves, which unmapping may take out of the tree at once, or all there is.
+    fn leaves(world: &mut World, sectors: u64) -> (u64, u64) {
+        let start = *world.random.pick(&[0, LEAF_SECTORS, MIDDLE_SECTORS]);
+        let start = if start < sectors { start } else { 0 };
+        let leaves = *world.random.pick(&[1, 2, sectors / LEAF_SECTORS + 1]);
+        (start, (leaves * LEAF_SECTORS).min(sectors - start))
     }
 
     /// Where a request goes in a volume of `sectors`.
@@ -128,7 +140,7 @@ impl Workload {
                     let _ = world.settle();
                 }
             }
-            85..90 if volumes.len() < self.volumes => {
+            85..90 if volumes.len() < self.volumes && world.may_create() => {
                 let size = *world.random.pick(&[1 << 20, 5 << 20, (2 << 30) + 512, 600 << 30]);
                 let (name, size) = (world.fresh_name(), ByteCount::new(size));
                 world.start(Action::Create { name, size });

@@ -674,7 +674,7 @@ impl World {
             CommandError::NoSpace => self.config.may_fill || self.config.may_fail,
             CommandError::Device(_) | CommandError::Latched(_) => self.config.may_fail,
             // Several may be under way, and the first one decides.
-            CommandError::Settling | CommandError::NoSuchSnapshot => true,
+            CommandError::Settling | CommandError::NoSuchSnapshot | CommandError::InUse => true,
             _ => false,
         };
         assert!(expected, "{pending:?} failed: {error}");
@@ -753,12 +753,34 @@ impl World {
         }
     }
 
-    /// Makes a clone, once the snapshot has settled. `None` when the snapshot is deleted.
+    /// True while the registry has a slot for one more volume. Those of deleted volumes stay taken.
+    pub fn may_create(&self) -> bool {
+        let making = |pending: &&Pending| matches!(pending, Pending::Create { .. });
+        let making = self.commands.values().filter(making).count();
+        let taken = self.store.directory.volumes().count() + making;
+        taken < self.store.geometry.registry_slots as usize
+    }
+
+    /// Makes a clone, once the snapshot has settled. `None` when the snapshot is deleted, or the
+    /// registry full.
     pub fn clone_of(
         &mut self,
         snapshot: SnapshotId,
         name: &str,
     ) -> Result<Option<VolumeId>, PowerCut> {
+        self.larger_clone_of(snapshot, name, ByteCount::default())
+    }
+
+    /// The same, of at least this size.
+    pub fn larger_clone_of(
+        &mut self,
+        snapshot: SnapshotId,
+        name: &str,
+        size: ByteCount,
+    ) -> Result<Option<VolumeId>, PowerCut> {
+        if !self.may_create() {
+            return Ok(None);
+        }
         for _ in 0..STEPS_MAX / 50 {
             let info = self.show(snapshot.volume)?;
             let found = &info.snapshots[snapshot.sequence as usize];
@@ -772,9 +794,9 @@ impl World {
                 }
                 continue;
             }
-            let (root, height, size) = (found.root, found.height, found.size);
-            let origin = CloneOrigin { snapshot, root, height, size };
-            let ticket = self.start_create(name, size, Some(origin));
+            let origin =
+                CloneOrigin { snapshot, root: found.root, height: found.height, size: found.size };
+            let ticket = self.start_create(name, size.max(origin.size), Some(origin));
             let Pending::Create { plan, .. } = &self.commands[&ticket] else {
                 unreachable!("just inserted");
             };

@@ -155,7 +155,9 @@ impl World {
             self.forget();
             return false;
         }
-        self.journals.drain(..earlier_lives);
+        if self.random.chance(3, 4) {
+            self.journals.drain(..earlier_lives); // Else they could not be removed.
+        }
         true
     }
 
