@@ -22,10 +22,10 @@ fn at_once(seed: u64) -> WorldConfig {
 /// A volume of 1 GiB with one block in its first leaf, durable.
 fn written(config: WorldConfig) -> (World, VolumeId) {
     let mut world = World::new(config);
-    let volume = world.create(ByteCount::new(1 << 30)).unwrap();
-    assert_eq!(world.write(volume, 0, 8).unwrap(), IoStatus::Done);
-    assert_eq!(world.flush(volume).unwrap(), IoStatus::Done);
-    world.idle().unwrap();
+    let volume = world.create(ByteCount::new(1 << 30)).expect("the power is on");
+    assert_eq!(world.write(volume, 0, 8).expect("the power is on"), IoStatus::Done);
+    assert_eq!(world.flush(volume).expect("the power is on"), IoStatus::Done);
+    world.idle().expect("the power is on");
     (world, volume)
 }
 
@@ -297,12 +297,12 @@ fn wide(config: WorldConfig) -> (World, VolumeId) {
         capacity: ByteCount::new(64 << 20),
         ..config
     });
-    let volume = world.create(ByteCount::new(1 << 30)).unwrap();
+    let volume = world.create(ByteCount::new(1 << 30)).expect("the power is on");
     for leaf in 0..400 {
-        assert_eq!(world.write(volume, leaf * LEAF, 8).unwrap(), IoStatus::Done);
+        assert_eq!(world.write(volume, leaf * LEAF, 8).expect("the power is on"), IoStatus::Done);
     }
-    assert_eq!(world.flush(volume).unwrap(), IoStatus::Done);
-    world.idle().unwrap();
+    assert_eq!(world.flush(volume).expect("the power is on"), IoStatus::Done);
+    world.idle().expect("the power is on");
     (world, volume)
 }
 
