@@ -39,7 +39,7 @@ const LOG_INTERVAL: Duration = Duration::from_secs(1);
 const LOADS_MAX: usize = 64;
 /// Image buffers for what commands seal: three for a snapshot, so about 80 of those in flight.
 const SEALED_IMAGES: usize = 256;
-/// Bounce buffers: unaligned or partial pieces in flight.
+/// Most bounce buffers: unaligned or partial pieces in flight.
 const BOUNCES: usize = 64;
 /// Segments of a request for which room is made at start.
 const SEGMENTS_EXPECTED: usize = 130;
@@ -206,7 +206,7 @@ impl<D: Device> Shard<D> {
                 .map(|_| Vec::with_capacity(SEGMENTS_EXPECTED))
                 .collect(),
             pieces: Slab::new(pieces_max),
-            bounces: BufferPool::new(BOUNCES, BOUNCE_BYTES),
+            bounces: BufferPool::new(BOUNCES.min(pieces_max), BOUNCE_BYTES),
             scratch: Vec::with_capacity(SEGMENTS_MAX),
             loads: BufferPool::new(LOADS_MAX, BLOCK_SIZE as usize),
             loading: (0..frames).map(|_| None).collect(),
