@@ -2,7 +2,7 @@
 # `target/` is source (the bessel program): cargo builds in build/, here as in .cargo/config.toml.
 export CARGO_TARGET_DIR := $(CURDIR)/build
 
-.PHONY: help build demo test bench fmt clean-guest
+.PHONY: help build demo test soak bench fmt clean-guest
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 22
@@ -17,6 +17,9 @@ demo: ## a real guest on a Bessel disk: snapshots, a crash, a clone (about a min
 
 test: ## everything CI runs
 	@scripts/test
+
+soak: ## simulated crashes on and on: HOURS=n (fractions too), REPORT=FILE; or SEED=n to replay one
+	@scripts/soak
 
 bench: build ## measured beside qemu-storage-daemon
 	@scripts/bench

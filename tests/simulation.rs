@@ -1,26 +1,35 @@
 //! Random work, random power cuts, one seed a run: everything nobody imagined.
 //!
-//! `SEEDS=17` runs one seed, `SEEDS=0..5000` a range; without it a fixed range runs. A failure
-//! prints the command that replays it. Keep failing seeds in `REGRESSIONS`.
+//! `SEEDS=17` runs one seed, `SEEDS=0..5000` a range; without it a fixed range runs, and a few fresh
+//! seeds, which are printed first. A failure prints the command that replays it. Keep failing seeds
+//! in `REGRESSIONS`. `make soak` does the same for hours, and more of it for each seed.
 
+use std::io::Write;
+use std::num::NonZero;
 use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{SystemTime, UNIX_EPOCH};
 
-use bessel_reactor::device::sim::{Random, Schedule};
-use bessel_reactor::units::ByteCount;
+use bessel_reactor::device::sim::Random;
+use bessel_tests::seeds::{Effort, Tally, config, run};
 use bessel_tests::workload::Workload;
-use bessel_tests::world::{World, WorldConfig};
+use bessel_tests::world::World;
 
 /// Seeds that once found something, whatever it was.
 const REGRESSIONS: &[u64] = &[1, 7, 12, 60];
 
 /// Seeds that every run of the suite tries.
-const FIXED: Range<u64> = 0..400;
+const FIXED: Range<u64> = 0..2000;
+
+/// Seeds that only this run of the suite tries.
+const FRESH: usize = 20;
 
 fn seeds() -> Vec<u64> {
     let number = |text: &str| text.parse().expect("SEEDS is `n` or `from..to`");
     match std::env::var("SEEDS") {
-        Err(_) => REGRESSIONS.iter().copied().chain(FIXED).collect(),
+        Err(_) => REGRESSIONS.iter().copied().chain(FIXED).chain(fresh_seeds()).collect(),
         Ok(text) => match text.split_once("..") {
             Some((from, to)) => (number(from)..number(to)).collect(),
             None => vec![number(&text)],
@@ -28,75 +37,49 @@ fn seeds() -> Vec<u64> {
     }
 }
 
-/// One world of its seed's making.
-fn config(seed: u64) -> WorldConfig {
-    let mut random = Random::new(seed);
-    WorldConfig {
-        shards: 1 + random.below(3) as usize,
-        capacity: ByteCount::new(*random.pick(&[64 << 20, 128 << 20])),
-        extent_size: ByteCount::new(*random.pick(&[1 << 20, 2 << 20, 4 << 20])),
-        volatile_cache: random.chance(3, 4),
-        schedule: *random.pick(&[
-            Schedule::Random,
-            Schedule::Random,
-            Schedule::Random,
-            Schedule::AtOnce,
-            Schedule::Fifo,
-        ]),
-        // The smallest there is, to evict all the time; or room for everything.
-        node_cache: ByteCount::new(*random.pick(&[0, 512 << 10, 4 << 20])),
-        requests: *random.pick(&[4, 16, 64]),
-        offset_alignment: *random.pick(&[512, 512, 4096]),
-        may_fill: true,
-        // Full all the time, or never.
-        journal_entries: *random.pick(&[50, 1000]),
-        ..WorldConfig::new(seed)
-    }
+fn fresh_seeds() -> Vec<u64> {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).expect("it is after 1970");
+    let mut random = Random::new(now.as_nanos() as u64);
+    let fresh: Vec<u64> = (0..FRESH).map(|_| random.below(1 << 32)).collect();
+    say(&format!("fresh seeds: {fresh:?}"));
+    fresh
 }
 
-/// Runs one seed; returns power cuts and sectors compared.
-fn run(seed: u64) -> (u64, u64) {
-    let mut world = World::new(config(seed));
-    let workload = Workload::default();
-    let lives = 2 + world.random.below(4);
-    for _ in 0..lives {
-        let steps = 1 + world.random.below(250);
-        for _ in 0..steps {
-            workload.step(&mut world);
-        }
-        match world.random.below(12) {
-            8.. => world.kill(),
-            0 => world.shut_down().expect("nobody cuts the power here"),
-            1 => {
-                world.settle().expect("nobody cuts the power here");
-                world.crash_somehow();
-            }
-            _ => world.crash_somehow(),
-        }
-        world.recover();
-        if world.random.chance(1, 3) {
-            world.verify_snapshots().expect("the power is back");
-        }
-    }
-    (world.disk.counters().crashes, world.model.sectors_checked)
+/// Prints at once, also where the harness keeps the output of tests that pass to itself: a run that
+/// hangs or is killed must have said what it was doing.
+fn say(line: &str) {
+    let _ = writeln!(std::io::stderr(), "{line}");
 }
 
 #[test]
 fn nothing_acknowledged_is_lost_and_nothing_foreign_is_seen() {
-    let mut totals = (0, 0);
     let seeds = seeds();
-    for &seed in &seeds {
-        match catch_unwind(AssertUnwindSafe(|| run(seed))) {
-            Ok((crashes, sectors)) => {
-                totals = (totals.0 + crashes, totals.1 + sectors);
-            }
-            Err(_) => {
-                panic!("seed {seed}: SEEDS={seed} cargo test -p bessel-tests --test simulation")
+    let next = AtomicUsize::new(0);
+    let (total, failed) = (Mutex::new(Tally::default()), Mutex::new(Vec::new()));
+    let work = || {
+        while let Some(&seed) = seeds.get(next.fetch_add(1, Ordering::Relaxed)) {
+            match catch_unwind(AssertUnwindSafe(|| run(seed, &Effort::SLICE))) {
+                Ok(tally) => *total.lock().expect("nobody panics with it") += tally,
+                Err(_) => {
+                    let replay =
+                        format!("SEEDS={seed} cargo test -p bessel-tests --test simulation");
+                    say(&format!("seed {seed} failed: {replay}"));
+                    failed.lock().expect("nobody panics with it").push(replay);
+                }
             }
         }
-    }
-    println!("{} seeds, {} power cuts, {} sectors compared", seeds.len(), totals.0, totals.1);
-    assert!(totals.0 > 0 && totals.1 > 0, "a harness that looks at nothing finds nothing");
+    };
+    std::thread::scope(|scope| {
+        for _ in 0..std::thread::available_parallelism().map_or(1, NonZero::get) {
+            scope.spawn(work);
+        }
+    });
+    let total = total.into_inner().expect("nobody panics with it");
+    println!("{total:#?}");
+    let failed = failed.into_inner().expect("nobody panics with it");
+    assert!(failed.is_empty(), "these failed:\n{}", failed.join("\n"));
+    let looked = total.enumerated > 0 && total.sampled > 0 && total.nth > 0 && total.sectors > 0;
+    assert!(looked, "a harness that looks at nothing finds nothing: {total:#?}");
 }
 
 #[test]
@@ -111,4 +94,5 @@ fn one_seed_is_one_run() {
     };
     assert_eq!(trace(1), trace(1));
     assert_ne!(trace(1), trace(2));
+    assert_eq!(run(3, &Effort::SLICE), run(3, &Effort::SLICE), "and so is all that is tried aside");
 }

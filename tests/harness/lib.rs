@@ -9,5 +9,6 @@
 pub mod guest;
 pub mod model;
 pub mod plain_host;
+pub mod seeds;
 pub mod workload;
 pub mod world;

@@ -9,6 +9,7 @@
 //! It knows nothing of blocks, nodes or devices: whatever the pipeline does, this must hold.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::rc::Rc;
 
 use bessel_mapping::request::{IoKind, IoStatus, SnapshotId, VolumeId, VolumeInfo};
 use bessel_reactor::units::{SECTOR_SIZE, SECTORS_PER_BLOCK};
@@ -183,7 +184,8 @@ pub struct Model {
     clock: u64,
     next_op: u64,
     volumes: BTreeMap<VolumeId, VolumeModel>,
-    images: Vec<Image>,
+    /// Shared by clones of the model, until one of them learns more of an image.
+    images: Vec<Rc<Image>>,
     ops: BTreeMap<u64, Op>,
     /// Sectors compared so far: a harness that looks at nothing finds nothing.
     pub sectors_checked: u64,
@@ -265,7 +267,8 @@ impl Model {
             for &sector in &sectors {
                 let base = self.images[pending.image].base;
                 let values = base_values(&self.images, base, sector);
-                let list = self.images[pending.image].sectors.entry(sector).or_insert(values);
+                let image = Rc::make_mut(&mut self.images[pending.image]);
+                let list = image.sectors.entry(sector).or_insert(values);
                 if !list.contains(&op.value) {
                     list.push(op.value);
                 }
@@ -364,7 +367,7 @@ impl Model {
         };
         let written = content.sectors.iter();
         let sectors = written.map(|(sector, list)| (*sector, standing(list))).collect();
-        self.images.push(Image { base: content.base, sectors });
+        self.images.push(Rc::new(Image { base: content.base, sectors }));
         let image = self.images.len() - 1;
         self.volume(id).pending.push(PendingSnapshot { submitted, time, label, image, then });
     }
@@ -667,14 +670,14 @@ fn live_of(list: &[Candidate]) -> Vec<Value> {
     list.iter().filter(|candidate| !candidate.gone).map(|candidate| candidate.value).collect()
 }
 
-fn live_values(images: &[Image], content: &Content, sector: u64) -> Vec<Value> {
+fn live_values(images: &[Rc<Image>], content: &Content, sector: u64) -> Vec<Value> {
     match content.sectors.get(&sector) {
         Some(list) => live_of(list),
         None => base_values(images, content.base, sector),
     }
 }
 
-fn base_values(images: &[Image], base: Option<ImageId>, sector: u64) -> Vec<Value> {
+fn base_values(images: &[Rc<Image>], base: Option<ImageId>, sector: u64) -> Vec<Value> {
     let mut next = base;
     while let Some(id) = next {
         if let Some(values) = images[id].sectors.get(&sector) {
@@ -685,19 +688,21 @@ fn base_values(images: &[Image], base: Option<ImageId>, sector: u64) -> Vec<Valu
     vec![ZERO]
 }
 
-fn pin_image(images: &mut [Image], base: Option<ImageId>, sector: u64, value: Value) {
+fn pin_image(images: &mut [Rc<Image>], base: Option<ImageId>, sector: u64, value: Value) {
     let mut next = base;
     while let Some(id) = next {
-        if let Some(values) = images[id].sectors.get_mut(&sector) {
+        if let Some(values) = images[id].sectors.get(&sector) {
             assert!(values.contains(&value), "the caller checked");
-            *values = vec![value];
+            if values.len() > 1 {
+                Rc::make_mut(&mut images[id]).sectors.insert(sector, vec![value]);
+            }
             return;
         }
         next = images[id].base;
     }
 }
 
-fn touched(images: &[Image], content: &Content, range: std::ops::Range<u64>) -> BTreeSet<u64> {
+fn touched(images: &[Rc<Image>], content: &Content, range: std::ops::Range<u64>) -> BTreeSet<u64> {
     let own = content.sectors.range(range.clone()).map(|(sector, _)| *sector);
     let mut all: BTreeSet<u64> = own.collect();
     let mut next = content.base;

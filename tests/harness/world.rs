@@ -28,6 +28,7 @@ mod memory;
 mod recovery;
 
 use memory::{JournalMemory, Memory};
+pub use recovery::Outage;
 
 /// Steps without an end after which the world is called stuck. The slowest operation of the disk
 /// takes 200 reaps, a chain of a dozen of them 2,400; requests queue behind one another.

@@ -10,11 +10,15 @@ use bessel_mapping::request::{
     CacheMode, Command, IoKind, IoRequest, IoStatus, Reply, SnapshotId, VolumeId,
 };
 use bessel_mapping::store;
-use bessel_reactor::device::sim::{Keep, Schedule};
-use bessel_reactor::units::{SECTOR_SIZE, Sector};
+use bessel_reactor::clock::{Instant, WallTime};
+use bessel_reactor::device::sim::{
+    Fault, Keep, OpKind, PowerFailure, Random, Schedule, SimDisk, VolatileWrite,
+};
+use bessel_reactor::units::{ByteCount, SECTOR_SIZE, Sector};
 
 use super::memory::Memory;
-use super::{Action, OpenVolume, Outcome, Pending, PowerCut, STEPS_MAX, World, open};
+use super::{Action, OpenVolume, Outcome, Pending, PowerCut, STEPS_MAX, World, WorldConfig, open};
+use crate::model::Model;
 
 impl World {
     /// What each extent holds, as the shards know it now.
@@ -35,6 +39,23 @@ impl World {
             2 => self.crash(Keep::Where(&metadata)),
             3 => self.crash(Keep::Where(&data)),
             _ => self.crash(Keep::Random),
+        }
+    }
+
+    /// What a power failure at this instant could leave, to look at before life goes on.
+    pub fn power_failure(&self, seed: u64) -> Outage {
+        let mut model = self.model.clone();
+        model.crash();
+        Outage {
+            failure: self.disk.power_failure(seed),
+            extents: self.extents(),
+            model,
+            config: self.config,
+            trace: self.trace,
+            now: self.now,
+            wall: self.wall,
+            names: self.names,
+            tickets: self.tickets,
         }
     }
 
@@ -112,6 +133,11 @@ impl World {
     /// the logs, and every sector that anybody ever wrote.
     pub fn recover(&mut self) {
         while !self.recover_unless_killed() {}
+        self.compare();
+    }
+
+    /// Compares everything there is, now that the store is open again, with the model.
+    fn compare(&mut self) {
         for id in self.volumes() {
             let info = self.show(id).expect("the power is back");
             self.model.recover_volume(&info);
@@ -127,6 +153,11 @@ impl World {
         self.check();
         let wall = self.wall().as_unix_nanos();
         self.store = open(&self.disk, wall);
+        self.serve()
+    }
+
+    /// Serves the store that was just opened. False when this life was killed at that.
+    fn serve(&mut self) -> bool {
         let live = self.store.directory.entries().filter(|entry| !entry.record.deleted);
         let entries: Vec<_> = live.cloned().collect();
         self.model.recover_volumes(&entries.iter().map(|entry| entry.record.id).collect());
@@ -190,12 +221,7 @@ impl World {
     /// # Panics
     /// When it finds anything corrupt.
     pub fn check(&self) -> check::CheckReport {
-        let report = check::check(&mut self.disk.connect(), &mut |_, _| {});
-        let report = report.expect("the store opens");
-        let corrupt = report.findings.iter().filter(|f| f.severity == check::Severity::Corrupt);
-        let corrupt: Vec<_> = corrupt.collect();
-        assert!(corrupt.is_empty(), "check found: {corrupt:#?}");
-        report
+        check_disk(&self.disk)
     }
 
     /// Reads every sector of the volume that was ever written, and some that never were.
@@ -248,8 +274,9 @@ impl World {
         self.model.observe(id, sector, memory.bytes());
     }
 
-    /// Clones every snapshot and reads the clones: snapshots never change.
-    pub fn verify_snapshots(&mut self) -> Result<(), PowerCut> {
+    /// Clones every snapshot and reads the clones: snapshots never change. Returns how many.
+    pub fn verify_snapshots(&mut self) -> Result<u64, PowerCut> {
+        let mut verified = 0;
         for id in self.volumes() {
             for sequence in self.model.snapshots(id) {
                 let name = self.fresh_name();
@@ -258,9 +285,106 @@ impl World {
                     self.settle()?;
                     self.observe(clone);
                     self.perform(Action::Delete { volume: clone })?;
+                    verified += 1;
                 }
             }
         }
-        Ok(())
+        Ok(verified)
+    }
+}
+
+fn check_disk(disk: &SimDisk) -> check::CheckReport {
+    let report = check::check(&mut disk.connect(), &mut |_, _| {});
+    let report = report.expect("the store opens");
+    let corrupt = report.findings.iter().filter(|f| f.severity == check::Severity::Corrupt);
+    let corrupt: Vec<_> = corrupt.collect();
+    assert!(corrupt.is_empty(), "check found: {corrupt:#?}");
+    report
+}
+
+/// A power failure at one instant of a world: any number of recoveries from it, each of them in a
+/// world of its own, while the one it was taken from goes on.
+pub struct Outage {
+    failure: PowerFailure,
+    extents: ExtentMap,
+    model: Model,
+    config: WorldConfig,
+    trace: bool,
+    now: Instant,
+    wall: u64,
+    names: u64,
+    tickets: u64,
+}
+
+impl Outage {
+    /// The writes that a power cut decides on, oldest first.
+    pub fn writes(&self) -> Vec<VolatileWrite> {
+        self.failure.writes()
+    }
+
+    /// True for what is no guest's data.
+    pub fn is_metadata(&self, write: &VolatileWrite) -> bool {
+        self.extents.kind_of(write.block) != ExtentType::Data
+    }
+
+    /// Brings the power back with `keep` kept: opens the store, checks it, and compares all of it.
+    ///
+    /// # Panics
+    /// When anything promised is not there, or anything is there that must not be.
+    pub fn recover(&self, seed: u64, keep: Keep<'_>) -> World {
+        let disk = self.failure.disk(seed, keep);
+        disk.set_schedule(Schedule::AtOnce);
+        let mut random = Random::new(seed);
+        if random.chance(1, 16) {
+            self.cut_again(&disk, &mut random);
+        }
+        check_disk(&disk);
+        let mut world = World {
+            store: open(&disk, self.wall + 1),
+            disk,
+            model: self.model.clone(),
+            config: self.config_of(seed, &mut random),
+            random,
+            trace: self.trace,
+            shards: Vec::new(),
+            mail: BTreeMap::new(),
+            now: self.now,
+            wall: self.wall + 1,
+            names: self.names,
+            tickets: self.tickets,
+            volumes: BTreeMap::new(),
+            requests: BTreeMap::new(),
+            waiting: VecDeque::new(),
+            commands: BTreeMap::new(),
+            outcomes: BTreeMap::new(),
+            journals: Vec::new(),
+            life: [0; 16],
+        };
+        // Killed when all was made: again.
+        if world.serve() {
+            world.compare();
+        } else {
+            world.recover();
+        }
+        world
+    }
+
+    /// Most recoveries are made with as little as there can be: what a shard is made of takes longer
+    /// to make than all the rest of a recovery.
+    fn config_of(&self, seed: u64, random: &mut Random) -> WorldConfig {
+        if random.chance(1, 16) {
+            return WorldConfig { seed, ..self.config };
+        }
+        let node_cache = ByteCount::new(0);
+        WorldConfig { seed, shards: 1, node_cache, requests: 4, journal_entries: 50, ..self.config }
+    }
+
+    /// Cuts the power once more, in the middle of opening the store.
+    fn cut_again(&self, disk: &SimDisk, random: &mut Random) {
+        disk.inject(Fault { kind: Some(OpKind::Write), after: random.below(4), lasting: true });
+        let mode = store::OpenMode::ReadWrite { time: WallTime::from_unix_nanos(self.wall + 1) };
+        // It may have come to its end, or not: no promise hangs on it.
+        let _ = store::open(&mut disk.connect(), mode);
+        disk.crash(Keep::Random);
     }
 }
