@@ -341,9 +341,11 @@ type Versions = BTreeMap<u64, Vec<Version>>;
 /// Blocks of a chunk of [`Platter`].
 const CHUNK: u64 = 64;
 
+type Chunk = [Option<Rc<[u8; BLOCK]>>; CHUNK as usize];
+
 /// What survives anything: sparse blocks, in chunks that clones share, so that a clone costs little.
 #[derive(Clone, Default)]
-struct Platter(BTreeMap<u64, Rc<[Option<Rc<[u8; BLOCK]>>; CHUNK as usize]>>);
+struct Platter(BTreeMap<u64, Rc<Chunk>>);
 
 impl Platter {
     fn get(&self, block: u64) -> Option<&[u8; BLOCK]> {
