@@ -24,6 +24,8 @@ use nix::sys::stat::{major, minor};
 /// How long a device may take over what a killed process had asked of it. Linux itself gives up on
 /// a SCSI command after 30 s, and tries it again a few times.
 const IN_FLIGHT_MAX: Duration = Duration::from_secs(120);
+/// When to say that we wait. The kernel takes a moment to tear down a ring with nothing in it, too.
+const IN_FLIGHT_WORTH_A_WORD: Duration = Duration::from_millis(500);
 /// How often to look whether it is done.
 const IN_FLIGHT_POLL: Duration = Duration::from_millis(5);
 /// The byte whose lock says that I/O may be in flight: no device reaches there.
@@ -164,7 +166,7 @@ fn wait_for_in_flight(file: &File, path: &Path, patience: Duration) -> Result<()
         if waited >= patience {
             return Err(LockError::InFlight { path: path.to_path_buf() });
         }
-        if waited.is_zero() {
+        if waited == IN_FLIGHT_WORTH_A_WORD {
             tracing::warn!(path = %path.display(), "I/O of a killed process is in flight, waiting for it");
         }
         std::thread::sleep(IN_FLIGHT_POLL);
