@@ -323,6 +323,12 @@ impl<D: Device> Shard<D> {
         }
     }
 
+    /// True when the volume is open and has latched: see `CommandError::Latched`.
+    pub fn is_latched(&self, handle: VolumeHandle) -> bool {
+        let volume = self.volumes.get(handle.0 as usize).and_then(Option::as_ref);
+        volume.is_some_and(|volume| volume.latched.is_some())
+    }
+
     pub(crate) fn volume(&self, handle: VolumeHandle) -> &Volume {
         self.volumes[handle.0 as usize].as_ref().expect("the volume is open")
     }

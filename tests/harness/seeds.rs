@@ -11,7 +11,7 @@ use bessel_reactor::device::sim::{Keep, Random, Schedule, VolatileWrite};
 use bessel_reactor::units::ByteCount;
 
 use crate::workload::Workload;
-use crate::world::{Outage, World, WorldConfig};
+use crate::world::{Faults, Outage, World, WorldConfig};
 
 /// How much is made of each seed. A seed is the same run only under the same effort.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -112,6 +112,8 @@ pub fn config(seed: u64) -> WorldConfig {
         may_fill: true,
         // Full all the time, or never.
         journal_entries: *random.pick(&[50, 1000]),
+        // Every eighth on a disk that goes wrong.
+        faults: (seed % 8 == 5).then(|| Faults::of_seed(&mut random)),
         ..WorldConfig::new(seed)
     }
 }

@@ -24,9 +24,11 @@ use bessel_reactor::units::{BLOCK_SIZE, BlockAddr, ByteCount, SECTOR_SIZE, Secto
 
 use crate::model::Model;
 
+mod faulty;
 mod memory;
 mod recovery;
 
+pub use faulty::Faults;
 use memory::{JournalMemory, Memory};
 pub use recovery::Outage;
 
@@ -59,6 +61,8 @@ pub struct WorldConfig {
     pub may_fill: bool,
     /// The device fails: requests may end with `Failed`, commands with an error.
     pub may_fail: bool,
+    /// How the disk goes wrong by itself, from the start; then anything may fail that meets it.
+    pub faults: Option<Faults>,
     /// Entries in each shard's journal.
     pub journal_entries: usize,
 }
@@ -78,6 +82,7 @@ impl WorldConfig {
             offset_alignment: 512,
             may_fill: false,
             may_fail: false,
+            faults: None,
             journal_entries: 1000,
         }
     }
@@ -161,6 +166,9 @@ struct OpenVolume {
 
 struct Request {
     op: u64,
+    shard: usize,
+    /// Faults of the disk before it.
+    strikes: usize,
     volume: VolumeId,
     kind: IoKind,
     sector: u64,
@@ -200,6 +208,15 @@ pub struct World {
     trace: bool,
     store: store::OpenedStore,
     shards: Vec<Shard<SimDevice>>,
+    /// Which front-end of the disk each shard has.
+    fronts: Vec<u64>,
+    /// How the disk goes wrong.
+    faults: Option<Faults>,
+    /// Faults of the disk before this life.
+    life_strikes: usize,
+    /// Volumes whose changes could not be made again after a kill, for damage: the daemon withholds
+    /// them and keeps the changes; we do not look at them any more.
+    withheld: BTreeSet<VolumeId>,
     /// Messages under way, by sender and receiver.
     mail: BTreeMap<(usize, usize), VecDeque<Message>>,
     now: Instant,
@@ -249,6 +266,10 @@ impl World {
             trace: std::env::var_os("TRACE").is_some(),
             config,
             shards: Vec::new(),
+            fronts: Vec::new(),
+            faults: config.faults,
+            life_strikes: 0,
+            withheld: BTreeSet::new(),
             mail: BTreeMap::new(),
             now: Instant::from_nanos(1),
             wall: 1,
@@ -264,16 +285,21 @@ impl World {
         };
         world.start_shards();
         world.begin_life();
+        world.resume_faults();
         world
     }
 
     fn start_shards(&mut self) {
         let faults = &self.store.faults;
-        assert!(faults.is_empty(), "volumes that do not open: {faults:?}");
+        let excused = self.metadata_is_damaged();
+        assert!(faults.is_empty() || excused, "volumes that do not open: {faults:?}");
         let WorldConfig { shards, node_cache, requests, .. } = self.config;
         let config = |index| ShardConfig { index, node_cache, requests_max: requests };
-        let shard = |index| Shard::new(&config(index), self.disk.connect(), &self.store);
-        self.shards = (0..shards).map(shard).collect();
+        let devices: Vec<SimDevice> = (0..shards).map(|_| self.disk.connect()).collect();
+        self.fronts = devices.iter().map(SimDevice::front).collect();
+        self.life_strikes = self.disk.strikes();
+        let shard = |(index, device)| Shard::new(&config(index), device, &self.store);
+        self.shards = devices.into_iter().enumerate().map(shard).collect();
         self.life = self.random.next_u64().to_le_bytes().repeat(2).try_into().expect("16 bytes");
         let identity = self.identity(self.life);
         for shard in &mut self.shards {
@@ -288,6 +314,7 @@ impl World {
 
     /// One turn of every shard, in any order, and some of the mail. True when anything happened.
     pub fn step(&mut self) -> bool {
+        self.disk.set_now(self.now.as_nanos());
         let mut order: Vec<usize> = (0..self.shards.len()).collect();
         self.random.shuffle(&mut order);
         let mut progress = false;
@@ -338,7 +365,8 @@ impl World {
 
     /// When nothing moves but the clock, moves the clock to where something will.
     fn skip_time(&mut self) -> bool {
-        let next = self.shards.iter().filter_map(Shard::deadline).min();
+        let late = self.disk.next_due().map(Instant::from_nanos);
+        let next = self.shards.iter().filter_map(Shard::deadline).chain(late).min();
         let Some(next) = next.filter(|next| *next > self.now) else { return false };
         self.now = next;
         true
@@ -356,7 +384,7 @@ impl World {
             if self.disk.stopped() {
                 return Err(PowerCut);
             }
-            if !self.step() && self.disk.in_flight() == 0 {
+            if !self.step() && self.disk.in_flight_in_time() == 0 {
                 self.skip_time();
             }
         }
@@ -428,7 +456,8 @@ impl World {
             memory
         });
         self.tell(format_args!("{ticket}: {kind:?} {sector}+{sectors} of {id}, value {op}"));
-        let request = Request { op, volume: id, kind, sector, sectors, memory };
+        let (shard, strikes) = (self.volumes[&id].shard, self.disk.strikes());
+        let request = Request { op, shard, strikes, volume: id, kind, sector, sectors, memory };
         self.requests.insert(ticket, request);
         if !self.submit(ticket) {
             self.waiting.push_back(ticket);
@@ -467,8 +496,13 @@ impl World {
         let request = self.requests.remove(&ticket).expect("a request completes once");
         let expected = match status {
             IoStatus::Done => true,
-            IoStatus::NoSpace => self.config.may_fill || self.config.may_fail,
-            IoStatus::Failed => self.config.may_fail,
+            IoStatus::NoSpace => self.config.may_fill || self.may_fail() && self.claims_may_fail(),
+            IoStatus::Failed => {
+                let Request { volume, shard, strikes, kind, .. } = request;
+                self.may_fail()
+                    && (self.is_to_blame(shard, strikes, kind)
+                        || kind != IoKind::Read && self.is_latched(volume))
+            }
             IoStatus::Refused => false,
         };
         assert!(
@@ -477,6 +511,7 @@ impl World {
             request.kind, request.sector, request.sectors, request.volume
         );
         self.tell(format_args!("{ticket}: {status:?}"));
+        self.absorb_damage();
         let bytes = request.memory.as_ref().map_or(&[][..], Memory::bytes);
         self.model.end(request.op, status, bytes);
         self.outcomes.insert(ticket, Outcome::Io(status));
@@ -672,8 +707,14 @@ impl World {
 
     fn failed(&mut self, pending: &Pending, error: &CommandError) {
         let expected = match error {
-            CommandError::NoSpace => self.config.may_fill || self.config.may_fail,
-            CommandError::Device(_) | CommandError::Latched(_) => self.config.may_fail,
+            CommandError::NoSpace => {
+                self.config.may_fill || self.may_fail() && self.claims_may_fail()
+            }
+            CommandError::Device(_) | CommandError::Latched(_) | CommandError::Corrupt(_) => {
+                let mut shards = 0..self.shards.len();
+                self.may_fail()
+                    && shards.any(|shard| self.is_to_blame(shard, self.life_strikes, IoKind::Write))
+            }
             // Several may be under way, and the first one decides.
             CommandError::Settling | CommandError::NoSuchSnapshot | CommandError::InUse => true,
             _ => false,
@@ -791,7 +832,9 @@ impl World {
             if found.settling {
                 // It settles when the requests do that were in flight.
                 for _ in 0..50 {
-                    self.step();
+                    if !self.step() && self.disk.in_flight_in_time() == 0 {
+                        self.skip_time();
+                    }
                 }
                 continue;
             }

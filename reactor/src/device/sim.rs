@@ -316,6 +316,8 @@ struct WriteData {
     id: Cell<WriteId>,
     sector: u64,
     bytes: Box<[u8]>,
+    /// What should be there instead, if a silent fault has made these bytes.
+    meant: Option<Box<[u8]>>,
     /// Value of `Disk::completions` when it completed; `u64::MAX` until then.
     completed: Cell<u64>,
 }
@@ -332,6 +334,12 @@ struct Version {
 impl Version {
     fn bytes(&self) -> &[u8] {
         &self.data.bytes[self.offset..self.offset + SECTOR]
+    }
+
+    /// What should be there, if it is something else.
+    fn meant(&self) -> Option<&[u8]> {
+        let meant = &self.data.meant.as_ref()?[self.offset..self.offset + SECTOR];
+        (meant != self.bytes()).then_some(meant)
     }
 }
 
@@ -437,6 +445,9 @@ impl Op {
 /// Says of an operation whether it is meant, by its kind and first block.
 type OpFilter = Box<dyn Fn(OpKind, BlockAddr) -> bool>;
 
+/// A sector, and what it holds or is read as.
+type Found = (u64, Box<[u8]>);
+
 /// The rates that hold for an operation, by its kind and first block.
 type RatesOf = Box<dyn Fn(OpKind, BlockAddr) -> FaultRates>;
 
@@ -466,8 +477,8 @@ struct Disk {
     rates: Option<RatesOf>,
     /// Sectors that cannot be read; true for those that cannot be written either.
     bad: BTreeMap<u64, bool>,
-    /// Sectors that do not hold what was written there last.
-    damaged: BTreeSet<u64>,
+    /// Durable sectors that do not hold what was last written there, which is kept here.
+    damaged: BTreeMap<u64, Box<[u8]>>,
     damage: Vec<Damage>,
     strikes: Vec<Strike>,
     /// Time, for late operations.
@@ -513,7 +524,7 @@ impl SimDisk {
             owed_failures: BTreeSet::new(),
             rates: None,
             bad: BTreeMap::new(),
-            damaged: BTreeSet::new(),
+            damaged: BTreeMap::new(),
             damage: Vec::new(),
             strikes: Vec::new(),
             now: 0,
@@ -529,6 +540,7 @@ impl SimDisk {
         let disk = self.0.borrow();
         let copy = Self::new(SimConfig { seed, ..disk.config });
         copy.0.borrow_mut().durable = disk.durable.clone();
+        copy.0.borrow_mut().damaged = disk.damaged.clone();
         copy.0.borrow_mut().background = disk.background;
         copy
     }
@@ -618,7 +630,9 @@ impl SimDisk {
     /// Blocks that hold something else than was written there last.
     pub fn damaged_blocks(&self) -> BTreeSet<BlockAddr> {
         let disk = self.0.borrow();
-        disk.damaged.iter().map(|sector| BlockAddr::new(sector / SECTORS_PER_BLOCK)).collect()
+        let sectors = disk.damaged.keys().chain(disk.volatile.keys());
+        let damaged = sectors.filter(|sector| disk.meant_instead(**sector).is_some());
+        damaged.map(|sector| BlockAddr::new(sector / SECTORS_PER_BLOCK)).collect()
     }
 
     /// How many operations went wrong so far; for [`SimDisk::strikes_since`].
@@ -702,6 +716,7 @@ impl SimDisk {
             config: disk.config,
             background: disk.background,
             durable: disk.durable.clone(),
+            damaged: disk.damaged.clone(),
             volatile,
         }
     }
@@ -712,6 +727,7 @@ pub struct PowerFailure {
     config: SimConfig,
     background: u8,
     durable: Platter,
+    damaged: BTreeMap<u64, Box<[u8]>>,
     volatile: Versions,
 }
 
@@ -744,6 +760,7 @@ impl PowerFailure {
             let mut disk = disk.0.borrow_mut();
             disk.background = self.background;
             disk.durable = self.durable.clone();
+            disk.damaged = self.damaged.clone();
             disk.keep(&self.volatile, keep);
         }
         disk
@@ -794,20 +811,23 @@ impl Disk {
         }
     }
 
-    fn make_durable(&mut self, sector: u64, bytes: &[u8]) {
-        self.durable.set_sector(sector, bytes, self.background);
+    fn make_durable(&mut self, sector: u64, version: &Version) {
+        self.durable.set_sector(sector, version.bytes(), self.background);
+        match version.meant() {
+            Some(meant) => self.damaged.insert(sector, meant.into()),
+            None => self.damaged.remove(&sector),
+        };
     }
 
     /// One sector of a write reaches the disk, or its cache.
     fn land(&mut self, sector: u64, version: Version) {
-        self.damaged.remove(&sector);
         if self.bad.get(&sector) == Some(&false) {
             self.bad.remove(&sector);
         }
         if self.config.volatile_cache {
             self.volatile.entry(sector).or_default().push(version);
         } else {
-            self.make_durable(sector, version.bytes());
+            self.make_durable(sector, &version);
         }
     }
 
@@ -995,7 +1015,7 @@ impl Disk {
                 }
                 match op.silent {
                     Some(Silent::Misdirected) => self.misdirect(&op, &data, completed),
-                    Some(Silent::Lost) => self.spoil(op.sector, &data.bytes, None),
+                    Some(Silent::Lost) => self.lose(&op, &data, completed),
                     Some(Silent::FlipAtRest) => self.flip_at_rest(&op, &data, completed),
                     Some(Silent::FlipOnRead) | None => {}
                 }
@@ -1042,76 +1062,83 @@ impl Disk {
             let at = (sector - op.sector) as usize * SECTOR;
             self.random.flip(&mut bytes[at..at + SECTOR]);
             let found = bytes[at..at + SECTOR].into();
-            self.note_damage(sector / SECTORS_PER_BLOCK, None, vec![(sector, found)]);
+            self.note_damage(sector / SECTORS_PER_BLOCK, vec![(sector, found)]);
         }
         scatter(&bytes, &op.segments);
-        if flipped || self.damaged.range(op.sector..op.sector + op.sectors).next().is_some() {
+        let damaged = |sector| self.meant_instead(sector).is_some();
+        if flipped || (op.sector..op.sector + op.sectors).any(damaged) {
             self.note_strike(op, Harm::Damaged);
         }
     }
 
-    /// Remembers what `block` is read as instead of what it should hold, `meant` or what is there.
-    fn note_damage(
-        &mut self,
-        block: u64,
-        meant: Option<Box<[u8; BLOCK]>>,
-        found: Vec<(u64, Box<[u8]>)>,
-    ) {
-        let meant = meant.unwrap_or_else(|| self.block_now(block));
+    /// Remembers what `block` is read as instead of what it should hold.
+    fn note_damage(&mut self, block: u64, found: Vec<Found>) {
+        let mut meant = Box::new([0; BLOCK]);
+        self.read_meant(block * SECTORS_PER_BLOCK, &mut meant[..]);
         let place = |sector: u64| (sector % SECTORS_PER_BLOCK) as usize;
         let found = found.into_iter().map(|(sector, bytes)| (place(sector), bytes)).collect();
         self.damage.push(Damage { block: BlockAddr::new(block), meant, found });
     }
 
-    fn block_now(&self, block: u64) -> Box<[u8; BLOCK]> {
-        let mut bytes = Box::new([0; BLOCK]);
-        self.read_block(block * SECTORS_PER_BLOCK, &mut bytes[..]);
-        bytes
+    /// What a sector should hold, if it holds something else.
+    fn meant_instead(&self, sector: u64) -> Option<&[u8]> {
+        match self.volatile.get(&sector).and_then(|versions| versions.last()) {
+            Some(version) => version.meant(),
+            None => self.damaged.get(&sector).map(|meant| &meant[..]),
+        }
     }
 
-    /// Everything that a sector may turn out to hold, now or after a power cut.
-    fn contents(&self, sector: u64) -> Vec<Box<[u8]>> {
-        let mut durable = vec![self.background; SECTOR];
-        if let Some(block) = self.durable.get(sector / SECTORS_PER_BLOCK) {
-            let start = (sector % SECTORS_PER_BLOCK) as usize * SECTOR;
-            durable.copy_from_slice(&block[start..start + SECTOR]);
+    /// What the sectors from `first` on should hold.
+    fn read_meant(&self, first: u64, target: &mut [u8]) {
+        for (sector, target) in (first..).zip(target.chunks_mut(SECTOR)) {
+            match self.meant_instead(sector) {
+                Some(meant) => target.copy_from_slice(meant),
+                None => self.read_sector(sector, target),
+            }
         }
-        let versions = self.volatile.get(&sector).into_iter().flatten();
-        versions.map(|version| version.bytes().into()).chain([durable.into()]).collect()
     }
 
-    /// The sectors from `first` on should hold `meant` from now on, and do not: they hold what they
-    /// held before or, if given, `instead`.
-    fn spoil(&mut self, first: u64, meant: &[u8], instead: Option<&[u8]>) {
-        let end = first + (meant.len() / SECTOR) as u64;
-        let at = |sector: u64| (sector - first) as usize * SECTOR;
-        for block in first / SECTORS_PER_BLOCK..end.div_ceil(SECTORS_PER_BLOCK) {
-            let mut whole = self.block_now(block);
-            let start = block * SECTORS_PER_BLOCK;
-            let mut found = Vec::new();
-            for sector in start.max(first)..end.min(start + SECTORS_PER_BLOCK) {
-                let right = &meant[at(sector)..at(sector) + SECTOR];
-                let place = (sector - start) as usize * SECTOR;
-                let there: Vec<Box<[u8]>> = match instead {
-                    Some(bytes) => vec![bytes[at(sector)..at(sector) + SECTOR].into()],
-                    None => self.contents(sector),
-                };
-                if instead.is_some() || whole[place..place + SECTOR] != *right {
-                    self.damaged.insert(sector);
-                }
-                let wrong = there.into_iter().filter(|bytes| **bytes != *right);
-                found.extend(wrong.map(|bytes| (sector, bytes)));
-                whole[place..place + SECTOR].copy_from_slice(right);
+    /// The sectors from `first` on hold `bytes` from now on, by the doing of the write `of`, and
+    /// should hold `meant`.
+    fn spoil(
+        &mut self,
+        first: u64,
+        bytes: Vec<u8>,
+        meant: Vec<u8>,
+        of: &WriteData,
+        completed: u64,
+    ) {
+        let wrong = Rc::new(WriteData {
+            id: of.id.clone(),
+            sector: first,
+            bytes: bytes.into(),
+            meant: Some(meant.into()),
+            completed: Cell::new(completed),
+        });
+        let mut found: BTreeMap<u64, Vec<Found>> = BTreeMap::new();
+        let end = first + (wrong.bytes.len() / SECTOR) as u64;
+        for (sector, offset) in (first..end).zip((0..).step_by(SECTOR)) {
+            let version = Version { data: Rc::clone(&wrong), offset, doomed: false };
+            if version.meant().is_some() {
+                let block = sector / SECTORS_PER_BLOCK;
+                found.entry(block).or_default().push((sector, version.bytes().into()));
             }
-            if !found.is_empty() {
-                self.note_damage(block, Some(whole), found);
-            }
+            self.land(sector, version);
         }
+        for (block, found) in found {
+            self.note_damage(block, found);
+        }
+    }
+
+    /// Leaves everything as it was, though the write of `data` is acknowledged.
+    fn lose(&mut self, op: &Op, data: &WriteData, completed: u64) {
+        let before = self.bytes_of(op);
+        self.spoil(op.sector, before, data.bytes.to_vec(), data, completed);
     }
 
     /// Lets a write arrive somewhere else, if there is anywhere.
-    fn misdirect(&mut self, op: &Op, data: &Rc<WriteData>, completed: u64) {
-        self.spoil(op.sector, &data.bytes, None);
+    fn misdirect(&mut self, op: &Op, data: &WriteData, completed: u64) {
+        self.lose(op, data, completed);
         let Some(rates_of) = &self.rates else { return };
         let offset = op.sector % SECTORS_PER_BLOCK;
         let fits = |block: &u64| {
@@ -1129,36 +1156,18 @@ impl Disk {
         }
         let first = self.random.pick(&targets) * SECTORS_PER_BLOCK + offset;
         let mut meant = vec![0; data.bytes.len()];
-        for (sector, target) in (first..).zip(meant.chunks_mut(SECTOR)) {
-            self.read_sector(sector, target);
-        }
-        let stray = WriteData {
-            id: data.id.clone(),
-            sector: first,
-            bytes: data.bytes.clone(),
-            completed: Cell::new(completed),
-        };
-        let stray = Rc::new(stray);
-        for (index, sector) in (first..first + op.sectors).enumerate() {
-            let data = Rc::clone(&stray);
-            self.land(sector, Version { data, offset: index * SECTOR, doomed: false });
-        }
-        self.spoil(first, &meant, Some(&stray.bytes));
+        self.read_meant(first, &mut meant);
+        self.spoil(first, data.bytes.to_vec(), meant, data, completed);
     }
 
     /// Lets one bit of a write that has just arrived be another one.
     fn flip_at_rest(&mut self, op: &Op, data: &WriteData, completed: u64) {
         let sector = op.sector + self.random.below(op.sectors);
         let at = (sector - op.sector) as usize * SECTOR;
-        let right = &data.bytes[at..at + SECTOR];
-        let mut bytes: Box<[u8]> = right.into();
+        let right = data.bytes[at..at + SECTOR].to_vec();
+        let mut bytes = right.clone();
         self.random.flip(&mut bytes);
-        let flipped =
-            WriteData { id: data.id.clone(), sector, bytes, completed: Cell::new(completed) };
-        let flipped = Rc::new(flipped);
-        let version = Version { data: Rc::clone(&flipped), offset: 0, doomed: false };
-        self.land(sector, version);
-        self.spoil(sector, right, Some(&flipped.bytes));
+        self.spoil(sector, bytes, right, data, completed);
     }
 
     fn bytes_of(&self, op: &Op) -> Vec<u8> {
@@ -1182,7 +1191,7 @@ impl Disk {
             if failed && self.random.chance(1, 2) {
                 versions.iter_mut().filter(|v| covered(v)).for_each(|v| v.doomed = true);
             } else if let Some(last) = versions.iter().rposition(|v| covered(v) && !v.doomed) {
-                self.make_durable(sector, versions[last].bytes());
+                self.make_durable(sector, &versions[last]);
                 versions.drain(..=last);
             }
             if !versions.is_empty() {
@@ -1235,7 +1244,7 @@ impl Disk {
                 },
             };
             if let Some(kept) = kept {
-                self.make_durable(sector, versions[kept].bytes());
+                self.make_durable(sector, &versions[kept]);
             }
         }
     }
@@ -1301,6 +1310,7 @@ impl SimDevice {
                 id: Cell::new(WriteId(u64::MAX)),
                 sector: offset.get() / SECTOR_SIZE,
                 bytes: bytes.into(),
+                meant: None,
                 completed: Cell::new(u64::MAX),
             };
             Work::Write { data: Rc::new(data), landed: vec![false; sectors as usize] }

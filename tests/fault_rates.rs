@@ -1,0 +1,244 @@
+//! Faults that strike by themselves, each at its own rate, alone and all together, in seeded work
+//! with power cuts, kills and orderly ends between. The rules are in `harness/world/faulty.rs`.
+//!
+//! `SEEDS=17` runs one seed of every kind, `SEEDS=0..5000` a range; without it a fixed range runs. A
+//! failure prints the command that replays it. Keep failing seeds in `REGRESSIONS`.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
+use bessel_reactor::device::sim::{FaultRates, Random, Schedule};
+use bessel_reactor::units::ByteCount;
+use bessel_tests::workload::Workload;
+use bessel_tests::world::{Faults, World, WorldConfig};
+
+/// Seeds of a kind that once found something, whatever it was.
+const REGRESSIONS: &[(&str, u64)] = &[];
+
+/// Seeds of each kind that every run of the suite tries.
+const FIXED: std::ops::Range<u64> = 0..40;
+
+fn seeds(kind: &str) -> Vec<u64> {
+    let number = |text: &str| text.parse().expect("SEEDS is `n` or `from..to`");
+    match std::env::var("SEEDS") {
+        Err(_) => {
+            let kept = REGRESSIONS.iter().filter(|(of, _)| *of == kind).map(|(_, seed)| *seed);
+            kept.chain(FIXED).collect()
+        }
+        Ok(text) => match text.split_once("..") {
+            Some((from, to)) => (number(from)..number(to)).collect(),
+            None => vec![number(&text)],
+        },
+    }
+}
+
+fn config(seed: u64, faults: impl Fn(&mut Random) -> Faults) -> WorldConfig {
+    let mut random = Random::new(seed ^ 0xfa17);
+    WorldConfig {
+        shards: 1 + random.below(3) as usize,
+        capacity: ByteCount::new(*random.pick(&[64 << 20, 128 << 20])),
+        extent_size: ByteCount::new(*random.pick(&[1 << 20, 4 << 20])),
+        volatile_cache: random.chance(3, 4),
+        schedule: *random.pick(&[Schedule::Random, Schedule::Random, Schedule::AtOnce]),
+        // Mostly the smallest there is: nodes are read all the time.
+        node_cache: ByteCount::new(*random.pick(&[0, 0, 512 << 10])),
+        requests: *random.pick(&[16, 64]),
+        offset_alignment: *random.pick(&[512, 512, 4096]),
+        may_fill: true,
+        journal_entries: *random.pick(&[50, 1000]),
+        faults: Some(faults(&mut random)),
+        ..WorldConfig::new(seed)
+    }
+}
+
+/// What a run came to: faults felt, sectors compared, sectors that only a fault explains.
+type Found = (usize, u64, u64);
+
+fn run(seed: u64, faults: impl Fn(&mut Random) -> Faults) -> Found {
+    let mut world = World::new(config(seed, faults));
+    let workload = Workload::default();
+    for _ in 0..2 + world.random.below(3) {
+        for _ in 0..1 + world.random.below(200) {
+            workload.step(&mut world);
+        }
+        if world.random.chance(1, 2) {
+            world.probe();
+        }
+        match world.random.below(8) {
+            0 => world.shut_down().expect("nobody cuts the power here"),
+            1..4 => world.kill(),
+            _ => world.crash_somehow(),
+        }
+        world.recover();
+        if world.random.chance(1, 4) {
+            world.verify_snapshots().expect("the power is back");
+        }
+    }
+    (world.disk.strikes(), world.model.sectors_checked, world.model.sectors_excused)
+}
+
+/// Runs all seeds of `kind`, which is the name of its test. At least one must have felt a fault.
+fn run_all(kind: &str, faults: impl Fn(&mut Random) -> Faults) -> Found {
+    let mut totals = (0, 0, 0);
+    let seeds = seeds(kind);
+    for &seed in &seeds {
+        match catch_unwind(AssertUnwindSafe(|| run(seed, &faults))) {
+            Ok((strikes, checked, excused)) => {
+                totals = (totals.0 + strikes, totals.1 + checked, totals.2 + excused);
+            }
+            Err(_) => panic!(
+                "seed {seed}: SEEDS={seed} cargo test -p bessel-tests --test fault_rates -- \
+                 --exact {kind}"
+            ),
+        }
+    }
+    let (strikes, checked, excused) = totals;
+    println!(
+        "{kind}: {} seeds, {strikes} faults felt, {checked} sectors compared, {excused} damaged",
+        seeds.len()
+    );
+    assert!(checked > 0, "a harness that looks at nothing finds nothing");
+    totals
+}
+
+/// Seldom or often.
+fn rate(random: &mut Random) -> u32 {
+    *random.pick(&[1_000, 5_000, 30_000])
+}
+
+fn felt(found: Found) {
+    assert!(found.0 > 0 || std::env::var_os("SEEDS").is_some(), "no fault was felt");
+}
+
+#[test]
+fn reads_fail() {
+    felt(run_all("reads_fail", |random| {
+        Faults::everywhere(FaultRates { read_error: rate(random), ..FaultRates::NONE })
+    }));
+}
+
+#[test]
+fn reads_fail_for_good() {
+    felt(run_all("reads_fail_for_good", |random| {
+        let lasting = 1_000_000;
+        Faults::everywhere(FaultRates { read_error: rate(random), lasting, ..FaultRates::NONE })
+    }));
+}
+
+#[test]
+fn writes_fail() {
+    felt(run_all("writes_fail", |random| {
+        Faults::everywhere(FaultRates { write_error: rate(random), ..FaultRates::NONE })
+    }));
+}
+
+#[test]
+fn writes_fail_for_good() {
+    felt(run_all("writes_fail_for_good", |random| {
+        let lasting = 1_000_000;
+        Faults::everywhere(FaultRates { write_error: rate(random), lasting, ..FaultRates::NONE })
+    }));
+}
+
+#[test]
+fn flushes_fail() {
+    felt(run_all("flushes_fail", |random| {
+        Faults::everywhere(FaultRates { flush_error: rate(random), ..FaultRates::NONE })
+    }));
+}
+
+#[test]
+fn transfers_end_early() {
+    felt(run_all("transfers_end_early", |random| {
+        Faults::everywhere(FaultRates { short: rate(random), ..FaultRates::NONE })
+    }));
+}
+
+#[test]
+fn operations_take_minutes() {
+    run_all("operations_take_minutes", |random| {
+        Faults::everywhere(FaultRates { late: rate(random), ..FaultRates::NONE })
+    });
+}
+
+/// The faults of guest data that nobody can notice: only those sectors are given up.
+fn silently(kind: &str, rates: impl Fn(u32) -> FaultRates) {
+    let found = run_all(kind, |random| Faults { data: rates(rate(random)), ..Faults::default() });
+    assert!(found.2 > 0 || std::env::var_os("SEEDS").is_some(), "no damage was met");
+}
+
+#[test]
+fn data_writes_are_lost() {
+    silently("data_writes_are_lost", |rate| FaultRates { lost_write: rate, ..FaultRates::NONE });
+}
+
+#[test]
+fn data_writes_go_astray() {
+    silently("data_writes_go_astray", |rate| FaultRates {
+        misdirected_write: rate,
+        stray_target: true,
+        ..FaultRates::NONE
+    });
+}
+
+#[test]
+fn data_bits_flip_on_the_disk() {
+    silently("data_bits_flip_on_the_disk", |rate| FaultRates {
+        flip_at_rest: rate,
+        ..FaultRates::NONE
+    });
+}
+
+#[test]
+fn data_bits_flip_on_their_way() {
+    silently("data_bits_flip_on_their_way", |rate| FaultRates {
+        flip_on_read: rate,
+        ..FaultRates::NONE
+    });
+}
+
+#[test]
+fn node_bits_flip_on_their_way() {
+    felt(run_all("node_bits_flip_on_their_way", |random| {
+        let rates = FaultRates { flip_on_read: rate(random), ..FaultRates::NONE };
+        Faults { tree: rates, rest: rates, ..Faults::default() }
+    }));
+}
+
+#[test]
+fn node_bits_flip_on_the_disk() {
+    felt(run_all("node_bits_flip_on_the_disk", |random| {
+        let rates = FaultRates { flip_at_rest: rate(random), ..FaultRates::NONE };
+        Faults { tree: rates, ..Faults::default() }
+    }));
+}
+
+/// Guest data lands on nodes and logs, and on other guest data.
+#[test]
+fn data_writes_go_astray_into_metadata() {
+    felt(run_all("data_writes_go_astray_into_metadata", |random| {
+        let target = FaultRates { stray_target: true, ..FaultRates::NONE };
+        let data = FaultRates { misdirected_write: rate(random), ..target };
+        Faults { data, tree: target, ..Faults::default() }
+    }));
+}
+
+#[test]
+fn anything_goes_wrong() {
+    felt(run_all("anything_goes_wrong", Faults::of_seed));
+}
+
+/// As the one before, with metadata that is damaged as well, where that can be found.
+#[test]
+fn anything_is_damaged() {
+    felt(run_all("anything_is_damaged", |random| {
+        let faults = Faults::of_seed(random);
+        let flips = FaultRates {
+            flip_at_rest: *random.pick(&[0, 2_000]),
+            flip_on_read: *random.pick(&[0, 2_000]),
+            stray_target: random.chance(1, 2),
+            ..faults.tree
+        };
+        let on_read = FaultRates { flip_at_rest: 0, stray_target: false, ..flips };
+        Faults { tree: flips, rest: on_read, ..faults }
+    }));
+}
