@@ -26,7 +26,7 @@ pub struct Effort {
 
 impl Effort {
     /// For thousands of seeds on every change.
-    pub const SLICE: Self = Self { instants: 10, exhaustive: 4, samples: 10 };
+    pub const SLICE: Self = Self { instants: 2, exhaustive: 4, samples: 3 };
     /// For hours.
     pub const SOAK: Self = Self { instants: 15, exhaustive: 10, samples: 40 };
 }
