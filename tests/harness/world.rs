@@ -249,6 +249,7 @@ impl World {
             ..SimConfig::new(config.capacity, config.seed)
         });
         disk.set_background(0xa5); // A former owner's bytes: no guest may ever see them.
+        disk.set_canary(0xc5); // Nor what has been freed, by whomever.
         let options = store::FormatOptions {
             extent_size: Some(config.extent_size),
             force: true,

@@ -424,7 +424,7 @@ impl<D: Device> Shard<D> {
         };
         if let Some((start, count)) = home {
             let run = crate::message::BlockRun { start, count };
-            self.claims.put(crate::message::BlockKind::Data, run);
+            self.give_back(crate::message::BlockKind::Data, run);
         }
         let request = self.end_piece(index);
         self.requests[request].status = status;

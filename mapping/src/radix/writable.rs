@@ -226,6 +226,12 @@ impl<D: Device> Shard<D> {
         self.volume_mut(handle).unlink_block(BlockKind::Metadata, addr);
     }
 
+    /// Puts blocks back that were used, and that nothing refers to any more.
+    pub(crate) fn give_back(&mut self, kind: BlockKind, run: BlockRun) {
+        self.device.retire(run.start, u64::from(run.count));
+        self.claims.put(kind, run);
+    }
+
     /// Hands unlinked blocks back to the claims, as far as nobody can still use them.
     pub(crate) fn release_unlinked(&mut self, handle: VolumeHandle) {
         let oldest = self.oldest_stamp(handle);
@@ -233,7 +239,7 @@ impl<D: Device> Shard<D> {
             if unlinked.kind == BlockKind::Metadata {
                 self.forget_nodes(unlinked.run);
             }
-            self.claims.put(unlinked.kind, unlinked.run);
+            self.give_back(unlinked.kind, unlinked.run);
             self.released = true;
         }
     }

@@ -17,7 +17,7 @@ pub use uring::{Engine, FileDevice, OpenError, OpenOptions, WatchId};
 pub mod sim;
 
 use crate::buffer::Segment;
-use crate::units::{ByteCount, ByteOffset};
+use crate::units::{BlockAddr, ByteCount, ByteOffset};
 
 /// Names an operation to its submitter. The device only hands it back.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
@@ -95,6 +95,13 @@ pub trait Device {
 
     /// Hands everything that is still queued to the device, in one system call.
     fn submit(&mut self);
+
+    /// Says that the bytes of these blocks matter to nobody any more: nothing durable leads to them,
+    /// and no operation on them is in flight. A device may lose them, now or at any time before they
+    /// are written again. Most do nothing with it.
+    fn retire(&mut self, start: BlockAddr, blocks: u64) {
+        let _ = (start, blocks);
+    }
 
     /// Appends the operations that have completed to `completions` and forgets them.
     fn reap(&mut self, completions: &mut Vec<Completion>);

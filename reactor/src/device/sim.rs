@@ -461,6 +461,7 @@ struct Disk {
     /// The last version of each sector is what reads see.
     volatile: Versions,
     background: u8,
+    canary: Option<u8>,
     ops: Vec<Op>,
     /// Writes completed so far.
     completions: u64,
@@ -514,6 +515,7 @@ impl SimDisk {
             durable: Platter::default(),
             volatile: BTreeMap::new(),
             background: 0,
+            canary: None,
             ops: Vec::new(),
             completions: 0,
             first_living_front: 0,
@@ -542,6 +544,7 @@ impl SimDisk {
         copy.0.borrow_mut().durable = disk.durable.clone();
         copy.0.borrow_mut().damaged = disk.damaged.clone();
         copy.0.borrow_mut().background = disk.background;
+        copy.0.borrow_mut().canary = disk.canary;
         copy
     }
 
@@ -561,6 +564,13 @@ impl SimDisk {
     /// What blocks that were never written read as: a former tenant's bytes, to catch leaks with.
     pub fn set_background(&self, byte: u8) {
         self.0.borrow_mut().background = byte;
+    }
+
+    /// What blocks hold from the moment on in which they are retired ([`Device::retire`]): whoever
+    /// reads one later than that, or retires it while it is in use, is found out by it, also when
+    /// the bytes there were his own.
+    pub fn set_canary(&self, byte: u8) {
+        self.0.borrow_mut().canary = Some(byte);
     }
 
     /// Lets `operations` more writes and flushes complete, then nothing any more, reads included.
@@ -690,13 +700,7 @@ impl SimDisk {
 
     /// Changes the durable bytes of a block behind everybody's back, to damage it.
     pub fn poke(&self, block: BlockAddr, bytes: &[u8; BLOCK]) {
-        let mut disk = self.0.borrow_mut();
-        disk.durable.set(block.get(), bytes);
-        let first = block.get() * SECTORS_PER_BLOCK;
-        for sector in first..first + SECTORS_PER_BLOCK {
-            disk.volatile.remove(&sector);
-            disk.damaged.remove(&sector);
-        }
+        self.0.borrow_mut().replace(block.get(), bytes);
     }
 
     /// Cuts the power and brings it back. Front-ends made before are dead: they complete nothing.
@@ -715,6 +719,7 @@ impl SimDisk {
         PowerFailure {
             config: disk.config,
             background: disk.background,
+            canary: disk.canary,
             durable: disk.durable.clone(),
             damaged: disk.damaged.clone(),
             volatile,
@@ -726,6 +731,7 @@ impl SimDisk {
 pub struct PowerFailure {
     config: SimConfig,
     background: u8,
+    canary: Option<u8>,
     durable: Platter,
     damaged: BTreeMap<u64, Box<[u8]>>,
     volatile: Versions,
@@ -759,6 +765,7 @@ impl PowerFailure {
         {
             let mut disk = disk.0.borrow_mut();
             disk.background = self.background;
+            disk.canary = self.canary;
             disk.durable = self.durable.clone();
             disk.damaged = self.damaged.clone();
             disk.keep(&self.volatile, keep);
@@ -780,6 +787,23 @@ fn arrive<'a>(volatile: &mut Versions, flying: impl Iterator<Item = &'a Op>) {
 }
 
 impl Disk {
+    fn replace(&mut self, block: u64, bytes: &[u8; BLOCK]) {
+        self.durable.set(block, bytes);
+        let first = block * SECTORS_PER_BLOCK;
+        for sector in first..first + SECTORS_PER_BLOCK {
+            self.volatile.remove(&sector);
+            self.damaged.remove(&sector);
+        }
+    }
+
+    fn retire(&mut self, block: u64) {
+        let in_use = |op: &Op| op.overlaps(block * SECTORS_PER_BLOCK, SECTORS_PER_BLOCK);
+        assert!(!self.ops.iter().any(in_use), "block {block} is retired, and I/O on it in flight");
+        if let Some(byte) = self.canary {
+            self.replace(block, &[byte; BLOCK]);
+        }
+    }
+
     fn read_sector(&self, sector: u64, target: &mut [u8]) {
         if let Some(version) = self.volatile.get(&sector).and_then(|versions| versions.last()) {
             return target.copy_from_slice(version.bytes());
@@ -1384,6 +1408,14 @@ impl Device for SimDevice {
         }
     }
 
+    fn retire(&mut self, start: BlockAddr, blocks: u64) {
+        let mut disk = self.disk.0.borrow_mut();
+        if self.front < disk.first_living_front {
+            return;
+        }
+        (start.get()..start.get() + blocks).for_each(|block| disk.retire(block));
+    }
+
     fn reap(&mut self, completions: &mut Vec<Completion>) {
         self.disk.0.borrow_mut().reap(self.front, completions);
     }
@@ -1547,6 +1579,30 @@ mod tests {
         disk.crash(Keep::Nothing);
         assert_eq!(disk.peek(FIRST), [1; BLOCK]);
         assert_eq!(disk.peek(SECOND), [0; BLOCK], "completed after the flush was queued");
+    }
+
+    #[test]
+    fn a_retired_block_holds_the_canary_for_good_until_it_is_written_again() {
+        let disk = disk(14);
+        disk.set_canary(0xc5);
+        let mut desk = Desk::at(&disk);
+        desk.write(FIRST, 1).unwrap();
+        desk.write(SECOND, 2).unwrap();
+        desk.device.retire(FIRST, 1);
+        assert_eq!((disk.peek(FIRST), disk.peek(SECOND)), ([0xc5; BLOCK], [2; BLOCK]));
+        for keep in [Keep::Nothing, Keep::Everything] {
+            assert_eq!(disk.power_failure(1).disk(1, keep).peek(FIRST), [0xc5; BLOCK]);
+        }
+        desk.write(FIRST, 3).unwrap();
+        assert_eq!(desk.read(FIRST), [3; BLOCK]);
+    }
+
+    #[test]
+    #[should_panic(expected = "block 5 is retired, and I/O on it in flight")]
+    fn a_block_in_use_must_not_be_retired() {
+        let mut desk = Desk::at(&disk(15));
+        desk.start_read(FIRST);
+        desk.device.retire(FIRST, 1);
     }
 
     #[test]
