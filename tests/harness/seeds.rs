@@ -389,3 +389,70 @@ impl<F: Fn() -> String> Drop for ToldOnPanic<F> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use bessel_mapping::request::{IoKind, IoStatus};
+
+    use super::*;
+
+    #[test]
+    fn samples_hold_the_cruellest_cuts_and_torn_ones_tear_one_write() {
+        let mut dice = Random::new(1);
+        let metadata = [true, false, true];
+        let cuts = sample(&metadata, 20, &mut dice);
+        let kept = |cut: &Cut| cut.0.iter().map(|fate| fate.keeps(0)).collect::<Vec<_>>();
+        let cuts: BTreeSet<_> = cuts.iter().map(kept).collect();
+        let inverse = metadata.map(|metadata| !metadata);
+        for cruel in [[false; 3], [true; 3], metadata, inverse] {
+            assert!(cuts.contains(&cruel[..]), "{cruel:?}");
+        }
+    }
+
+    /// A volume with a flushed write, and a world whose writes are all volatile or all durable.
+    fn world() -> (World, bessel_mapping::request::VolumeId) {
+        let mut world =
+            World::new(WorldConfig { schedule: Schedule::AtOnce, ..WorldConfig::new(1) });
+        let volume = world.create(ByteCount::new(8 << 20)).unwrap();
+        world.write(volume, 0, 8).unwrap();
+        world.flush(volume).unwrap();
+        (world, volume)
+    }
+
+    #[test]
+    fn every_subset_of_the_volatile_writes_is_one_recovery_and_the_world_goes_on() {
+        let (mut world, volume) = world();
+        world.write(volume, 8, 24).unwrap();
+        let outage = world.power_failure(1);
+        let writes = outage.writes();
+        assert!(!writes.is_empty(), "nobody has flushed them");
+        let subsets = every_subset(&writes);
+        assert_eq!(subsets.len(), 1 << writes.len());
+        assert!(subsets.iter().enumerate().all(|(i, cut)| !subsets[..i].contains(cut)));
+        let torn = torn(&writes, 10, &mut Random::new(1));
+        assert!(!torn.is_empty());
+        for cut in subsets.iter().chain(&torn) {
+            let keep = |id, sector| {
+                let index = writes.binary_search_by_key(&id, |write| write.id).unwrap();
+                cut.0[index].keeps(sector)
+            };
+            outage.recover(7, Keep::Parts(&keep));
+        }
+        assert_eq!(world.disk.counters().crashes, 0);
+        assert_eq!(world.read(volume, 0, 32).unwrap(), IoStatus::Done);
+    }
+
+    #[test]
+    #[should_panic(expected = "sector 0 came back as value 1, allowed [")]
+    fn what_was_acknowledged_and_is_not_there_is_seen() {
+        let (mut world, volume) = world();
+        // A write and a flush that only the oracle has heard of.
+        for (kind, sectors) in [(IoKind::Write, 8), (IoKind::Flush, 0)] {
+            let op = world.model.begin(volume, kind, 0, sectors);
+            world.model.end(op, IoStatus::Done, &[]);
+        }
+        world.power_failure(1).recover(7, Keep::Everything);
+    }
+}
