@@ -4,10 +4,16 @@
 //! `SEEDS=17` runs one seed of every kind, `SEEDS=0..5000` a range; without it a fixed range runs. A
 //! failure prints the command that replays it. Keep failing seeds in `REGRESSIONS`.
 
+use std::cell::Cell;
+use std::collections::BTreeSet;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::rc::Rc;
 
-use bessel_reactor::device::sim::{FaultRates, Random, Schedule};
-use bessel_reactor::units::ByteCount;
+use bessel_mapping::check::Severity;
+use bessel_mapping::format::ExtentType;
+use bessel_mapping::request::{IoKind, IoStatus, VolumeId};
+use bessel_reactor::device::sim::{FaultRates, Keep, OpKind, Random, Schedule};
+use bessel_reactor::units::{BlockAddr, ByteCount};
 use bessel_tests::workload::Workload;
 use bessel_tests::world::{Faults, World, WorldConfig};
 
@@ -241,4 +247,214 @@ fn anything_is_damaged() {
         let on_read = FaultRates { flip_at_rest: 0, stray_target: false, ..flips };
         Faults { tree: flips, rest: on_read, ..faults }
     }));
+}
+
+// One reactor's volumes share its device. What one of them waits for, the others must not.
+
+const SURE: u32 = 1_000_000;
+
+/// A world with two volumes on one reactor, whose first leaves are on the device.
+fn two_volumes(seed: u64) -> (World, VolumeId, VolumeId) {
+    let mut world = World::new(WorldConfig {
+        may_fail: true,
+        node_cache: ByteCount::new(0),
+        schedule: Schedule::AtOnce,
+        ..WorldConfig::new(seed)
+    });
+    let [v, w] = [(); 2].map(|()| world.create(ByteCount::new(1 << 30)).expect("the power is on"));
+    for volume in [v, w] {
+        assert_eq!(world.write(volume, 0, 8), Ok(IoStatus::Done));
+        assert_eq!(world.flush(volume), Ok(IoStatus::Done));
+    }
+    world.idle().expect("the power is on");
+    (world, v, w)
+}
+
+/// From here on the first operation that `strikes` means has these rates, and no other.
+fn strike_once(
+    world: &World,
+    rates: FaultRates,
+    strikes: impl Fn(OpKind, BlockAddr) -> bool + 'static,
+) -> Rc<Cell<bool>> {
+    let struck = Rc::new(Cell::new(false));
+    let told = Rc::clone(&struck);
+    world.disk.set_rates(move |kind, block| {
+        if told.get() || !strikes(kind, block) {
+            return FaultRates::NONE;
+        }
+        told.set(true);
+        rates
+    });
+    struck
+}
+
+fn steps(world: &mut World, count: usize) {
+    for _ in 0..count {
+        world.step();
+    }
+}
+
+/// `begin` starts something of the first volume, of which the first operation that `late` means
+/// takes minutes. Meanwhile, on the same reactor, the second volume lacks nothing.
+fn nobody_else_waits(late: (OpKind, ExtentType), begin: impl Fn(&mut World, VolumeId) -> u64) {
+    for seed in 0..5 {
+        let (mut world, v, w) = two_volumes(seed);
+        let extents = world.extents();
+        let rates = FaultRates { late: SURE, ..FaultRates::NONE };
+        let struck =
+            strike_once(&world, rates, move |kind, block| (kind, extents.kind_of(block)) == late);
+        let ticket = begin(&mut world, v);
+        steps(&mut world, 50);
+        assert!(struck.get() && world.disk.next_due().is_some(), "something is late");
+        for at in [0, 8, 1 << 15] {
+            assert_eq!(world.write(w, at, 8), Ok(IoStatus::Done));
+            assert_eq!(world.read(w, at, 8), Ok(IoStatus::Done));
+            assert_eq!(world.flush(w), Ok(IoStatus::Done));
+        }
+        assert_eq!(world.io(w, IoKind::Discard, 8, 8), Ok(IoStatus::Done));
+        let snapshot = world.snapshot(w).expect("the power is on");
+        assert_eq!(world.write(w, 3, 2), Ok(IoStatus::Done));
+        let name = world.fresh_name();
+        assert!(world.clone_of(snapshot, &name).expect("the power is on").is_some());
+        // Time would have passed if anything had waited for what is late.
+        assert!(!world.has_ended(ticket) && world.disk.next_due().is_some(), "seed {seed}");
+        world.settle().expect("the power is on");
+        assert!(world.latched().is_empty(), "late is not failed");
+        world.crash(Keep::Nothing);
+        world.recover();
+    }
+}
+
+#[test]
+fn a_late_data_write_holds_up_nobody_else() {
+    nobody_else_waits((OpKind::Write, ExtentType::Data), |world, v| {
+        world.start_io(v, IoKind::Write, 64, 8)
+    });
+}
+
+#[test]
+fn a_late_data_read_holds_up_nobody_else() {
+    nobody_else_waits((OpKind::Read, ExtentType::Data), |world, v| {
+        world.start_io(v, IoKind::Read, 0, 8)
+    });
+}
+
+#[test]
+fn a_late_commit_holds_up_nobody_else() {
+    nobody_else_waits((OpKind::Write, ExtentType::Metadata), |world, v| {
+        assert_eq!(world.write(v, 64, 8), Ok(IoStatus::Done));
+        world.start_io(v, IoKind::Flush, 0, 0)
+    });
+}
+
+// Lost writes of metadata. Each entry of a node and each sealed sector vouches for itself and not
+// for being the newest, so an older one that is whole cannot be told from the right one. What holds
+// nevertheless:
+
+/// A node that was never written where it should be is found, and fails its own volume only.
+#[test]
+fn a_lost_new_node_is_found() {
+    for seed in 0..5 {
+        let (mut world, v, w) = two_volumes(seed);
+        let (far, extents) = (1 << 15, world.extents());
+        let lost = FaultRates { lost_write: SURE, ..FaultRates::NONE };
+        let blocks = (0..ByteCount::new(32 << 20).blocks_floor()).map(BlockAddr::new);
+        let blank: BTreeSet<_> = blocks
+            .filter(|block| extents.holds(*block, ExtentType::Metadata))
+            .filter(|block| world.disk.peek(*block).iter().all(|byte| *byte == 0xa5))
+            .collect();
+        let struck = strike_once(&world, lost, move |kind, block| {
+            kind == OpKind::Write && blank.contains(&block)
+        });
+        assert_eq!(world.write(v, far, 8), Ok(IoStatus::Done));
+        assert_eq!(world.flush(v), Ok(IoStatus::Done));
+        assert!(struck.get());
+        assert_eq!(world.write(w, far, 8), Ok(IoStatus::Done));
+        assert_eq!(world.flush(w), Ok(IoStatus::Done));
+        world.crash(Keep::Nothing);
+        world.recover(); // Looks that the check names it.
+        assert_eq!(world.read(v, far, 8), Ok(IoStatus::Failed));
+        assert_eq!(world.write(v, far, 8), Ok(IoStatus::Failed));
+        assert_eq!(world.read(v, 0, 8), Ok(IoStatus::Done), "elsewhere the volume is whole");
+        for at in [0, far] {
+            assert_eq!(world.read(w, at, 8), Ok(IoStatus::Done));
+            assert_eq!(world.write(w, at, 8), Ok(IoStatus::Done));
+        }
+    }
+}
+
+/// A node that was to be changed where it is and was not: an older state of what it maps is back,
+/// silently. No other block of the volume changes, nor any other volume.
+#[test]
+fn a_lost_change_of_a_node_takes_back_that_change_alone() {
+    for seed in 0..5 {
+        let (mut world, v, w) = two_volumes(seed);
+        let extents = world.extents();
+        let lost = FaultRates { lost_write: SURE, ..FaultRates::NONE };
+        let struck = strike_once(&world, lost, move |kind, block| {
+            kind == OpKind::Write && extents.holds(block, ExtentType::Metadata)
+        });
+        assert_eq!(world.write(v, 64, 8), Ok(IoStatus::Done));
+        assert_eq!(world.flush(v), Ok(IoStatus::Done));
+        assert!(struck.get() && !world.disk.damaged_blocks().is_empty());
+        assert_eq!(world.write(w, 64, 8), Ok(IoStatus::Done));
+        assert_eq!(world.flush(w), Ok(IoStatus::Done));
+        world.crash(Keep::Nothing);
+        assert!(world.check().is_clean(), "it cannot be found");
+        world.model.may_be_unwritten(v, 64..72);
+        world.recover();
+        for volume in [v, w] {
+            assert_eq!(world.write(volume, 64, 8), Ok(IoStatus::Done));
+            assert_eq!(world.read(volume, 0, 8), Ok(IoStatus::Done));
+        }
+    }
+}
+
+/// When the change that was lost had freed a block, and the block has become another volume's, two
+/// volumes share it. Nothing notices that at run time; the offline check does.
+#[test]
+fn what_a_lost_change_of_a_node_makes_two_volumes_share_the_check_names() {
+    let (mut world, v, w) = two_volumes(1);
+    let extents = world.extents();
+    let lost = FaultRates { lost_write: SURE, ..FaultRates::NONE };
+    let struck = strike_once(&world, lost, move |kind, block| {
+        kind == OpKind::Write && extents.holds(block, ExtentType::Metadata)
+    });
+    assert_eq!(world.io(v, IoKind::Discard, 0, 8), Ok(IoStatus::Done));
+    assert_eq!(world.flush(v), Ok(IoStatus::Done));
+    assert!(struck.get());
+    world.idle().expect("the power is on");
+    // As many blocks as there are claimed, so that the freed one is among them.
+    for at in 0..512 {
+        assert_eq!(world.write(w, 4096 + at * 8, 8), Ok(IoStatus::Done));
+    }
+    assert_eq!(world.flush(w), Ok(IoStatus::Done));
+    world.crash(Keep::Nothing);
+    corrupt(&world);
+}
+
+/// The same with the bits of a claim: the check names blocks that are used and not allocated.
+#[test]
+fn a_lost_claim_the_check_names() {
+    let (mut world, v, _) = two_volumes(1);
+    let extents = world.extents();
+    world.disk.set_rates(move |kind, block| match extents.kind_of(block) {
+        ExtentType::Data if kind == OpKind::Write && !extents.holds(block, ExtentType::Data) => {
+            FaultRates { lost_write: SURE, ..FaultRates::NONE }
+        }
+        _ => FaultRates::NONE,
+    });
+    for at in 0..256 {
+        assert_eq!(world.write(v, 4096 + at * 8, 8), Ok(IoStatus::Done));
+    }
+    assert_eq!(world.flush(v), Ok(IoStatus::Done));
+    assert!(!world.disk.damaged_blocks().is_empty());
+    world.crash(Keep::Nothing);
+    corrupt(&world);
+}
+
+fn corrupt(world: &World) {
+    let report = world.check();
+    let corrupt = report.findings.iter().any(|finding| finding.severity == Severity::Corrupt);
+    assert!(corrupt, "{:?}", report.findings);
 }

@@ -212,6 +212,15 @@ impl Model {
         self.excuses.insert((place, bytes.to_vec()));
     }
 
+    /// The device has lost metadata in a way that nothing can find: these sectors of the volume may be
+    /// zeroes again, as they were before they were written.
+    pub fn may_be_unwritten(&mut self, id: VolumeId, sectors: std::ops::Range<u64>) {
+        let now = self.tick();
+        for (_, list) in self.volume(id).content.sectors.range_mut(sectors) {
+            list.push(Candidate::settled(ZERO, now));
+        }
+    }
+
     // ---- guest requests ----
 
     /// A request goes in. Returns its number, which for a write is its [`Value`].

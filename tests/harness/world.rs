@@ -217,6 +217,8 @@ pub struct World {
     /// Volumes whose changes could not be made again after a kill, for damage: the daemon withholds
     /// them and keeps the changes; we do not look at them any more.
     withheld: BTreeSet<VolumeId>,
+    /// Damaged blocks that something failed for: the offline check must name them.
+    to_be_named: BTreeSet<BlockAddr>,
     /// Messages under way, by sender and receiver.
     mail: BTreeMap<(usize, usize), VecDeque<Message>>,
     now: Instant,
@@ -271,6 +273,7 @@ impl World {
             faults: config.faults,
             life_strikes: 0,
             withheld: BTreeSet::new(),
+            to_be_named: BTreeSet::new(),
             mail: BTreeMap::new(),
             now: Instant::from_nanos(1),
             wall: 1,
@@ -735,6 +738,7 @@ impl World {
             Pending::Act { action: Action::Rename { volume, name }, .. } => {
                 self.store.directory.rename_ended(*volume, name, false);
             }
+            Pending::Open { .. } => self.note_damage(self.life_strikes),
             Pending::Create { plan, .. } => {
                 self.store.directory.abandoned(plan);
                 if !unknown {

@@ -954,6 +954,88 @@ mod tests {
         assert_eq!(slot.answered(Ok(2048 + BLOCK), 512), Some(Ok(())));
     }
 
+    /// Whatever the kernel's answers, what is asked next is what is left, from an aligned place on,
+    /// and the operation is done when all of it is, and not before.
+    #[test]
+    fn any_sequence_of_short_answers_ends_where_it_should() {
+        let mut random = crate::device::sim::Random::new(1);
+        let mut pool = BufferPool::new(SEGMENTS_MAX, BLOCK);
+        let buffers: Vec<Buffer> = (0..SEGMENTS_MAX).map(|_| pool.take().unwrap()).collect();
+        let whole: Vec<Segment> = buffers.iter().map(|buffer| pool.lend(buffer)).collect();
+        let (mut done, mut ended_early, mut failed) = (0, 0, 0);
+        for _ in 0..20_000 {
+            let alignment = *random.pick(&[1usize, 512, 4096]);
+            let count = 1 + random.below(SEGMENTS_MAX as u64) as usize;
+            let segments: Vec<Segment> = whole[..count]
+                .iter()
+                .map(|segment| {
+                    let units = (BLOCK / alignment) as u64;
+                    let length = alignment * (1 + random.below(units) as usize);
+                    segment.part(BLOCK - length, length)
+                })
+                .collect();
+            let total: usize = segments.iter().map(Segment::len).sum();
+            let start = 4096 * random.below(1 << 40);
+            let verb = *random.pick(&[Verb::Read, Verb::Write]);
+            let mut slot = Slot::EMPTY;
+            slot.fill(Token(1), verb, start, &segments);
+            let mut through = 0;
+            let mut asked_again = 0;
+            let outcome = loop {
+                // What is asked for next is the memory after `through` bytes, and no other.
+                assert_eq!(
+                    (slot.offset, slot.remaining),
+                    (start + through as u64, total - through)
+                );
+                let mut skip = through;
+                let mut left = segments.iter().filter_map(|segment| {
+                    let cut = skip.min(segment.len());
+                    skip -= cut;
+                    let rest = segment.part(cut, segment.len() - cut);
+                    (!rest.is_empty()).then(|| (rest.as_ptr(), rest.len()))
+                });
+                for piece in slot.pieces() {
+                    assert_eq!(Some((piece.as_mut_ptr(), piece.len())), left.next());
+                }
+                assert_eq!(left.next(), None);
+                let answer = match random.below(20) {
+                    0 => Err(*random.pick(&[libc::EIO, libc::ENOSPC, libc::EFAULT])),
+                    1..4 => Err(*random.pick(&[libc::EAGAIN, libc::EINTR])),
+                    4..8 => Ok(slot.remaining),
+                    8 => Ok(random.below(alignment as u64 + 1) as usize % (slot.remaining + 1)),
+                    _ => Ok(random.below(slot.remaining as u64 + 1) as usize),
+                };
+                let outcome = slot.answered(answer, alignment as u32);
+                let retry = matches!(answer, Err(libc::EAGAIN | libc::EINTR));
+                match (answer, outcome) {
+                    (Ok(bytes), None) => through += bytes - bytes % alignment,
+                    (Err(_), None) if retry => asked_again += 1,
+                    (Ok(bytes), Some(Ok(()))) => assert_eq!(through + bytes, total),
+                    (Ok(bytes), Some(Err(DeviceError::EndOfDevice))) => {
+                        assert!(bytes < alignment && bytes < total - through);
+                    }
+                    (Err(error), Some(Err(DeviceError::Os(told)))) => {
+                        assert_eq!(error, told);
+                        assert!(!retry || asked_again == RETRIES_MAX);
+                    }
+                    other => panic!("{other:?}"),
+                }
+                if let Some(outcome) = outcome {
+                    break outcome;
+                }
+            };
+            match outcome {
+                Ok(()) => done += 1,
+                Err(DeviceError::EndOfDevice) => ended_early += 1,
+                Err(_) => failed += 1,
+            }
+        }
+        assert!(
+            done > 1000 && ended_early > 1000 && failed > 1000,
+            "{done} {ended_early} {failed}"
+        );
+    }
+
     #[test]
     fn an_error_that_will_not_end_is_reported() {
         let mut slot = Slot::EMPTY;

@@ -145,21 +145,26 @@ impl World {
 
     /// Compares everything there is, now that the store is open again, with the model.
     fn compare(&mut self) {
-        let strikes = self.disk.strikes();
         for id in self.volumes() {
             let info = self.show(id).expect("the power is back");
             self.model.recover_volume(&info);
             self.model.set_writethrough(id, info.cache == CacheMode::Writethrough);
             self.observe(id);
         }
-        self.damage_is_named(strikes);
+        self.damage_is_named();
     }
 
-    /// What a shard has met of damage since the first `strikes`, the offline check finds and names.
-    fn damage_is_named(&mut self, strikes: usize) {
+    /// Something has failed for what the shards met since the first `strikes` faults.
+    pub(super) fn note_damage(&mut self, strikes: usize) {
         let met = self.disk.strikes_since(strikes).into_iter();
         let met = met.filter(|strike| self.fronts.contains(&strike.front));
-        let met: BTreeSet<_> = met.map(|s| s.block).filter(|block| !self.is_data(*block)).collect();
+        let met: Vec<_> = met.map(|s| s.block).filter(|block| !self.is_data(*block)).collect();
+        self.to_be_named.extend(met);
+    }
+
+    /// Damage that something failed for, the offline check finds and names.
+    fn damage_is_named(&mut self) {
+        let met = std::mem::take(&mut self.to_be_named);
         if met.is_empty() {
             return;
         }
@@ -311,6 +316,7 @@ impl World {
         self.absorb_damage();
         assert_eq!(done.tag, u64::MAX);
         if done.status == IoStatus::Failed && self.is_to_blame(shard, strikes, IoKind::Read) {
+            self.note_damage(strikes);
             return; // Another one may be below another node.
         }
         assert_eq!(done.status, IoStatus::Done, "{sector}+{sectors}");
@@ -401,6 +407,7 @@ impl Outage {
             faults: None,
             life_strikes: 0,
             withheld: self.withheld.clone(),
+            to_be_named: BTreeSet::new(),
             mail: BTreeMap::new(),
             now: self.now,
             wall: self.wall + 1,
