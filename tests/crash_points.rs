@@ -1,62 +1,55 @@
-//! Cuts the power at the nth device write or flush, for every n, in each kind of request.
+//! Cuts the power at the nth device operation, fails it, or fails everything from it on, for every
+//! n, in each named operation ([`bessel_tests::operations`]).
 //!
-//! For each scenario, cache mode, kind of disk and kind of power cut: prepare a world, stop the
-//! disk after n operations of the act, cut, reopen, run the offline check, compare every sector,
-//! snapshot and record with the oracle, and see that the store still works: write, flush, cut again
-//! with nothing kept, compare again. Then the same with n + 1, until the act survives whole.
+//! For each operation and setting: prepare a world, act, and meet n, for n = 0, 1, ... until the
+//! operation ends without meeting it.
+//! - *Power cut*: what is in flight is lost in several ways; open again, run the offline check, compare
+//!   every sector, snapshot and record with the oracle, see that the store still works, cut again
+//!   with nothing kept, compare again.
+//! - *Fault*, once or lasting, of any kind of operation or of one: heal the device and go on without a
+//!   restart. Volumes that are not latched must work as if nothing had been, those that are must
+//!   say so and refuse; then the power is cut and all of the above follows.
+//!
+//! A test's name is the operation and what happens to it; a failure says how to run it alone.
+
+use std::time::Duration;
 
 use bessel_mapping::format::ExtentType;
-use bessel_mapping::request::{CacheMode, IoKind, IoStatus, SnapshotId, VolumeId};
-use bessel_reactor::device::sim::{Keep, OpKind, Schedule};
+use bessel_mapping::request::{CacheMode, IoKind, IoStatus};
+use bessel_mapping::store;
+use bessel_reactor::device::sim::{Fault, Keep, OpKind, Schedule};
 use bessel_reactor::units::{BlockAddr, ByteCount, SECTORS_PER_BLOCK};
-use bessel_tests::world::{Action, PowerCut, World, WorldConfig};
-
-/// A volume of three levels, of a few leaves.
-const SMALL: ByteCount = ByteCount::new(16 << 20);
-/// A volume of three levels with more than one node in the middle.
-const WIDE: ByteCount = ByteCount::new(4 << 30);
-/// A volume of four levels.
-const HIGH: ByteCount = ByteCount::new(600 << 30);
-
-/// The first sector of a block.
-const fn block(number: u64) -> u64 {
-    number * SECTORS_PER_BLOCK
-}
-
-/// Sectors that one leaf maps, and one node of each level above it.
-const LEAF: u64 = block(512);
-const MIDDLE: u64 = 512 * LEAF;
-const UPPER: u64 = 512 * MIDDLE;
+use bessel_tests::operations::{
+    Actor, Operation, Pace, SMALL, operation, use_everything, use_volumes,
+};
+use bessel_tests::world::{Action, World, WorldConfig};
 
 /// No act needs more device operations than this.
 const OPERATIONS_MAX: u64 = 2_000;
 
-type Part = fn(&mut World) -> Result<(), PowerCut>;
-
-/// What was there before, what the power goes in, and nothing else.
-struct Scenario {
-    prepare: Part,
-    act: Part,
-}
+/// Longer than a shard believes that the store is full, when a claim has failed.
+const A_WHILE: Duration = Duration::from_secs(1);
 
 #[derive(Clone, Copy, Debug)]
 struct Setting {
     volatile_cache: bool,
     cache: CacheMode,
     schedule: Schedule,
+    shards: usize,
+    pace: Pace,
 }
 
 const SETTINGS: [Setting; 6] = {
     use CacheMode::{Writeback, Writethrough};
     const fn setting(volatile_cache: bool, cache: CacheMode, schedule: Schedule) -> Setting {
-        Setting { volatile_cache, cache, schedule }
+        Setting { volatile_cache, cache, schedule, shards: 1, pace: Pace::InTurn }
     }
     [
         setting(true, Writeback, Schedule::Fifo),
-        setting(true, Writethrough, Schedule::Fifo),
+        Setting { pace: Pace::AtOnce, ..setting(true, Writethrough, Schedule::Fifo) },
         setting(false, Writeback, Schedule::Fifo),
         setting(false, Writethrough, Schedule::Fifo),
-        setting(true, Writeback, Schedule::Random),
+        Setting { shards: 2, ..setting(true, Writeback, Schedule::Random) },
         setting(true, Writethrough, Schedule::AtOnce),
     ]
 };
@@ -74,73 +67,212 @@ const CUTS: [Cut; 5] =
     [Cut::Nothing, Cut::Everything, Cut::MetadataOnly, Cut::DataOnly, Cut::Random];
 
 impl Cut {
-    fn strike(self, world: &mut World) {
+    fn keep<'a>(
+        self,
+        is_data: &'a dyn Fn(BlockAddr) -> bool,
+        is_not: &'a dyn Fn(BlockAddr) -> bool,
+    ) -> Keep<'a> {
+        match self {
+            Self::Nothing => Keep::Nothing,
+            Self::Everything => Keep::Everything,
+            Self::MetadataOnly => Keep::Where(is_not),
+            Self::DataOnly => Keep::Where(is_data),
+            Self::Random => Keep::Random,
+        }
+    }
+
+    /// The world that the power cut leaves, recovered and looked at.
+    fn strike(self, world: &mut World, seed: u64) -> World {
         let extents = world.extents();
         let is_data = |block: BlockAddr| extents.kind_of(block) == ExtentType::Data;
-        match self {
-            Self::Nothing => world.crash(Keep::Nothing),
-            Self::Everything => world.crash(Keep::Everything),
-            Self::MetadataOnly => world.crash(Keep::Where(&|block| !is_data(block))),
-            Self::DataOnly => world.crash(Keep::Where(&is_data)),
-            Self::Random => world.crash(Keep::Random),
+        let is_not = |block: BlockAddr| !is_data(block);
+        let outage = world.power_failure(seed);
+        let mut after = outage.recover(seed, self.keep(&is_data, &is_not));
+        after.verify_snapshots().expect("the power is back");
+        after
+    }
+}
+
+/// What strikes.
+#[derive(Clone, Copy, Debug)]
+enum Blow {
+    PowerCut,
+    /// This kind of operation fails, any kind when none, once or from then on.
+    Fault {
+        kind: Option<OpKind>,
+        lasting: bool,
+    },
+}
+
+impl Blow {
+    const ONCE: Self = Self::Fault { kind: None, lasting: false };
+    const FROM_THERE_ON: [Self; 4] = [
+        Self::Fault { kind: None, lasting: true },
+        Self::Fault { kind: Some(OpKind::Read), lasting: true },
+        Self::Fault { kind: Some(OpKind::Write), lasting: true },
+        Self::Fault { kind: Some(OpKind::Flush), lasting: true },
+    ];
+}
+
+/// One world, of one operation in one setting, that is struck at one of its device operations.
+#[derive(Clone, Copy)]
+struct Case {
+    operation: &'static Operation,
+    setting: Setting,
+    blow: Blow,
+    after: u64,
+}
+
+/// Runs `blow` through every device operation, in every setting.
+fn at_every_operation(name: &str, blow: Blow) {
+    let operation = operation(name);
+    for setting in SETTINGS {
+        let struck = (0..OPERATIONS_MAX).take_while(|&after| {
+            let case = Case { operation, setting, blow, after };
+            let context = || {
+                let module = match blow {
+                    Blow::PowerCut => "the_power_goes",
+                    Blow::Fault { lasting: false, .. } => "one_operation_fails",
+                    Blow::Fault { .. } => "all_fail_from_there_on",
+                };
+                format!(
+                    "{blow:?} after {after} device operations, {setting:?}\n*** cargo test -p \
+                     bessel-tests --test crash_points -- --exact {name}::{module}"
+                )
+            };
+            explain(context, || case.run())
+        });
+        let count = struck.count() as u64;
+        assert!(count < OPERATIONS_MAX, "the act still goes on after {OPERATIONS_MAX} operations");
+        let reads_or_flushes =
+            matches!(blow, Blow::Fault { kind: Some(OpKind::Read | OpKind::Flush), .. });
+        assert!(count > 0 || reads_or_flushes, "the act does nothing to the device");
+    }
+}
+
+impl Case {
+    /// False when the operation ended before it was struck.
+    fn run(&self) -> bool {
+        let mut world = World::new(WorldConfig {
+            volatile_cache: self.setting.volatile_cache,
+            schedule: self.setting.schedule,
+            shards: self.setting.shards,
+            ..WorldConfig::new(self.after)
+        });
+        // The preparation is not what is tested: let it be quick.
+        world.disk.set_schedule(Schedule::AtOnce);
+        (self.operation.prepare)(&mut world).expect("the power is on");
+        for volume in world.volumes() {
+            let action = Action::SetCache { volume, cache: self.setting.cache };
+            world.perform(action).expect("the power is on");
+        }
+        world.idle().expect("the power is on");
+        world.disk.set_schedule(self.setting.schedule);
+        match self.blow {
+            Blow::PowerCut => self.cut_the_power(world),
+            Blow::Fault { kind, lasting } => self.fail(world, kind, lasting),
+        }
+    }
+
+    fn cut_the_power(&self, mut world: World) -> bool {
+        world.disk.stop_after(self.after);
+        let mut actor = Actor::new(&mut world, self.setting.pace);
+        let outcome = (self.operation.act)(&mut actor).and_then(|()| world.idle());
+        for cut in CUTS {
+            explain(
+                || format!("{cut:?} kept"),
+                || {
+                    let mut after = cut.strike(&mut world, self.after);
+                    // It must not only look well.
+                    use_everything(&mut after);
+                    after.crash(Keep::Nothing);
+                    after.recover();
+                },
+            );
+        }
+        outcome.is_err()
+    }
+
+    fn fail(&self, mut world: World, kind: Option<OpKind>, lasting: bool) -> bool {
+        let done = |world: &World| {
+            let counters = world.disk.counters();
+            match kind {
+                None => counters.reads + counters.writes + counters.flushes,
+                Some(OpKind::Read) => counters.reads,
+                Some(OpKind::Write) => counters.writes,
+                Some(OpKind::Flush) => counters.flushes,
+            }
+        };
+        let before = done(&world);
+        world.expect_failures(true);
+        world.disk.inject(Fault { kind, after: self.after, lasting });
+        let mut actor = Actor::new(&mut world, self.setting.pace);
+        (self.operation.act)(&mut actor).expect("the power is on");
+        world.idle().expect("the power is on");
+        let struck = done(&world) - before > self.after;
+        world.disk.heal();
+        self.spread_the_news(&mut world);
+        world.pass(A_WHILE);
+        go_on(&mut world, kind != Some(OpKind::Read));
+        let cuts = [Cut::Random, CUTS[self.after as usize % CUTS.len()]];
+        for cut in cuts {
+            explain(
+                || format!("{cut:?} kept"),
+                || {
+                    let mut after = cut.strike(&mut world, self.after);
+                    use_everything(&mut after);
+                },
+            );
+        }
+        struck
+    }
+}
+
+impl Case {
+    /// Lets every reactor hear of a flush that failed for another one: its next flush tells.
+    fn spread_the_news(&self, world: &mut World) {
+        if self.setting.shards == 1 {
+            return;
+        }
+        // New volumes go to the reactors in turn, and each begins with a flush.
+        for _ in 0..2 * self.setting.shards {
+            let name = world.fresh_name();
+            let reply = world.ask(Action::Create { name, size: SMALL });
+            reply.expect("the power is on");
         }
     }
 }
 
-impl Scenario {
-    fn at_every_operation(&self) {
-        for setting in SETTINGS {
-            for cut in CUTS {
-                self.every_cut(setting, cut);
-            }
+/// The device works again: whoever is not latched does too, and whoever is says so.
+fn go_on(world: &mut World, may_latch: bool) {
+    const ON: &str = "the power is on";
+    let mut latched = Vec::new();
+    for volume in world.volumes() {
+        if world.show(volume).expect(ON).latched.is_some() {
+            latched.push(volume);
         }
     }
-
-    fn every_cut(&self, setting: Setting, cut: Cut) {
-        for operations in 0..OPERATIONS_MAX {
-            let context = || format!("{setting:?}, {cut:?} kept, after operation {operations}");
-            let survived = explain(context, || self.one(setting, cut, operations));
-            if survived {
-                assert!(operations > 0, "the act does nothing to the device");
-                return;
-            }
+    assert!(may_latch || latched.is_empty(), "latched without a write or flush that failed");
+    for &volume in &latched {
+        for (kind, sectors, expected) in [
+            (IoKind::Read, 64, IoStatus::Done),
+            (IoKind::Write, 8, IoStatus::Failed),
+            (IoKind::WriteZeroes, 8, IoStatus::Failed),
+            (IoKind::Flush, 0, IoStatus::Failed),
+            (IoKind::Read, 64, IoStatus::Done),
+        ] {
+            assert_eq!(world.io(volume, kind, 0, sectors).expect(ON), expected, "{kind:?}");
         }
-        panic!("the act still goes on after {OPERATIONS_MAX} operations");
+        let reply = world.ask(Action::Snapshot { volume, label: None }).expect(ON);
+        assert!(format!("{reply:?}").contains("Latched"), "a snapshot of it: {reply:?}");
     }
-
-    /// True when the act ended before the power went.
-    fn one(&self, setting: Setting, cut: Cut, operations: u64) -> bool {
-        let mut world = World::new(WorldConfig {
-            volatile_cache: setting.volatile_cache,
-            schedule: setting.schedule,
-            ..WorldConfig::new(operations)
-        });
-        // The preparation is not what is tested: let it be quick.
-        world.disk.set_schedule(Schedule::AtOnce);
-        (self.prepare)(&mut world).expect("the power is on");
-        for volume in world.volumes() {
-            let action = Action::SetCache { volume, cache: setting.cache };
-            world.perform(action).expect("the power is on");
-        }
-        world.idle().expect("the power is on");
-        world.disk.set_schedule(setting.schedule);
-        world.disk.stop_after(operations);
-        let outcome = (self.act)(&mut world).and_then(|()| world.idle());
-        cut.strike(&mut world);
-        world.recover();
-        world.verify_snapshots().expect("the power is back");
-        // It must not only look well.
-        for volume in world.volumes() {
-            world.write(volume, 3, 21).expect("the power is back");
-            world.write(volume, LEAF - 8, 16).expect("the power is back");
-            world.snapshot(volume).expect("the power is back");
-            world.write(volume, 8, 8).expect("the power is back");
-            world.flush(volume).expect("the power is back");
-        }
-        world.crash(Keep::Nothing);
-        world.recover();
-        outcome.is_ok()
-    }
+    world.expect_failures(false);
+    world.verify_snapshots().expect(ON);
+    use_volumes(world, |volume| !latched.contains(&volume));
+    world.read_everything().expect(ON);
+    world.expect_failures(!latched.is_empty());
+    world.idle().expect(ON);
+    world.expect_failures(false);
 }
 
 /// Adds `context` to whatever panic `body` ends in.
@@ -157,283 +289,34 @@ fn explain<T>(context: impl Fn() -> String, body: impl FnOnce() -> T) -> T {
     body()
 }
 
-fn first(world: &World) -> VolumeId {
-    world.volumes()[0]
-}
-
-fn last(world: &World) -> VolumeId {
-    *world.volumes().last().expect("there is one")
-}
-
-fn small(world: &mut World) -> Result<(), PowerCut> {
-    world.create(SMALL).map(drop)
-}
-
-fn high(world: &mut World) -> Result<(), PowerCut> {
-    world.create(HIGH).map(drop)
-}
-
-/// A small volume with two blocks in its first leaf and one in its second, all durable.
-fn written(world: &mut World) -> Result<(), PowerCut> {
-    let volume = world.create(SMALL)?;
-    world.write(volume, block(0), block(2))?;
-    world.write(volume, LEAF, block(1))?;
-    world.flush(volume)?;
-    Ok(())
-}
-
-/// The same with a snapshot of it.
-fn snapshotted(world: &mut World) -> Result<(), PowerCut> {
-    written(world)?;
-    world.snapshot(first(world)).map(drop)
-}
-
-/// The same with a clone of the snapshot.
-fn cloned(world: &mut World) -> Result<(), PowerCut> {
-    snapshotted(world)?;
-    world.clone_of(snapshot(first(world), 0), "clone").map(drop)
-}
-
-const fn snapshot(volume: VolumeId, sequence: u64) -> SnapshotId {
-    SnapshotId { volume, sequence }
-}
-
-fn write(world: &mut World, sector: u64, sectors: u64) -> Result<(), PowerCut> {
-    world.write(first(world), sector, sectors).map(drop)
-}
-
-fn unmap(world: &mut World, kind: IoKind, sector: u64, sectors: u64) -> Result<(), PowerCut> {
-    world.io(first(world), kind, sector, sectors).map(drop)
-}
-
-macro_rules! scenarios {
-    ($($name:ident: $prepare:expr, $act:expr;)*) => {
+macro_rules! each {
+    ($($name:ident)*) => {
         $(
-            #[test]
-            fn $name() {
-                Scenario { prepare: $prepare, act: $act }.at_every_operation();
+            mod $name {
+                use super::{Blow, at_every_operation};
+
+                #[test]
+                fn the_power_goes() {
+                    at_every_operation(stringify!($name), Blow::PowerCut);
+                }
+
+                #[test]
+                fn one_operation_fails() {
+                    at_every_operation(stringify!($name), Blow::ONCE);
+                }
+
+                #[test]
+                fn all_fail_from_there_on() {
+                    for blow in Blow::FROM_THERE_ON {
+                        at_every_operation(stringify!($name), blow);
+                    }
+                }
             }
         )*
     };
 }
 
-scenarios! {
-    first_write_of_a_volume: small, |w| write(w, 0, 8);
-    first_write_through_four_levels: high, |w| write(w, UPPER - 8, 16);
-    first_write_in_a_leaf_that_exists: written, |w| write(w, block(5), 8);
-    first_write_in_a_new_leaf: written, |w| write(w, 3 * LEAF, 8);
-    first_write_in_a_new_node_of_the_middle: |w| {
-        let volume = w.create(WIDE)?;
-        w.write(volume, 0, 8)?;
-        w.flush(volume).map(drop)
-    }, |w| write(w, MIDDLE + LEAF, 8);
-    write_across_two_leaves_and_their_parents: |w| w.create(WIDE).map(drop),
-        |w| write(w, MIDDLE - block(2), block(4));
-    overwrite_in_place: written, |w| write(w, 0, 16);
-    overwrite_in_place_of_part_of_a_block: written, |w| write(w, 3, 10);
-    first_write_of_part_of_a_block: written, |w| write(w, block(7) + 3, 2);
-    first_writes_of_two_parts_of_one_block: written, |w| {
-        let volume = first(w);
-        w.start_io(volume, IoKind::Write, block(7), 3);
-        w.start_io(volume, IoKind::Write, block(7) + 3, 2);
-        w.start_io(volume, IoKind::Write, block(7) + 2, 4);
-        w.settle()
-    };
-    copy_on_write_of_a_block: snapshotted, |w| write(w, 0, 8);
-    copy_on_write_of_part_of_a_block: snapshotted, |w| write(w, 3, 2);
-    copy_on_write_twice_in_one_leaf: snapshotted, |w| {
-        write(w, 0, 8)?;
-        write(w, 8, 8)
-    };
-    copy_on_write_of_a_second_leaf: |w| {
-        snapshotted(w)?;
-        write(w, 0, 8)?;
-        w.flush(first(w)).map(drop)
-    }, |w| write(w, LEAF, 8);
-    copy_on_write_through_four_levels: |w| {
-        high(w)?;
-        write(w, UPPER + MIDDLE + LEAF, 8)?;
-        w.snapshot(first(w)).map(drop)
-    }, |w| write(w, UPPER + MIDDLE + LEAF, 3);
-    discard_of_an_owned_block: written, |w| unmap(w, IoKind::Discard, 0, 8);
-    discard_of_a_snapshotted_block: snapshotted, |w| unmap(w, IoKind::Discard, 0, 8);
-    discard_of_whole_leaves: written, |w| unmap(w, IoKind::Discard, 0, 2 * LEAF);
-    discard_of_everything_under_a_snapshot: snapshotted, |w| {
-        let sectors = SMALL.sectors();
-        unmap(w, IoKind::Discard, 0, sectors)
-    };
-    discard_with_ragged_edges: written, |w| unmap(w, IoKind::Discard, 3, LEAF);
-    discard_of_a_subtree_of_the_middle: |w| {
-        high(w)?;
-        write(w, 0, 8)?;
-        write(w, MIDDLE, 8)?;
-        write(w, UPPER, 8)?;
-        w.flush(first(w)).map(drop)
-    }, |w| unmap(w, IoKind::Discard, 0, UPPER);
-    write_zeroes_of_whole_blocks: written, |w| unmap(w, IoKind::WriteZeroes, 0, 16);
-    write_zeroes_of_part_of_a_block: written, |w| unmap(w, IoKind::WriteZeroes, 3, 2);
-    write_zeroes_of_part_of_a_snapshotted_block: snapshotted,
-        |w| unmap(w, IoKind::WriteZeroes, 3, 8);
-    a_freed_block_is_used_again: written, |w| {
-        unmap(w, IoKind::Discard, 0, 8)?;
-        w.flush(first(w))?;
-        write(w, 2 * LEAF, block(8))?;
-        w.flush(first(w)).map(drop)
-    };
-    flush_of_many_changes: written, |w| {
-        let volume = first(w);
-        for leaf in 0..6 {
-            w.start_io(volume, IoKind::Write, leaf * LEAF + block(leaf), 12);
-        }
-        w.settle()?;
-        w.flush(volume).map(drop)
-    };
-    two_flushes_with_writes_between: written, |w| {
-        let volume = first(w);
-        w.start_io(volume, IoKind::Write, block(9), 8);
-        w.start_io(volume, IoKind::Flush, 0, 0);
-        w.start_io(volume, IoKind::Write, block(10), 8);
-        w.start_io(volume, IoKind::Flush, 0, 0);
-        w.start_io(volume, IoKind::Write, block(9), 8);
-        w.settle()
-    };
-    a_claim_takes_a_new_extent: written, |w| {
-        for part in 0..5 {
-            write(w, LEAF + part * 512, 512)?;
-        }
-        w.flush(first(w)).map(drop)
-    };
-    snapshot_with_nothing_changed: written, |w| w.snapshot(first(w)).map(drop);
-    snapshot_of_unflushed_writes: written, |w| {
-        write(w, block(3), 8)?;
-        write(w, 3 * LEAF, 8)?;
-        w.snapshot(first(w)).map(drop)
-    };
-    snapshot_with_requests_in_flight: written, |w| {
-        let volume = first(w);
-        w.start_io(volume, IoKind::Write, 0, 16); // In place.
-        w.start_io(volume, IoKind::Write, block(5), 8); // Allocating.
-        w.start_io(volume, IoKind::Write, block(6) + 2, 3); // Merging.
-        w.start(Action::Snapshot { volume, label: Some("one".into()) });
-        w.start_io(volume, IoKind::Write, 0, 8);
-        w.start_io(volume, IoKind::Discard, 8, 8);
-        w.start_io(volume, IoKind::Flush, 0, 0);
-        w.settle()
-    };
-    two_snapshots_in_flight: written, |w| {
-        let volume = first(w);
-        w.start_io(volume, IoKind::Write, 0, 8);
-        w.start(Action::Snapshot { volume, label: None });
-        w.start_io(volume, IoKind::Write, 4, 8);
-        w.start(Action::Snapshot { volume, label: None });
-        w.start_io(volume, IoKind::Write, LEAF, 8);
-        w.settle()
-    };
-    snapshot_that_needs_a_new_log_block: |w| {
-        written(w)?;
-        for _ in 0..24 {
-            w.snapshot(first(w))?;
-        }
-        Ok(())
-    }, |w| w.snapshot(first(w)).map(drop);
-    write_after_many_snapshots: |w| {
-        written(w)?;
-        for round in 0..5 {
-            write(w, round * 8, 8)?;
-            w.snapshot(first(w))?;
-        }
-        Ok(())
-    }, |w| write(w, 3, 40);
-    create_a_volume: written, |w| w.create(HIGH).map(drop);
-    clone_a_snapshot: snapshotted, |w| {
-        let from = snapshot(first(w), 0);
-        w.clone_of(from, "clone").map(drop)
-    };
-    write_to_a_clone: cloned, |w| {
-        let clone = last(w);
-        w.write(clone, 2, 10)?;
-        w.write(clone, LEAF, 8)?;
-        w.flush(clone).map(drop)
-    };
-    discard_on_a_clone: cloned, |w| {
-        let clone = last(w);
-        w.io(clone, IoKind::Discard, 0, LEAF)?;
-        w.flush(clone).map(drop)
-    };
-    snapshot_of_a_clone: cloned, |w| {
-        let clone = last(w);
-        w.write(clone, 0, 8)?;
-        w.snapshot(clone)?;
-        w.write(clone, 0, 8).map(drop)
-    };
-    rollback_to_a_snapshot: |w| {
-        snapshotted(w)?;
-        write(w, 0, 16)?;
-        write(w, 2 * LEAF, 8)?;
-        w.flush(first(w)).map(drop)
-    }, |w| {
-        let snapshot = snapshot(first(w), 0);
-        w.perform(Action::Rollback { snapshot })?;
-        write(w, 0, 8)
-    };
-    rollback_of_unflushed_writes: |w| {
-        snapshotted(w)?;
-        write(w, 0, 16)
-    }, |w| {
-        write(w, 5, 20)?;
-        let snapshot = snapshot(first(w), 0);
-        w.perform(Action::Rollback { snapshot }).map(drop)
-    };
-    label_a_snapshot: snapshotted, |w| {
-        let snapshot = snapshot(first(w), 0);
-        w.perform(Action::Label { snapshot, label: Some("kept".into()) })?;
-        w.perform(Action::Label { snapshot, label: None }).map(drop)
-    };
-    label_while_a_snapshot_is_taken: snapshotted, |w| {
-        let volume = first(w);
-        write(w, 0, 8)?;
-        w.start(Action::Snapshot { volume, label: Some("new".into()) });
-        w.start(Action::Label { snapshot: snapshot(volume, 0), label: Some("old".into()) });
-        w.settle()
-    };
-    delete_a_snapshot: snapshotted, |w| {
-        let snapshot = snapshot(first(w), 0);
-        w.perform(Action::DeleteSnapshot { snapshot }).map(drop)
-    };
-    delete_a_volume: cloned, |w| {
-        let volume = first(w);
-        w.perform(Action::Delete { volume }).map(drop)
-    };
-    rename_a_volume: written, |w| {
-        let volume = first(w);
-        w.perform(Action::Rename { volume, name: "other".into() }).map(drop)
-    };
-    grow_a_volume: written, |w| {
-        let volume = first(w);
-        w.perform(Action::Grow { volume, size: ByteCount::new(20 << 20) })?;
-        write(w, SMALL.sectors(), 8)
-    };
-    grow_a_volume_by_a_level: written, |w| {
-        let volume = first(w);
-        write(w, block(3), 8)?;
-        w.perform(Action::Grow { volume, size: HIGH })?;
-        write(w, UPPER, 8)
-    };
-    switch_to_writethrough_and_back: written, |w| {
-        let volume = first(w);
-        write(w, block(3), 8)?;
-        w.perform(Action::SetCache { volume, cache: CacheMode::Writethrough })?;
-        write(w, block(4), 8)?;
-        w.perform(Action::SetCache { volume, cache: CacheMode::Writeback }).map(drop)
-    };
-    orderly_shutdown: snapshotted, |w| {
-        write(w, 0, 20)?;
-        write(w, 3 * LEAF, 8)?;
-        w.shut_down()?;
-        w.recover();
-        Ok(())
-    };
-}
+bessel_tests::for_each_operation!(each);
 
 /// A hole below a node that a clone shares with its origin: whose rounds would it wait for?
 #[test]
@@ -503,4 +386,57 @@ fn a_miss_in_the_node_cache_stalls_no_other_request() {
     assert!(!world.has_ended(missing), "its leaf has long been evicted");
     world.disk.release();
     world.wait(missing).unwrap();
+}
+
+/// Bitmaps that cannot be read for a moment are neither full for ever nor a reason to take extent
+/// after extent from those that are unused.
+#[test]
+fn reads_that_fail_for_a_moment_do_not_use_the_store_up() {
+    let mut world = World::new(WorldConfig { schedule: Schedule::AtOnce, ..WorldConfig::new(1) });
+    let volume = world.create(ByteCount::new(1 << 30)).unwrap();
+    world.write(volume, 0, 8).unwrap();
+    world.flush(volume).unwrap();
+    world.shut_down().unwrap(); // So that the next claim must read a bitmap.
+    world.recover();
+    let unused = |world: &World| {
+        let opened = store::open(&mut world.disk.connect(), store::OpenMode::ReadOnly).unwrap();
+        opened.catalogue.iter().filter(|entry| entry.kind == ExtentType::Unused).count()
+    };
+    let before = unused(&world);
+    let (checked, blocks) = (world.model.sectors_checked, 300);
+    world.expect_failures(true);
+    world.disk.inject(Fault { kind: Some(OpKind::Read), after: 0, lasting: true });
+    for block in 1..blocks {
+        world.write(volume, block * SECTORS_PER_BLOCK, 8).unwrap();
+    }
+    world.disk.heal();
+    world.expect_failures(false);
+    world.pass(A_WHILE);
+    for block in 1..blocks {
+        let status = world.write(volume, block * SECTORS_PER_BLOCK, 8).unwrap();
+        assert_eq!(status, IoStatus::Done, "block {block}");
+    }
+    world.read_everything().unwrap();
+    assert!(world.model.sectors_checked > checked);
+    world.idle().unwrap();
+    world.crash(Keep::Everything);
+    // Three hundred blocks need two extents more; and one of each kind was a detour at most.
+    let after = unused(&world);
+    assert!(before - after <= 4, "{before} extents were unused, {after} are");
+    world.recover();
+}
+
+/// A block that was taken for a write that failed is not the volume's.
+#[test]
+fn a_write_that_fails_counts_no_block() {
+    let mut world = World::new(WorldConfig { schedule: Schedule::AtOnce, ..WorldConfig::new(1) });
+    let volume = world.create(ByteCount::new(1 << 30)).unwrap();
+    world.write(volume, 0, 8).unwrap();
+    let before = world.show(volume).unwrap().blocks_allocated;
+    world.expect_failures(true);
+    for (sector, sectors) in [(64, 24), (128, 3)] {
+        world.disk.inject(Fault { kind: Some(OpKind::Write), after: 0, lasting: false });
+        assert_eq!(world.write(volume, sector, sectors).unwrap(), IoStatus::Failed);
+    }
+    assert_eq!(world.show(volume).unwrap().blocks_allocated, before);
 }

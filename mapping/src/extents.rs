@@ -94,6 +94,10 @@ pub(crate) struct Authority {
     current: Option<(BitmapId, Bitmap)>,
     token: Token,
     grants: Vec<(usize, Message)>,
+    /// Bitmap blocks that the device failed to read in this job, and how many blocks are free there.
+    /// They count as full until the job ends, so that it looks elsewhere, and no longer: the next
+    /// read may succeed.
+    unread: Vec<(BitmapId, u32)>,
     /// A flush failed while the job's writes were under way: they may never become durable.
     doubted: bool,
     /// Failures since start, for the log and the metrics.
@@ -117,6 +121,7 @@ impl Authority {
             current: None,
             token,
             grants: Vec::new(),
+            unread: Vec::new(),
             doubted: false,
             failures: 0,
         }
@@ -372,6 +377,7 @@ impl Authority {
         self.doubted = false;
         let (id, _) = self.current.take().expect("a bitmap was made current");
         let addr = self.geometry.bitmap_block(id.extent, id.index);
+        let failed = result.is_err();
         let read = result.map_err(|error| format!("bitmap at block {addr}: {error}"));
         let bitmap = read.and_then(|()| {
             Bitmap::decode(self.pool.bytes(&self.buffer), addr, self.secret)
@@ -387,15 +393,18 @@ impl Authority {
                 self.apply(device);
                 self.poll(device)
             }
-            Err(why) => {
-                self.free.set(id.extent, id.index, 0);
-                if matches!(self.jobs[0], Job::Claim { .. }) {
-                    self.failures += 1;
+            Err(why) if matches!(self.jobs[0], Job::Claim { .. }) => {
+                self.failures += 1;
+                if failed {
+                    self.unread.push((id, self.free.get(id.extent, id.index)));
+                    tracing::error!("{why}: looking for free blocks elsewhere");
+                } else {
                     tracing::error!("{why}: nothing more is allocated there");
-                    return self.poll(device);
                 }
-                self.fail(&why, device)
+                self.free.set(id.extent, id.index, 0);
+                self.poll(device)
             }
+            Err(why) => self.fail(&why, device),
         }
     }
 
@@ -416,7 +425,12 @@ impl Authority {
                 self.write_catalogue(extent, device);
                 Step::Wait
             }
-            State::FlushCatalogue { .. } => self.poll(device),
+            State::FlushCatalogue { extent } => {
+                // As it was just written: no need to read it, on a device that may fail to.
+                let id = BitmapId { extent, index: 0 };
+                self.current = Some((id, self.geometry.fresh_bitmap(0)));
+                self.poll(device)
+            }
             State::FlushClaim { runs } => {
                 self.grant(runs);
                 self.poll(device)
@@ -429,6 +443,9 @@ impl Authority {
         let Some(Job::Claim { shard, kind, .. }) = self.jobs.pop_front() else {
             unreachable!("grants answer claims");
         };
+        for (id, free) in self.unread.drain(..) {
+            self.free.set(id.extent, id.index, free);
+        }
         self.grants.push((shard, Message::Granted { kind, runs }));
     }
 

@@ -8,6 +8,7 @@
 #[expect(unsafe_code, reason = "guest memory is shared with another thread or process")]
 pub mod guest;
 pub mod model;
+pub mod operations;
 pub mod plain_host;
 pub mod seeds;
 pub mod workload;

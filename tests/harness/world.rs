@@ -26,6 +26,7 @@ use crate::model::Model;
 
 mod faulty;
 mod memory;
+mod observer;
 mod recovery;
 
 pub use faulty::Faults;
@@ -237,6 +238,8 @@ pub struct World {
     journals: Vec<JournalMemory>,
     /// Random name of this life of the process.
     life: [u8; 16],
+    observer: Option<observer::Observer>,
+    progress: observer::Progress,
 }
 
 impl World {
@@ -286,6 +289,8 @@ impl World {
             outcomes: BTreeMap::new(),
             journals: Vec::new(),
             life: [0; 16],
+            observer: None,
+            progress: observer::Progress::default(),
         };
         world.start_shards();
         world.begin_life();
@@ -332,6 +337,7 @@ impl World {
         progress |= self.deliver_mail();
         self.resubmit();
         self.now = self.now.after(Duration::from_nanos(self.random.below(20_000)));
+        self.tell_observer();
         progress
     }
 
@@ -415,6 +421,11 @@ impl World {
             world.disk.in_flight() == 0 && world.shards.iter().all(|s| s.deadline().is_none())
                 || world.now >= end
         })
+    }
+
+    /// Lets time pass, and does nothing meanwhile.
+    pub fn pass(&mut self, time: Duration) {
+        self.now = self.now.after(time);
     }
 
     /// Goes on until `ticket` has ended.
@@ -566,6 +577,11 @@ impl World {
     /// Volumes that can be used.
     pub fn volumes(&self) -> Vec<VolumeId> {
         self.volumes.keys().copied().collect()
+    }
+
+    /// From here on, whether the device fails: see [`WorldConfig::may_fail`].
+    pub fn expect_failures(&mut self, may_fail: bool) {
+        self.config.may_fail = may_fail;
     }
 
     /// The size of a volume.
@@ -749,7 +765,8 @@ impl World {
         }
     }
 
-    fn act(&mut self, action: Action) -> Result<Reply, PowerCut> {
+    /// Asks the control path for something and waits for its answer, whatever it is.
+    pub fn ask(&mut self, action: Action) -> Result<Reply, PowerCut> {
         let ticket = self.start(action);
         self.reply(ticket)
     }
@@ -766,7 +783,7 @@ impl World {
     /// # Panics
     /// When it is refused.
     pub fn perform(&mut self, action: Action) -> Result<Reply, PowerCut> {
-        let reply = self.act(action.clone())?;
+        let reply = self.ask(action.clone())?;
         assert!(!matches!(reply, Reply::Failed(_)), "{action:?}: {reply:?}");
         Ok(reply)
     }

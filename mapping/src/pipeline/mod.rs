@@ -425,6 +425,9 @@ impl<D: Device> Shard<D> {
         if let Some((start, count)) = home {
             let run = crate::message::BlockRun { start, count };
             self.give_back(crate::message::BlockKind::Data, run);
+            let handle = self.requests[self.pieces[index].request].volume;
+            let allocated = &mut self.volume_mut(handle).record.blocks_allocated;
+            *allocated = allocated.saturating_sub(u64::from(count));
         }
         let request = self.end_piece(index);
         self.requests[request].status = status;
