@@ -164,6 +164,21 @@ pub struct Traced {
     pub length: ByteCount,
 }
 
+/// Names an operation among all there ever were.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub struct OpNumber(u64);
+
+/// An operation in flight.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Flying {
+    /// Names it.
+    pub number: OpNumber,
+    /// What it does.
+    pub kind: OpKind,
+    /// The block its first sector lies in; 0 for a flush.
+    pub block: BlockAddr,
+}
+
 /// Makes operations fail.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Fault {
@@ -485,6 +500,8 @@ struct Disk {
     /// Time, for late operations.
     now: u64,
     hold: Option<OpFilter>,
+    /// The one operation, if any, that may complete.
+    only: Option<Option<u64>>,
     exclusive: Option<OpFilter>,
     trace: Option<Vec<Traced>>,
     counters: SimCounters,
@@ -531,6 +548,7 @@ impl SimDisk {
             strikes: Vec::new(),
             now: 0,
             hold: None,
+            only: None,
             exclusive: None,
             trace: None,
             counters: SimCounters::default(),
@@ -660,8 +678,24 @@ impl SimDisk {
         self.0.borrow_mut().hold = Some(Box::new(filter));
     }
 
-    /// Ends [`SimDisk::hold`].
+    /// Keeps everything from completing but the operation `only`, until [`SimDisk::release`]: a test
+    /// that tries every order says each time which is next.
+    pub fn hold_all_but(&self, only: Option<OpNumber>) {
+        self.0.borrow_mut().only = Some(only.map(|number| number.0));
+    }
+
+    /// The operations in flight that may complete next, in the order in which they were queued.
+    pub fn flying(&self) -> Vec<Flying> {
+        let disk = self.0.borrow();
+        let flying = disk.ops.iter().filter(|op| op.submitted);
+        let told =
+            |op: &Op| Flying { number: OpNumber(op.number), kind: op.kind(), block: op.block() };
+        flying.map(told).collect()
+    }
+
+    /// Ends [`SimDisk::hold`] and [`SimDisk::hold_all_but`].
     pub fn release(&self) {
+        self.0.borrow_mut().only = None;
         self.0.borrow_mut().hold = None;
     }
 
@@ -991,7 +1025,9 @@ impl Disk {
         }
         let mut ready = Vec::new();
         for op in self.ops.iter_mut().filter(|op| op.front == front && op.submitted) {
-            if self.hold.as_ref().is_some_and(|held| held(op.kind(), op.block())) {
+            if self.hold.as_ref().is_some_and(|held| held(op.kind(), op.block()))
+                || self.only.is_some_and(|only| only != Some(op.number))
+            {
                 continue;
             }
             match op.delay {
@@ -1236,6 +1272,7 @@ impl Disk {
         self.rates = None;
         self.owed_failures.clear();
         self.hold = None;
+        self.only = None;
         self.counters.crashes += 1;
     }
 
