@@ -29,10 +29,12 @@ use bessel_reactor::units::BlockAddr;
 
 use crate::flusher::FlushWaiter;
 use crate::format::node_as_bytes;
+use crate::message::BlockKind;
 use crate::nodes::cache::FrameId;
 use crate::planted::{self, Bug};
 use crate::request::{CommandError, Reply, VolumeHandle};
 use crate::shard::{Shard, TokenKind};
+use crate::volume::NO_REQUEST;
 
 /// What to do when a round is durable.
 #[derive(Debug)]
@@ -428,7 +430,7 @@ impl<D: Device> Shard<D> {
         if let Some(why) = flight.failed {
             // The frames stay as they are: memory is newer than the device, so they must never be
             // evicted and read again.
-            flight.frames.clear();
+            self.volume_mut(handle).lost.append(&mut flight.frames);
             self.frame_lists.push(flight.frames);
             self.latch(handle, &why);
             self.fail_sealed(handle);
@@ -475,21 +477,26 @@ impl<D: Device> Shard<D> {
     /// Stops the volume from changing anything on the device: what is there is unknown, and only
     /// detaching and recovering it makes it known again (DESIGN §4).
     pub(crate) fn latch(&mut self, handle: VolumeHandle, why: &str) {
-        let volume = self.volume_mut(handle);
+        let volume = self.volumes[handle.0 as usize].as_mut().expect("the volume is open");
         if volume.latched.is_none() {
             tracing::error!(
                 volume = volume.record.name,
-                "{why}: the volume refuses writes and flushes until the daemon is restarted"
+                "{why}: the volume refuses writes and flushes, reads go on; check the device, then \
+                 `bessel volume detach {name}` and `bessel volume attach {name}`",
+                name = volume.record.name
             );
             volume.latched = Some(why.to_owned());
+            if let Some(journal) = &mut self.journal {
+                journal.forget(volume.record.id);
+            }
         }
         if let Some(flight) = &mut volume.flight {
             // What it would make reachable may not be durable.
             flight.failed.get_or_insert_with(|| why.to_owned());
         }
         // The nodes stay dirty, so that they are never evicted, but nobody waits for them any more.
-        self.dirty_nodes -= std::mem::take(&mut volume.dirty).len();
-        let volume = self.volume_mut(handle);
+        self.dirty_nodes -= volume.dirty.len();
+        volume.lost.append(&mut volume.dirty);
         volume.dirty_since = None;
         self.retire_changes();
         self.wake_committing(handle);
@@ -499,24 +506,43 @@ impl<D: Device> Shard<D> {
         }
     }
 
-    fn fail_sealed(&mut self, handle: VolumeHandle) {
+    pub(crate) fn fail_sealed(&mut self, handle: VolumeHandle) {
         while let Some(mut sealed) = self.volume_mut(handle).sealed.pop_front() {
             for (_, buffer) in sealed.images.into_iter().chain([sealed.record]).flatten() {
                 self.sealed_images.put(buffer);
             }
             self.dirty_nodes -= sealed.frozen.len();
-            sealed.frozen.clear();
+            let lost = &mut self.volume_mut(handle).lost;
+            lost.append(&mut sealed.frozen);
+            lost.extend(sealed.root);
             self.frame_lists.push(sealed.frozen);
             self.fail_after(handle, sealed.after);
         }
     }
 
-    /// Closes a volume whose creation failed: nobody has its handle.
-    fn forget_unborn(&mut self, handle: VolumeHandle) {
+    /// Takes a volume that nothing is under way in out of memory. What of it is not durable is lost;
+    /// blocks that were unlinked or handed out for that leak, since the device may reach them.
+    pub(crate) fn forget_volume(&mut self, handle: VolumeHandle) {
+        self.release_unlinked(handle);
         let volume = self.volumes[handle.0 as usize].take().expect("the volume is open");
+        assert!(volume.active_head == NO_REQUEST && volume.flight.is_none());
+        assert!(volume.sealed.is_empty() && volume.committing.is_empty());
+        self.first_round = self.first_round.max(volume.next_round);
         self.cache.unpin(volume.root);
-        // Whatever became of its image, nobody reads or writes the node any more.
-        self.cache.frame_mut(volume.root).in_rounds = 0;
+        self.dirty_nodes -= volume.dirty.len();
+        let mut lost = volume.lost;
+        lost.extend(&volume.dirty);
+        for unlinked in volume.unlinked.iter().filter(|it| it.kind == BlockKind::Metadata) {
+            // Dropped from a tree that is no more: on the device it may be linked.
+            let nodes = (0..u64::from(unlinked.run.count)).map(|at| unlinked.run.start.add(at));
+            lost.extend(nodes.filter_map(|node| self.cache.find(node)));
+        }
+        self.cache.forget(lost);
+        if let Some(journal) = &mut self.journal {
+            journal.forget(volume.record.id);
+        }
+        self.retire_changes();
+        self.released = true;
     }
 
     fn fail_after(&mut self, handle: VolumeHandle, after: After) {
@@ -530,7 +556,7 @@ impl<D: Device> Shard<D> {
         };
         let why = self.volume_mut(handle).latched.clone().unwrap_or_default();
         if matches!(after, After::Create { .. }) {
-            self.forget_unborn(handle);
+            self.forget_volume(handle); // Nobody has its handle.
         }
         self.reply(ticket, Reply::Failed(CommandError::Latched(why)));
     }

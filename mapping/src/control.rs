@@ -7,7 +7,7 @@
 //!
 //! | file           | commands                                          |
 //! |----------------|---------------------------------------------------|
-//! | `volumes.rs`   | create, open, grow, delete, cache mode            |
+//! | `volumes.rs`   | create, open, grow, close, delete, cache mode     |
 //! | `snapshots.rs` | snapshot, label, delete, rollback                 |
 //! | `restore.rs`   | changes that a killed process had made            |
 //! | `sealing.rs`   | (what all of them hand to a round)                |
@@ -17,10 +17,11 @@ mod sealing;
 mod snapshots;
 mod volumes;
 
-use bessel_reactor::device::Device;
+use bessel_reactor::device::{Device, DeviceError};
 use bessel_reactor::units::ByteCount;
 
 use crate::commit::After;
+use crate::flusher::FlushWaiter;
 use crate::format::tree_blocks;
 use crate::message::{BlockKind, Message};
 use crate::request::{
@@ -116,8 +117,9 @@ impl<D: Device> Shard<D> {
             {
                 return Err(CommandError::Latched(why.clone()).into());
             }
-            if volume.closing && !matches!(command, Command::Delete { .. }) {
-                return Err(CommandError::Limit("the volume is being deleted".to_owned()).into());
+            if volume.closing && !matches!(command, Command::Delete { .. } | Command::Close { .. })
+            {
+                return Err(CommandError::Limit("the volume is being closed".to_owned()).into());
             }
             if volume.sealed.len() >= SEALED_MAX {
                 return Err(NotNow::Wait);
@@ -145,6 +147,26 @@ impl<D: Device> Shard<D> {
             Command::Grow { volume, size } => self.grow(ticket, *volume, *size),
             Command::Delete { volume } => self.delete(ticket, *volume),
             Command::SetCache { volume, cache, by } => self.set_cache(ticket, *volume, *cache, *by),
+            Command::Close { volume } => self.close(ticket, *volume),
+            Command::FlushDevice => {
+                if self.flusher.volatile {
+                    self.flusher.want(self.flusher.mark(), FlushWaiter::Command(ticket));
+                } else {
+                    self.device_flushed(ticket, Ok(()));
+                }
+                Ok(())
+            }
+            Command::Refresh => {
+                let mut open = self.volumes.iter().flatten();
+                if let Some(failed) = open.find(|volume| volume.latched.is_some()) {
+                    let name = &failed.record.name;
+                    let what = format!("volume {name:?} has failed too; detach it first");
+                    return Err(CommandError::Limit(what).into());
+                }
+                self.device.refresh();
+                self.reply(ticket, Reply::Done);
+                Ok(())
+            }
             Command::Stats => {
                 let stats = self.stats();
                 self.reply(ticket, Reply::Stats(Box::new(stats)));
@@ -156,6 +178,14 @@ impl<D: Device> Shard<D> {
                 Ok(())
             }
             Command::Shutdown => self.shutdown(ticket),
+        }
+    }
+
+    /// The flush that [`Command::FlushDevice`] asked for has ended.
+    pub(crate) fn device_flushed(&mut self, ticket: u64, result: Result<(), DeviceError>) {
+        match result {
+            Ok(()) => self.reply(ticket, Reply::Done),
+            Err(error) => self.reply(ticket, Reply::Failed(CommandError::Device(error))),
         }
     }
 
@@ -204,8 +234,7 @@ impl<D: Device> Shard<D> {
                 self.reply(ticket, Reply::Done);
             }
             After::Close { ticket } => {
-                let volume = self.volumes[handle.0 as usize].take().expect("the volume is open");
-                self.cache.unpin(volume.root);
+                self.forget_volume(handle);
                 self.reply(ticket, Reply::Done);
             }
         }
@@ -254,7 +283,9 @@ impl<D: Device> Shard<D> {
             extent_count: self.geometry.extent_count,
         });
         let open = self.volumes.iter().flatten();
+        let latched = open.clone().filter(|volume| volume.latched.is_some());
         ShardStats {
+            latched: latched.map(|volume| volume.record.id).collect(),
             cache: self.cache.counters,
             claimed_data: self.claims.free(BlockKind::Data),
             claimed_metadata: self.claims.free(BlockKind::Metadata),
@@ -268,7 +299,12 @@ impl Command {
     /// The volume that the command is about.
     fn volume(&self) -> Option<VolumeHandle> {
         match self {
-            Self::Create(_) | Self::Open(_) | Self::Stats | Self::Shutdown => None,
+            Self::Create(_)
+            | Self::Open(_)
+            | Self::FlushDevice
+            | Self::Refresh
+            | Self::Stats
+            | Self::Shutdown => None,
             Self::Snapshot { volume, .. }
             | Self::Restore { volume, .. }
             | Self::Label { volume, .. }
@@ -277,12 +313,13 @@ impl Command {
             | Self::Rename { volume, .. }
             | Self::Grow { volume, .. }
             | Self::Delete { volume }
+            | Self::Close { volume }
             | Self::SetCache { volume, .. }
             | Self::Show { volume } => Some(*volume),
         }
     }
 
     fn changes_the_device(&self) -> bool {
-        !matches!(self, Self::SetCache { .. } | Self::Show { .. } | Self::Stats)
+        !matches!(self, Self::Close { .. } | Self::SetCache { .. } | Self::Show { .. })
     }
 }

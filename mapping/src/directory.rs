@@ -197,6 +197,22 @@ impl Directory {
         self.volumes.insert(record.id, summary);
     }
 
+    /// Notes a volume as it was read again ([`crate::store::reread`]): after an error of the device
+    /// name, size and deletion may be other than was known.
+    ///
+    /// # Errors
+    /// When another volume has its name by now. Nothing has changed.
+    pub fn reread(&mut self, entry: VolumeEntry) -> Result<(), DirectoryError> {
+        let record = &entry.record;
+        let other = self.find(&record.name).filter(|other| other.id != record.id);
+        if !record.deleted && (other.is_some() || self.names_reserved.contains(&record.name)) {
+            return Err(DirectoryError::NameTaken(record.name.clone()));
+        }
+        self.list(entry.slot, record, None);
+        self.entries.insert(record.id, entry);
+        Ok(())
+    }
+
     /// Checks a new volume and gives it identity and slot. End the plan with
     /// [`Directory::created`] or [`Directory::abandoned`].
     ///

@@ -25,6 +25,8 @@ pub(crate) enum FlushWaiter {
     Request(u32),
     /// The allocation authority.
     Authority,
+    /// A command, by its ticket.
+    Command(u64),
 }
 
 #[derive(Debug)]

@@ -119,9 +119,24 @@ impl Journal {
         Self { memory, capacity: capacity as u64, tail: 1, next: 1, spans }
     }
 
-    /// True when a step of a request may add what it has to add.
-    pub(crate) fn has_room(&self) -> bool {
-        self.next - self.tail + ENTRIES_PER_STEP <= self.capacity
+    /// True when a step of a request may add what it has to add, and each of the `open` volumes can
+    /// be forgotten after it.
+    pub(crate) fn has_room(&self, open: usize) -> bool {
+        self.next - self.tail + ENTRIES_PER_STEP + open as u64 <= self.capacity
+    }
+
+    /// Makes all changes of a volume void: no round will make them durable, and the next life must
+    /// not make them again. Those that cannot be retired yet, since older ones of other volumes are
+    /// before them, are overruled by an entry behind them.
+    pub(crate) fn forget(&mut self, volume: VolumeId) {
+        let mut found = false;
+        for span in self.spans.iter_mut().filter(|span| span.volume == volume) {
+            found |= span.round > 0;
+            span.round = 0; // Which is always durable.
+        }
+        if found {
+            self.append(volume, 0, &Entry::Replaced(volume));
+        }
     }
 
     /// Notes changes that no round of this life will make durable: those of a volume that could not
@@ -360,7 +375,7 @@ mod tests {
         assert_eq!(read(&memory), None);
         let mut journal = Journal::create(memory, &LIFE);
         for round in 0..1000 {
-            assert!(journal.has_room());
+            assert!(journal.has_room(0));
             append(&mut journal, round, data(round, 1, round + 7));
             append(&mut journal, round, change(round + 1, 2, Mapped::Zeroed));
             if round > 3 {
@@ -380,13 +395,16 @@ mod tests {
         let memory = pool.lend(&buffer);
         let mut journal = Journal::create(memory, &LIFE);
         let mut count = 0;
-        while journal.has_room() {
+        while journal.has_room(1) {
             append(&mut journal, 1, data(count, 1, count));
             count += 1;
         }
         assert_eq!(read(&memory).unwrap().1.len() as u64, count);
         assert!(!journal.retire(|_, _| false));
-        assert!(journal.retire(|_, _| true) && journal.has_room());
+        journal.forget(V); // There is room for that, once.
+        journal.forget(V);
+        assert_eq!(read(&memory).unwrap().1.len() as u64, count + 1);
+        assert!(journal.retire(|_, _| true) && journal.has_room(0));
         assert_eq!(read(&memory).unwrap().1, vec![]);
     }
 
@@ -432,6 +450,27 @@ mod tests {
             let left = outstanding(vec![(other, entry(1)), (LIFE, entry(2))], &LIFE);
             assert_eq!(left[&V], vec![data(2, 1, 2)]);
         }
+    }
+
+    #[test]
+    fn a_volume_that_was_forgotten_behind_another_stays_forgotten() {
+        let (mut pool, buffer) = memory();
+        let memory = pool.lend(&buffer);
+        let mut journal = Journal::create(memory, &LIFE);
+        let other = VolumeId(4);
+        journal.append(other, 1, &Entry::Changed(other, data(9, 1, 90)));
+        append(&mut journal, 1, data(0, 1, 5));
+        journal.forget(V);
+        // The other's change is not durable, so nothing is retired: a kill finds all of it.
+        assert!(!journal.retire(|volume, round| volume == V || round == 0));
+        let read_back = || outstanding(vec![read(&memory).unwrap()], &LIFE);
+        assert_eq!(read_back()[&V], vec![]);
+        assert_eq!(read_back()[&other], vec![data(9, 1, 90)]);
+        append(&mut journal, 1, data(7, 1, 70)); // Attached again.
+        assert_eq!(read_back()[&V], vec![data(7, 1, 70)]);
+        // Rounds are counted anew: those of before are over.
+        assert!(journal.retire(|volume, round| volume == other || round == 0));
+        assert_eq!(read_back()[&V], vec![data(7, 1, 70)]);
     }
 
     #[test]

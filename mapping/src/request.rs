@@ -241,6 +241,20 @@ pub enum Command {
         /// Who wants it.
         by: CacheChooser,
     },
+    /// Closes the volume once its requests have ended, which get no company meanwhile. What is not
+    /// durable is committed first; unless the volume is latched: then it is forgotten, and what the
+    /// device holds counts.
+    Close {
+        /// Which volume.
+        volume: VolumeHandle,
+    },
+    /// Flushes the device, and so learns of failures on other shards.
+    FlushDevice,
+    /// Makes reads bring what the device holds ([`Device::refresh`](bessel_reactor::device::Device)): to
+    /// be done before a volume is read again that was closed because of a failed flush. After a
+    /// [`Command::FlushDevice`] on every shard, and while none has a volume open that has failed:
+    /// what such a volume reads may be only in the cache.
+    Refresh,
     /// Counters of the shard.
     Stats,
     /// What is there: the volume, its snapshots.
@@ -259,6 +273,11 @@ pub enum Reply {
     Done,
     /// The volume is open.
     Opened(VolumeHandle),
+    /// The volume is closed.
+    Closed {
+        /// Why what was not durable is lost; none when all of it is durable.
+        failed: Option<String>,
+    },
     /// The snapshot is durable.
     Snapshot(SnapshotInfo),
     /// The answer to [`Command::Show`].
@@ -278,7 +297,9 @@ pub struct ShardStats {
     pub metadata_writes: u64,
     /// Device flushes started.
     pub flushes: u64,
-    /// Data I/O that the device failed.
+    /// Device flushes that failed.
+    pub flush_failures: u64,
+    /// I/O that the device failed, flushes included.
     pub device_errors: u64,
     /// Radix nodes that could not be read or were damaged.
     pub node_errors: u64,
@@ -292,6 +313,8 @@ pub struct ShardStats {
     pub claimed_metadata: u64,
     /// Free space as the bitmaps have it; only from shard 0.
     pub space: Option<SpaceStats>,
+    /// Open volumes that refuse writes.
+    pub latched: Vec<VolumeId>,
     /// Each open volume's counters.
     pub volumes: Vec<(VolumeId, crate::volume::VolumeCounters)>,
 }
@@ -325,7 +348,8 @@ pub enum CommandError {
     Device(bessel_reactor::device::DeviceError),
     /// The volume is latched after a failed flush or commit.
     #[error(
-        "volume is latched after an error ({0}); stop the daemon, check the device, start again"
+        "the volume has failed ({0}) and refuses writes; check the device, then `bessel volume detach` \
+         and `bessel volume attach` it"
     )]
     Latched(String),
     /// A block on the device contradicts itself.

@@ -141,6 +141,9 @@ pub struct Shard<D: Device> {
     pub(crate) sealed_images: BufferPool,
     pub(crate) image_writes: Slab<ImageWrite>,
     pub(crate) round_queue: VecDeque<VolumeHandle>,
+    /// Number of the first round of a volume that is opened now: above those of all that were closed,
+    /// whose nodes may still be cached and say in which round they changed last.
+    pub(crate) first_round: u64,
     /// Empty lists kept for reuse.
     pub(crate) frame_lists: Vec<Vec<FrameId>>,
     pub(crate) image_lists: Vec<Vec<(BlockAddr, Buffer)>>,
@@ -215,6 +218,7 @@ impl<D: Device> Shard<D> {
             sealed_images: BufferPool::new(SEALED_IMAGES, BLOCK_SIZE as usize),
             image_writes: Slab::new(images + SEALED_IMAGES),
             round_queue: VecDeque::with_capacity(64),
+            first_round: 1,
             frame_lists: (0..8).map(|_| Vec::with_capacity(images)).collect(),
             image_lists: (0..4).map(|_| list()).collect(),
             dirty_nodes: 0,
@@ -387,6 +391,7 @@ impl<D: Device> Shard<D> {
         if planted::is(Bug::FlushRetried) && result.is_err() {
             return self.device.flush(TokenKind::Flush.token(0));
         }
+        let this_one = result;
         let good = self.flusher.completed(result.is_ok());
         let result = match result {
             Ok(()) if !good => Err(DeviceError::FlushFailedElsewhere),
@@ -394,6 +399,7 @@ impl<D: Device> Shard<D> {
         };
         if let Err(error) = result {
             self.counters.device_errors += 1;
+            self.counters.flush_failures += u64::from(this_one.is_err());
             if let Some(authority) = &mut self.authority {
                 authority.doubt();
             }
@@ -429,6 +435,7 @@ impl<D: Device> Shard<D> {
                     let step = authority.flushed(result, &mut self.device);
                     self.authority_step(step);
                 }
+                FlushWaiter::Command(ticket) => self.device_flushed(ticket, this_one),
             }
         }
     }
@@ -471,6 +478,12 @@ impl<D: Device> Shard<D> {
         journal.append(id, volume.next_round, &JournalEntry::Changed(id, change));
     }
 
+    /// True when the journal has no room for one more change.
+    pub(crate) fn journal_is_full(&self) -> bool {
+        let open_at_most = self.volumes.len();
+        self.journal.as_ref().is_some_and(|journal| !journal.has_room(open_at_most))
+    }
+
     /// Forgets the changes that rounds have made durable, or that will never be.
     pub(crate) fn retire_changes(&mut self) {
         let Some(journal) = &mut self.journal else { return };
@@ -479,7 +492,7 @@ impl<D: Device> Shard<D> {
             let open = volumes.iter().flatten().find(|volume| volume.record.id == id);
             open.is_none_or(|volume| {
                 let begun = planted::is(Bug::JournalRetiredEarly) && volume.next_round > round;
-                volume.latched.is_some() || volume.durable_round >= round || begun
+                volume.durable_round >= round || begun
             })
         });
         self.released |= retired;

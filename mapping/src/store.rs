@@ -8,14 +8,17 @@
 //! | `probe.rs`  | says what a device holds, so that nobody formats over a file system    |
 //! | `create.rs` | makes a store, its superblock last                                     |
 //! | `open.rs`   | reads everything but the trees; raises the host's epoch                |
+//! | `reopen.rs` | reads one volume of an open store again                                |
 
 mod create;
 mod open;
 mod probe;
+mod reopen;
 
 pub use create::{FormatError, FormatOptions, FormatReport, format};
 pub use open::{OpenError, OpenMode, OpenedStore, begin_life, close, open};
 pub use probe::{Found, probe};
+pub use reopen::{ReopenError, reread};
 
 use bessel_reactor::device::{Device, DeviceError};
 use bessel_reactor::units::BlockAddr;

@@ -110,6 +110,9 @@ pub(crate) struct Volume {
     /// How far a restore has come: which change, and how many of its blocks are done.
     pub(crate) restored: (usize, u64),
     pub(crate) latched: Option<String>,
+    /// Once latched: nodes that memory has newer than the device, or may have. They are never
+    /// evicted, and go when the volume is closed.
+    pub(crate) lost: Vec<FrameId>,
     pub(crate) closing: bool,
     pub(crate) counters: VolumeCounters,
 }
@@ -121,6 +124,7 @@ impl Volume {
         record: VolumeRecord,
         log: SnapshotLog,
         root: FrameId,
+        first_round: u64,
     ) -> Self {
         Self {
             handle,
@@ -134,8 +138,8 @@ impl Volume {
             dirty: Vec::with_capacity(256),
             dirty_since: None,
             commit_wanted: false,
-            next_round: 1,
-            durable_round: 0,
+            next_round: first_round,
+            durable_round: first_round - 1,
             sealed: VecDeque::with_capacity(16),
             flight: None,
             queued_for_round: false,
@@ -150,6 +154,7 @@ impl Volume {
             settling: VecDeque::new(),
             restored: (0, 0),
             latched: None,
+            lost: Vec::new(),
             closing: false,
             counters: VolumeCounters::default(),
         }

@@ -538,16 +538,31 @@ impl Model {
         }
     }
 
+    /// The volume was closed, all of it `committed` or left as the device had it, which then may
+    /// hold whatever no durable write had replaced. No other volume may notice.
+    pub fn detach(&mut self, id: VolumeId, committed: bool) {
+        let now = self.tick();
+        assert!(self.ops.values().all(|op| op.volume != id), "detached under requests");
+        let content = &mut self.volume(id).content;
+        if committed {
+            content.make_durable(now);
+        }
+        content.forget_order(now);
+    }
+
+    /// A volume whose deletion had failed turned out to be deleted.
+    pub fn was_deleted(&mut self, id: VolumeId) {
+        let existence = self.volume(id).existence;
+        assert!(existence == Existence::Deleting, "nobody had deleted volume {id}");
+        self.volume(id).existence = Existence::No;
+    }
+
     /// The power went. What may be there afterwards is whatever no durable write had replaced.
     pub fn crash(&mut self) {
         let now = self.tick();
         self.ops.clear();
         for volume in self.volumes.values_mut() {
-            volume.content.unsettled.clear();
-            for list in volume.content.sectors.values_mut() {
-                let values: BTreeSet<Value> = list.iter().map(|c| c.value).collect();
-                *list = values.into_iter().map(|v| Candidate::settled(v, now)).collect();
-            }
+            volume.content.forget_order(now);
         }
     }
 
@@ -750,6 +765,15 @@ fn touched(images: &[Rc<Image>], content: &Content, range: std::ops::Range<u64>)
 }
 
 impl Content {
+    /// Every value that may be there is as likely as any other.
+    fn forget_order(&mut self, now: u64) {
+        self.unsettled.clear();
+        for list in self.sectors.values_mut() {
+            let values: BTreeSet<Value> = list.iter().map(|c| c.value).collect();
+            *list = values.into_iter().map(|v| Candidate::settled(v, now)).collect();
+        }
+    }
+
     /// Every write that completed before `time` can no longer be lost.
     fn make_durable(&mut self, time: u64) {
         let sectors = &mut self.sectors;

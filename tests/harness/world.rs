@@ -24,6 +24,7 @@ use bessel_reactor::units::{BLOCK_SIZE, BlockAddr, ByteCount, SECTOR_SIZE, Secto
 
 use crate::model::Model;
 
+mod attachment;
 mod faulty;
 mod memory;
 mod observer;
@@ -184,6 +185,8 @@ enum Pending {
     Show,
     Create { plan: CreatePlan, shard: usize },
     Act { action: Action, time: u64 },
+    Close,
+    OfDevice,
     Shutdown,
 }
 
@@ -228,6 +231,8 @@ pub struct World {
     names: u64,
     tickets: u64,
     volumes: BTreeMap<VolumeId, OpenVolume>,
+    /// Volumes that were detached, with the shard that had them.
+    detached: BTreeMap<VolumeId, usize>,
     requests: BTreeMap<Ticket, Request>,
     /// Requests that a full shard has refused for now.
     waiting: VecDeque<Ticket>,
@@ -283,6 +288,7 @@ impl World {
             names: 0,
             tickets: 0,
             volumes: BTreeMap::new(),
+            detached: BTreeMap::new(),
             requests: BTreeMap::new(),
             waiting: VecDeque::new(),
             commands: BTreeMap::new(),
@@ -681,7 +687,8 @@ impl World {
                 self.model.end_create(plan.id);
             }
             (Pending::Show, Reply::Volume(_))
-            | (Pending::Shutdown | Pending::Restore, Reply::Done) => {}
+            | (Pending::Close, Reply::Closed { .. })
+            | (Pending::OfDevice | Pending::Shutdown | Pending::Restore, Reply::Done) => {}
             (Pending::Act { action, time }, reply) => self.acted(action, time, reply),
             (pending, reply) => panic!("{pending:?} was answered with {reply:?}"),
         }
@@ -737,6 +744,7 @@ impl World {
             }
             // Several may be under way, and the first one decides.
             CommandError::Settling | CommandError::NoSuchSnapshot | CommandError::InUse => true,
+            CommandError::Limit(_) => matches!(pending, Pending::OfDevice),
             _ => false,
         };
         assert!(expected, "{pending:?} failed: {error}");

@@ -167,7 +167,7 @@ impl<D: Device> Shard<D> {
             self.want_commit(handle);
             return Err(NotNow::Wait);
         }
-        if self.journal.as_ref().is_some_and(|journal| !journal.has_room()) {
+        if self.journal_is_full() {
             self.want_all_commits();
             return Err(NotNow::Wait);
         }

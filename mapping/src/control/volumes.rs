@@ -1,4 +1,4 @@
-//! Volumes as wholes: making, opening, growing and deleting them.
+//! Volumes as wholes: making, opening, growing, closing and deleting them.
 
 use bessel_reactor::device::Device;
 use bessel_reactor::units::{BlockAddr, ByteCount};
@@ -23,6 +23,7 @@ use crate::volume::{NO_REQUEST, Volume};
 impl<D: Device> Shard<D> {
     pub(super) fn open(&mut self, ticket: u64, entry: &VolumeEntry) -> Tried {
         let (root, height) = (entry.record.root, entry.record.height);
+        self.needs_room_in_journal()?;
         let frame = self.node(root, height, ticket)?;
         let log = SnapshotLog { entries: entry.log.clone(), blocks: entry.log_blocks.clone() };
         let handle = self.add_volume(entry.slot, entry.record.clone(), log, frame)?;
@@ -31,6 +32,7 @@ impl<D: Device> Shard<D> {
     }
 
     pub(super) fn create(&mut self, ticket: u64, plan: &CreatePlan) -> Tried {
+        self.needs_room_in_journal()?;
         let source = self.origin_node(plan.origin.as_ref(), ticket)?;
         self.needs(2, 1)?;
         let height = height_for(plan.size);
@@ -65,6 +67,15 @@ impl<D: Device> Shard<D> {
         Ok(())
     }
 
+    /// Makes sure that one volume more can be forgotten at any time.
+    fn needs_room_in_journal(&mut self) -> Tried {
+        if self.journal_is_full() {
+            self.want_all_commits();
+            return Err(NotNow::Wait);
+        }
+        Ok(())
+    }
+
     pub(super) fn add_volume(
         &mut self,
         slot: u32,
@@ -87,7 +98,7 @@ impl<D: Device> Shard<D> {
         });
         let handle = VolumeHandle(index as u32);
         self.cache.pin(root);
-        self.volumes[index] = Some(Volume::new(handle, slot, record, log, root));
+        self.volumes[index] = Some(Volume::new(handle, slot, record, log, root, self.first_round));
         Ok(handle)
     }
 
@@ -265,6 +276,25 @@ impl<D: Device> Shard<D> {
         record.height = height;
         record.blocks_allocated += 1;
         self.seal_root(handle, root, None, After::Grow { ticket });
+        Ok(())
+    }
+
+    /// Takes the volume out of memory, durably as it is, or as it is on the device once it is latched.
+    pub(super) fn close(&mut self, ticket: u64, handle: VolumeHandle) -> Tried {
+        let volume = self.volume_mut(handle);
+        volume.closing = true;
+        let failed = volume.latched.clone();
+        if volume.active_head != NO_REQUEST || volume.flight.is_some() {
+            return Err(NotNow::Wait);
+        }
+        if failed.is_some() {
+            self.fail_sealed(handle);
+        } else if !volume.is_quiet() {
+            self.want_commit(handle);
+            return Err(NotNow::Wait);
+        }
+        self.forget_volume(handle);
+        self.reply(ticket, Reply::Closed { failed });
         Ok(())
     }
 

@@ -226,6 +226,31 @@ impl NodeCache {
         self.free.push(id.0);
     }
 
+    /// Frees frames whatever their contents are worth: their volume is closed, and the device has
+    /// other contents. What was reached through them stays, and is as the device has it.
+    ///
+    /// # Panics
+    /// When one of them is pinned or being read.
+    pub(crate) fn forget(&mut self, mut ids: Vec<FrameId>) {
+        ids.sort_unstable_by_key(|id| id.0);
+        ids.dedup();
+        for frame in &mut self.frames {
+            if ids.binary_search_by_key(&frame.parent, |id| id.0).is_ok() {
+                frame.parent = NONE;
+            }
+        }
+        for id in ids {
+            let frame = &mut self.frames[id.0 as usize];
+            assert!(
+                frame.state == FrameState::Present && frame.pins == 0,
+                "frame of node {} forgotten while in use: {frame:?}",
+                frame.addr
+            );
+            self.unlink(id.0);
+            self.free.push(id.0);
+        }
+    }
+
     /// Keeps a frame from being evicted until [`NodeCache::unpin`].
     pub(crate) fn pin(&mut self, id: FrameId) {
         self.frames[id.0 as usize].pins += 1;
@@ -326,6 +351,23 @@ mod tests {
         }
         assert_eq!(cache.insert(BlockAddr::new(9999), 1, None), None);
         assert!((0..FRAMES_MIN as u64).all(|addr| cache.find(BlockAddr::new(addr)).is_some()));
+    }
+
+    #[test]
+    fn what_was_reached_through_forgotten_frames_can_still_be_evicted() {
+        let mut cache = small();
+        let root = present(&mut cache, 1, 3, None);
+        let middle = present(&mut cache, 2, 2, Some(root));
+        let leaf = present(&mut cache, 3, 1, Some(middle));
+        cache.frame_mut(root).dirty = true;
+        cache.frame_mut(middle).in_rounds = 2;
+        cache.forget(vec![middle, root, middle]);
+        assert_eq!((cache.find(BlockAddr::new(1)), cache.find(BlockAddr::new(2))), (None, None));
+        assert_eq!(cache.find(BlockAddr::new(3)), Some(leaf));
+        for addr in 0..10 * FRAMES_MIN as u64 {
+            present(&mut cache, 100 + addr, 1, None);
+        }
+        assert_eq!(cache.find(BlockAddr::new(3)), None);
     }
 
     #[test]

@@ -84,8 +84,7 @@ impl<D: Device> Shard<D> {
             self.want_commit(handle);
             return false;
         }
-        let journal_is_full = self.journal.as_ref().is_some_and(|journal| !journal.has_room());
-        if journal_is_full || self.dirty_nodes + DIRTY_PER_CHANGE > self.dirty_nodes_max {
+        if self.journal_is_full() || self.dirty_nodes + DIRTY_PER_CHANGE > self.dirty_nodes_max {
             self.want_all_commits();
             return false;
         }

@@ -361,7 +361,7 @@ fn read_host<D: Device>(
     }
 }
 
-fn read_pair<T>(
+pub(super) fn read_pair<T>(
     bytes: &[u8],
     start: BlockAddr,
     decode: impl Fn(&[u8], BlockAddr) -> Slot<T>,
@@ -465,7 +465,11 @@ fn read_volume<D: Device>(
 }
 
 /// Nobody reads the tree of what is deleted, and the collector may have reclaimed it.
-fn check_root(store: &OpenedStore, root: BlockAddr, deleted: bool) -> Result<(), String> {
+pub(super) fn check_root(
+    store: &OpenedStore,
+    root: BlockAddr,
+    deleted: bool,
+) -> Result<(), String> {
     if deleted || store.extents.holds(root, ExtentType::Metadata) {
         Ok(())
     } else {
@@ -474,11 +478,11 @@ fn check_root(store: &OpenedStore, root: BlockAddr, deleted: bool) -> Result<(),
 }
 
 /// The entries of a log, oldest first, and the blocks they lie in.
-type Log = (Vec<LogEntry>, Vec<BlockAddr>);
+pub(super) type Log = (Vec<LogEntry>, Vec<BlockAddr>);
 
 /// Walks a log back from its tail. The sequence each block must have falls with every step, so a
 /// chain that loops or wanders is found at once.
-fn read_log<D: Device>(
+pub(super) fn read_log<D: Device>(
     io: &mut Blocking<'_, D>,
     store: &OpenedStore,
     record: &VolumeRecord,

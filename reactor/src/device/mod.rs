@@ -105,6 +105,11 @@ pub trait Device {
 
     /// Appends the operations that have completed to `completions` and forgets them.
     fn reap(&mut self, completions: &mut Vec<Completion>);
+
+    /// Makes reads that are queued from now on bring what the device holds. After a failed flush a
+    /// cache in front of it may still show what was never written, and later lose it. To be called
+    /// after a flush that succeeded. Control path: it may take a while.
+    fn refresh(&mut self) {}
 }
 
 /// Most segments one operation may have. A caller with more makes two operations.

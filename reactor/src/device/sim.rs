@@ -1456,6 +1456,14 @@ impl Device for SimDevice {
     fn reap(&mut self, completions: &mut Vec<Completion>) {
         self.disk.0.borrow_mut().reap(self.front, completions);
     }
+
+    fn refresh(&mut self) {
+        // What a failed flush had in hand, later flushes do not write: now it is seen no more.
+        self.disk.0.borrow_mut().volatile.retain(|_, versions| {
+            versions.retain(|version| !version.doomed);
+            !versions.is_empty()
+        });
+    }
 }
 
 impl Drop for SimDevice {
@@ -1804,6 +1812,26 @@ mod tests {
                 0 => lost += 1,
                 _ => kept += 1,
             }
+        }
+        assert!(kept > 0 && lost > 0);
+    }
+
+    #[test]
+    fn what_is_read_after_a_good_flush_and_a_refresh_stays() {
+        let (mut kept, mut lost) = (0, 0);
+        for seed in 0..50 {
+            let disk = disk(seed);
+            let mut desk = Desk::at(&disk);
+            desk.write(FIRST, 1).unwrap();
+            disk.inject(Fault { kind: Some(OpKind::Flush), after: 0, lasting: false });
+            desk.flush().unwrap_err();
+            assert_eq!(desk.read(FIRST)[0], 1, "the cache still shows it");
+            desk.flush().unwrap();
+            desk.device.refresh();
+            let seen = desk.read(FIRST);
+            disk.crash(Keep::Nothing);
+            assert_eq!(disk.peek(FIRST)[..], seen[..], "seed {seed}");
+            if seen[0] == 1 { kept += 1 } else { lost += 1 }
         }
         assert!(kept > 0 && lost > 0);
     }

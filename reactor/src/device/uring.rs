@@ -21,6 +21,7 @@ use std::time::Duration;
 
 use io_uring::types::{Fixed, FsyncFlags, SubmitArgs, Timespec};
 use io_uring::{IoUring, opcode, squeue};
+use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
 
 pub use super::file::{Engine, OpenError, OpenOptions};
 pub use super::watch::{WATCHES_MAX, WatchId};
@@ -629,6 +630,15 @@ impl Device for FileDevice {
             }
         }
         completions.append(&mut self.ready);
+    }
+
+    fn refresh(&mut self) {
+        // Pages of a buffered file that a failed flush had in hand count as clean and are newer than
+        // the device. Those that are dirty stay. After direct I/O there are none.
+        let whole = PosixFadviseAdvice::POSIX_FADV_DONTNEED;
+        if let Err(error) = posix_fadvise(&self.file, 0, 0, whole) {
+            tracing::warn!(%error, "cannot drop what the page cache holds of the device");
+        }
     }
 }
 

@@ -105,6 +105,7 @@ impl World {
         self.commands.clear();
         self.outcomes.clear();
         self.volumes.clear();
+        self.detached.clear();
     }
 
     /// Closes the store in order, and cuts the power afterwards to see that all was durable.
@@ -270,7 +271,7 @@ impl World {
     }
 
     /// Reads every sector of the volume that was ever written, and some that never were.
-    fn observe(&mut self, id: VolumeId) {
+    pub(super) fn observe(&mut self, id: VolumeId) {
         let sectors = self.size(id).sectors();
         let mut wanted: BTreeSet<u64> = self.model.touched(id);
         for near in [0, sectors / 2, sectors - 1, self.random.below(sectors)] {

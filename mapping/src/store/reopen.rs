@@ -1,0 +1,69 @@
+//! Reading one volume of an open store again: it was closed because the device had failed, and what
+//! was known of it may not be what the device holds.
+
+use bessel_reactor::device::{Device, DeviceError};
+use bessel_reactor::units::BLOCK_SIZE;
+
+use super::OpenedStore;
+use super::open::{check_root, read_log, read_pair};
+use crate::blocking::Blocking;
+use crate::directory::VolumeEntry;
+use crate::format::{SlotPair, VolumeRecord, choose_slot};
+use crate::request::VolumeId;
+
+/// Why a volume could not be read again.
+#[derive(Debug, thiserror::Error)]
+pub enum ReopenError {
+    /// The device failed.
+    #[error("its record in registry slot {slot} cannot be read")]
+    Device {
+        /// Where the record lies.
+        slot: u32,
+        /// How the device failed.
+        #[source]
+        source: DeviceError,
+    },
+    /// Neither copy of the record is whole, or it is another volume's.
+    #[error("registry slot {slot}: {what}; run `bessel check`")]
+    Record {
+        /// Where the record lies.
+        slot: u32,
+        /// What is wrong with it.
+        what: String,
+    },
+    /// Its record is whole and what it leads to is not.
+    #[error("{0}; run `bessel check`")]
+    Corrupt(String),
+}
+
+/// Reads record and snapshot log of volume `id`, whose record lies in `slot` of the registry, from
+/// the device as they are now. Nobody has the volume open.
+///
+/// # Errors
+/// Why it cannot be opened. Nothing is written in any case.
+pub fn reread<D: Device>(
+    device: &mut D,
+    store: &OpenedStore,
+    slot: u32,
+    id: VolumeId,
+) -> Result<VolumeEntry, ReopenError> {
+    let mut io = Blocking::new(device);
+    let start = store.geometry.registry_slot(slot, 0);
+    let mut bytes = [0; 2 * BLOCK_SIZE as usize];
+    io.read_into(start, &mut bytes).map_err(|source| ReopenError::Device { slot, source })?;
+    let pair = read_pair(&bytes, start, |block, addr| {
+        VolumeRecord::decode_slot(block, addr, store.secret)
+    });
+    let wrong = |what| Err(ReopenError::Record { slot, what });
+    let record = match choose_slot(pair, |record| record.generation) {
+        SlotPair::Record(record, _) if record.id == id => record,
+        SlotPair::Record(record, _) => {
+            return wrong(format!("it holds volume {}, not {id}", record.id));
+        }
+        SlotPair::Empty => return wrong(format!("it is empty; volume {id} is gone")),
+        SlotPair::Damaged(damage) => return wrong(damage.to_string()),
+    };
+    check_root(store, record.root, record.deleted).map_err(ReopenError::Corrupt)?;
+    let (log, log_blocks) = read_log(&mut io, store, &record).map_err(ReopenError::Corrupt)?;
+    Ok(VolumeEntry { slot, record, log, log_blocks })
+}

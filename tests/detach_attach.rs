@@ -1,0 +1,211 @@
+//! Detaching and attaching a volume, mostly one that has failed: what the last good flush covered is
+//! there, nothing is mixed, no other volume notices, and afterwards writes and flushes work again.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
+use bessel_mapping::request::{IoKind, IoStatus, VolumeId};
+use bessel_reactor::device::Device;
+use bessel_reactor::device::sim::{Fault, Keep, OpKind, Schedule};
+use bessel_reactor::units::ByteCount;
+use bessel_tests::workload::Workload;
+use bessel_tests::world::{Action, Outcome, World, WorldConfig};
+
+const SEEDS: std::ops::Range<u64> = 0..60;
+/// Seeds that failed once.
+const REGRESSIONS: &[u64] = &[];
+
+fn failing(seed: u64) -> World {
+    World::new(WorldConfig {
+        shards: 1 + seed as usize % 2,
+        // Nodes are read all the time, or none is; the journal is full all the time, or never.
+        node_cache: ByteCount::new([0, 1 << 20][seed as usize / 2 % 2]),
+        journal_entries: [40, 1000][seed as usize / 4 % 2],
+        may_fail: true,
+        may_fill: true,
+        ..WorldConfig::new(seed)
+    })
+}
+
+fn fail_next(world: &World, kind: OpKind) {
+    world.disk.inject(Fault { kind: Some(kind), after: 0, lasting: false });
+}
+
+fn done(status: Result<IoStatus, bessel_tests::world::PowerCut>) {
+    assert_eq!(status.unwrap(), IoStatus::Done);
+}
+
+/// A volume with something flushed and something not, that has failed.
+fn failed_volume(world: &mut World) -> VolumeId {
+    let volume = world.create(ByteCount::new(8 << 20)).unwrap();
+    done(world.write(volume, 0, 64));
+    done(world.flush(volume));
+    done(world.write(volume, 0, 8));
+    done(world.write(volume, 4096, 64));
+    fail_next(world, OpKind::Flush);
+    assert_eq!(world.flush(volume).unwrap(), IoStatus::Failed);
+    assert!(world.has_failed(volume).unwrap());
+    volume
+}
+
+#[test]
+fn a_failed_volume_is_detached_attached_and_works_again() {
+    for seed in 0..40 {
+        let mut world = failing(seed);
+        let other = world.create(ByteCount::new(8 << 20)).unwrap();
+        done(world.write(other, 0, 64));
+        done(world.flush(other));
+        world.idle().unwrap();
+        world.create(ByteCount::new(8 << 20)).unwrap(); // On the other shard, if there are two.
+        let volume = failed_volume(&mut world);
+        let reads = world.start_io(other, IoKind::Read, 0, 64);
+        world.detach(volume).unwrap();
+        assert_eq!(world.wait(reads).unwrap(), Outcome::Io(IoStatus::Done));
+        done(world.write(other, 32, 64));
+        world.attach(volume).unwrap().unwrap();
+        done(world.write(volume, 8, 100));
+        done(world.write(volume, 4096, 8));
+        done(world.flush(volume));
+        assert!(!world.has_failed(other).unwrap(), "seed {seed}: the other volume noticed");
+        done(world.flush(other));
+        let snapshot = world.snapshot(volume).unwrap();
+        done(world.write(volume, 0, 8));
+        world.crash(Keep::Nothing);
+        world.recover();
+        assert!(world.clone_of(snapshot, "clone").unwrap().is_some());
+        world.verify_snapshots().unwrap();
+    }
+}
+
+#[test]
+fn a_volume_that_has_not_failed_loses_nothing_by_being_detached() {
+    for seed in 0..40 {
+        let mut world = World::new(WorldConfig::new(seed));
+        let [one, two] = [(); 2].map(|()| world.create(ByteCount::new(8 << 20)).unwrap());
+        for place in 0..20 {
+            world.start_io(one, IoKind::Write, place * 8, 8);
+            world.start_io(two, IoKind::Write, place * 8, 8);
+        }
+        world.start(Action::Snapshot { volume: one, label: None });
+        world.detach(one).unwrap();
+        assert_eq!(world.detached(), [one]);
+        if seed % 2 == 0 {
+            world.crash(Keep::Nothing);
+            world.recover(); // A restart attaches it.
+        } else {
+            world.attach(one).unwrap().unwrap();
+            done(world.write(one, 3, 8));
+            world.kill();
+            world.recover();
+        }
+        assert_eq!(world.volumes(), [one, two]);
+    }
+}
+
+#[test]
+fn a_device_that_still_fails_leaves_the_volume_detached() {
+    for (kind, lasting) in [(OpKind::Flush, true), (OpKind::Read, true), (OpKind::Read, false)] {
+        for seed in 0..10 {
+            let mut world = failing(seed);
+            let volume = failed_volume(&mut world);
+            world.detach(volume).unwrap();
+            world.disk.inject(Fault { kind: Some(kind), after: 0, lasting });
+            let refused = world.attach(volume).unwrap();
+            assert!(refused.is_err(), "{kind:?} seed {seed}");
+            assert_eq!(world.detached(), [volume]);
+            world.disk.heal();
+            world.attach(volume).unwrap().unwrap();
+            done(world.write(volume, 0, 8));
+            done(world.flush(volume));
+            world.crash(Keep::Nothing);
+            world.recover();
+        }
+    }
+}
+
+/// Of a volume that has failed nothing is made again after a kill: what its journal names may have
+/// been lost with the flush, and the blocks hold somebody's old bytes then. That must hold also
+/// while older entries of another volume keep its own from being retired.
+#[test]
+fn a_killed_process_does_not_bring_back_what_a_failed_flush_has_lost() {
+    for seed in 0..40 {
+        let mut world = World::new(WorldConfig { may_fail: true, ..WorldConfig::new(seed) });
+        let [other, volume] = [(); 2].map(|()| world.create(ByteCount::new(8 << 20)).unwrap());
+        done(world.write(volume, 64, 8)); // So that claims are there.
+        world.idle().unwrap();
+        // The other's data is durable by the volume's flush, its mapping is in the journal only.
+        done(world.write(other, 0, 8));
+        done(world.write(volume, 0, 8));
+        done(world.flush(volume));
+        done(world.write(volume, 8, 64));
+        fail_next(&world, OpKind::Flush);
+        assert_eq!(world.flush(volume).unwrap(), IoStatus::Failed);
+        assert!(!world.has_failed(other).unwrap(), "seed {seed}");
+        world.disk.connect().refresh(); // The cache is under pressure.
+        world.kill();
+        world.recover();
+        done(world.write(volume, 0, 8));
+        done(world.flush(volume));
+    }
+}
+
+fn run(seed: u64) {
+    let mut world = failing(seed);
+    let workload = Workload::default();
+    for round in 0..3 {
+        for _ in 0..60 {
+            workload.step(&mut world);
+        }
+        let kind = *world.random.pick(&[OpKind::Flush, OpKind::Flush, OpKind::Write]);
+        let after = world.random.below(30);
+        let lasting = world.random.chance(1, 4);
+        world.disk.inject(Fault { kind: Some(kind), after, lasting });
+        for _ in 0..80 {
+            workload.step(&mut world);
+        }
+        if world.random.chance(1, 3) {
+            try_all(&mut world); // Under the fault.
+        }
+        world.disk.heal();
+        for _ in 0..4 {
+            try_all(&mut world);
+            for _ in 0..20 {
+                workload.step(&mut world);
+            }
+        }
+        world.settle().expect("the power is on");
+        match (round + seed) % 3 {
+            0 => world.kill(),
+            1 => world.crash(Keep::Nothing),
+            _ => world.crash_somehow(),
+        }
+        world.recover();
+        world.verify_snapshots().expect("the power is on");
+    }
+}
+
+/// Detaches what has failed, and now and then what has not; attaches what is detached.
+fn try_all(world: &mut World) {
+    for id in world.volumes() {
+        if world.has_failed(id).expect("the power is on") || world.random.chance(1, 6) {
+            world.detach(id).expect("the power is on");
+        }
+    }
+    for id in world.detached() {
+        // Refused under the fault, and when another volume has failed meanwhile.
+        let _ = world.attach(id).expect("the power is on");
+    }
+}
+
+#[test]
+fn volumes_come_and_go_under_load_on_a_device_that_fails() {
+    let chosen = std::env::var("SEED").ok().map(|seed| seed.parse().expect("SEED is a number"));
+    let seeds: Vec<u64> = match chosen {
+        Some(seed) => vec![seed],
+        None => REGRESSIONS.iter().copied().chain(SEEDS).collect(),
+    };
+    for seed in seeds {
+        if catch_unwind(AssertUnwindSafe(|| run(seed))).is_err() {
+            panic!("SEED={seed} cargo test -p bessel-tests --test detach_attach volumes_come");
+        }
+    }
+}
