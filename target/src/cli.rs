@@ -115,6 +115,8 @@ mod tests {
             "volume rename vm1 vm9",
             "volume rollback vm1 1.3",
             "volume delete vm1",
+            "volume detach vm1",
+            "volume attach vm1 --json",
             "snapshot create vm1",
             "snapshot create vm1 --label base",
             "snapshot list vm1",

@@ -130,6 +130,7 @@ fn serve_store(config: &Config, life: &mut Life, signals: &SigSet) -> Outcome {
         uuid: store.superblock.uuid,
         geometry: store.geometry,
         extents: store.extents.clone(),
+        opened: Arc::clone(&store),
     };
     let directory = store.directory.clone();
     let api = config.api.socket.clone();

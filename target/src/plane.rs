@@ -5,6 +5,7 @@
 //! An operation plans in the directory, asks the home reactor, and notes the outcome; when the
 //! reactor refuses, nothing has changed.
 
+mod attachment;
 mod open;
 mod tree;
 mod view;
@@ -19,9 +20,11 @@ use crate::reference::SnapshotReference;
 use bessel_mapping::directory::{Directory, DirectoryError, VolumeSummary};
 use bessel_mapping::format::{ExtentMap, ExtentType, Geometry};
 use bessel_mapping::request::{
-    CloneOrigin, Command, CommandError, Reply, ShardStats, SnapshotId, SnapshotInfo, VolumeHandle,
-    VolumeId, VolumeInfo,
+    CacheMode, CloneOrigin, Command, CommandError, Reply, ShardStats, SnapshotId, SnapshotInfo,
+    VolumeHandle, VolumeId, VolumeInfo,
 };
+use bessel_mapping::store::OpenedStore;
+use bessel_mapping::volume::VolumeCounters;
 use bessel_reactor::clock::{Instant, SystemClock};
 use bessel_reactor::units::{BLOCK_SIZE, ByteCount};
 use bessel_vhost::ServerHandle;
@@ -30,6 +33,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use attachment::{Condition, Detached};
 pub(crate) use open::Service;
 pub(crate) use view::uuid;
 
@@ -52,6 +56,8 @@ pub(crate) struct StoreFacts {
     pub(crate) geometry: Geometry,
     /// Shared with the shards, which turn unused extents into data and metadata.
     pub(crate) extents: ExtentMap,
+    /// To read volumes of it again.
+    pub(crate) opened: Arc<OpenedStore>,
 }
 
 /// A volume that is open on its home reactor.
@@ -61,6 +67,8 @@ struct Served {
     home: usize,
     queues: u16,
     socket: PathBuf,
+    /// As the configuration wants it, if it does.
+    cache: Option<CacheMode>,
     host: Arc<VolumeHost>,
     /// None only while an operation keeps front-ends away, or when the socket could not be bound.
     server: Option<ServerHandle>,
@@ -74,6 +82,8 @@ pub(crate) struct ControlPlane {
     served: BTreeMap<VolumeId, Served>,
     /// Volumes that are open on a reactor and not served yet.
     restored: BTreeMap<VolumeId, (usize, VolumeHandle)>,
+    /// Volumes that an operator has taken away.
+    detached: BTreeMap<VolumeId, Detached>,
     /// Volumes that are not served in this life, since they could not be restored.
     withheld: BTreeSet<VolumeId>,
     /// Snapshots of volumes that were deleted since the start: clones may descend from them.
@@ -102,6 +112,7 @@ impl ControlPlane {
             homes,
             served: BTreeMap::new(),
             restored: BTreeMap::new(),
+            detached: BTreeMap::new(),
             withheld: BTreeSet::new(),
             departed: BTreeMap::new(),
             store,
@@ -203,9 +214,8 @@ impl ControlPlane {
     // Snapshots.
 
     pub(crate) fn list_snapshots(&mut self, name: &str) -> Answered<Vec<SnapshotView>> {
-        let (id, ..) = self.find_served(name)?;
-        let info = self.info(id)?;
-        let live = info.snapshots.iter().filter(|snapshot| !snapshot.deleted);
+        let snapshots = self.snapshots_of(self.find(name)?)?;
+        let live = snapshots.iter().filter(|snapshot| !snapshot.deleted);
         Ok(live.map(|snapshot| view::snapshot(snapshot, name)).collect())
     }
 
@@ -267,9 +277,20 @@ impl ControlPlane {
         let mut volumes: Vec<_> = counted
             .filter_map(|(id, counters)| {
                 let volume = self.directory.get(*id)?;
-                Some(view::volume_stats(&volume.name, counters))
+                let failed = shards.iter().any(|shard| shard.latched.contains(id));
+                let latched = failed.then_some("");
+                let Condition { state, .. } = self.condition_of_open(*id, &volume.name, latched);
+                Some(view::volume_stats(&volume.name, state, counters))
             })
             .collect();
+        let closed = self
+            .directory
+            .volumes()
+            .filter(|volume| !volume.deleted && !self.served.contains_key(&volume.id));
+        volumes.extend(closed.map(|volume| {
+            let Condition { state, .. } = self.condition_of_closed(volume.id, &volume.name);
+            view::volume_stats(&volume.name, state, &VolumeCounters::default())
+        }));
         volumes.sort_by(|one, other| one.name.cmp(&other.name));
         Ok(StatsView {
             uptime_ns: self.clock.now().since(self.started).as_nanos() as u64,
@@ -294,7 +315,7 @@ impl ControlPlane {
     /// What is allocated: everything in extents of a type that is neither free in their bitmaps nor
     /// claimed by a shard for use.
     fn store_view(&self, shards: &[ShardStats]) -> StoreView {
-        let StoreFacts { device, uuid, geometry, extents } = &self.store;
+        let StoreFacts { device, uuid, geometry, extents, .. } = &self.store;
         let space = shards.iter().find_map(|shard| shard.space).unwrap_or_default();
         let claimed_data: u64 = shards.iter().map(|shard| shard.claimed_data).sum();
         let claimed_metadata: u64 = shards.iter().map(|shard| shard.claimed_metadata).sum();
@@ -383,6 +404,12 @@ impl ControlPlane {
     }
 
     fn not_open(&self, id: VolumeId) -> Refusal {
+        if self.detached.contains_key(&id) {
+            let name = self.name_of_present(id).unwrap_or_else(|| id.to_string());
+            return Refusal::conflict(format!(
+                "volume {name:?} is detached; `bessel volume attach {name}` first"
+            ));
+        }
         let fault = self.directory.get(id).and_then(|volume| volume.fault.as_deref());
         let reason = fault.unwrap_or("see the daemon's log");
         Refusal::failed(format!("volume {id} could not be opened: {reason}"))
@@ -459,8 +486,19 @@ impl ControlPlane {
 
     fn view(&self, volume: &VolumeSummary) -> Answered<VolumeView> {
         match self.served.get(&volume.id) {
-            Some(served) => Ok(view::volume(&self.info(volume.id)?, served)),
-            None => Ok(view::closed_volume(volume)),
+            Some(served) => {
+                let info = self.info(volume.id)?;
+                let latched = info.latched.as_deref();
+                let condition = self.condition_of_open(volume.id, &volume.name, latched);
+                Ok(view::volume(&info, served, condition))
+            }
+            None => {
+                let condition = self.condition_of_closed(volume.id, &volume.name);
+                Ok(match self.detached.get(&volume.id) {
+                    Some(detached) => view::detached_volume(volume, detached, condition),
+                    None => view::closed_volume(volume, condition),
+                })
+            }
         }
     }
 }

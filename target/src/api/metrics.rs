@@ -1,6 +1,6 @@
 //! The counters as Prometheus text, from the same [`StatsView`] that `bessel stats` prints.
 
-use super::types::StatsView;
+use super::types::{State, StatsView};
 use std::fmt::Write as _;
 
 /// The text format, version 0.0.4.
@@ -46,6 +46,25 @@ pub(super) fn prometheus(stats: &StatsView) -> String {
             ("{type=\"data\"}".to_owned(), store.data_bytes as f64),
             ("{type=\"metadata\"}".to_owned(), store.metadata_bytes as f64),
         ],
+    );
+
+    let mut in_state = |name, help, state| {
+        let samples = stats.volumes.iter().map(|volume| {
+            let is = f64::from(u8::from(volume.state == state));
+            (format!("{{volume=\"{}\"}}", volume.name), is)
+        });
+        gauge(name, help).write(&mut text, samples);
+    };
+    in_state(
+        "bessel_volume_failed",
+        "1 while it refuses writes since a flush or write of the device has failed.",
+        State::Failed,
+    );
+    in_state("bessel_volume_detached", "1 while it is detached.", State::Detached);
+    in_state(
+        "bessel_volume_unavailable",
+        "1 when it could not be opened or served.",
+        State::Unavailable,
     );
 
     let mut by_volume = |name, help, value: fn(&super::types::VolumeStatsView) -> u64| {
@@ -96,9 +115,14 @@ pub(super) fn prometheus(stats: &StatsView) -> String {
     by_reactor("bessel_device_flushes_total", "Flushes sent to the device.", |it| {
         it.device_flushes as f64
     });
-    by_reactor("bessel_device_errors_total", "Data I/O that the device failed.", |it| {
-        it.device_errors as f64
+    by_reactor("bessel_device_flush_failures_total", "Flushes that the device failed.", |it| {
+        it.device_flush_failures as f64
     });
+    by_reactor(
+        "bessel_device_errors_total",
+        "I/O that the device failed, flushes included.",
+        |it| it.device_errors as f64,
+    );
     by_reactor("bessel_node_errors_total", "Nodes unreadable or damaged.", |it| {
         it.node_errors as f64
     });

@@ -37,6 +37,12 @@ fn paths() -> Value {
         "/v1/volumes/{name}/rollback": {
             "post": operation("Make a volume read as one of its snapshots does", &[VOLUME], Some("Rollback"), reference("RolledBack")),
         },
+        "/v1/volumes/{name}/detach": {
+            "post": operation("Stop serving a volume until it is attached or the daemon starts again", &[VOLUME], None, reference("Volume")),
+        },
+        "/v1/volumes/{name}/attach": {
+            "post": operation("Read a volume anew from the device and serve it", &[VOLUME], None, reference("Volume")),
+        },
         "/v1/volumes/{name}/snapshots": {
             "get": operation("List a volume's snapshots, oldest first", &[VOLUME], None, array("Snapshot")),
             "post": operation("Take a snapshot; answered when it is durable", &[VOLUME], Some("CreateSnapshot"), reference("SnapshotCreated")),
@@ -146,6 +152,9 @@ fn field(kind: &str) -> Value {
     }
     match kind {
         "cache" => json!({ "type": "string", "enum": ["writeback", "writethrough"] }),
+        "state" => {
+            json!({ "type": "string", "enum": ["online", "failed", "detached", "unavailable"] })
+        }
         "integer" => json!({ "type": "integer", "minimum": 0 }),
         "string" | "boolean" => json!({ "type": kind }),
         schema => reference(schema),
@@ -174,7 +183,9 @@ const VOLUME_FIELDS: &[(&str, &str)] = &[
     ("connected", "boolean"),
     ("origin", "string?"),
     ("created", "string"),
-    ("latched", "string?"),
+    ("state", "state"),
+    ("reason", "string?"),
+    ("remedy", "string?"),
     ("allocated_bytes", "integer"),
     ("snapshots", "integer"),
 ];
@@ -230,12 +241,14 @@ fn schemas() -> Value {
             ("commits", "integer"),
             ("metadata_writes", "integer"),
             ("device_flushes", "integer"),
+            ("device_flush_failures", "integer"),
             ("device_errors", "integer"),
             ("node_errors", "integer"),
             ("no_space", "integer"),
         ]),
         "VolumeStats": object(&[
             ("name", "string"),
+            ("state", "state"),
             ("reads", "integer"),
             ("writes", "integer"),
             ("flushes", "integer"),
@@ -306,7 +319,9 @@ mod tests {
             connected: false,
             origin: None,
             created: String::new(),
-            latched: None,
+            state: State::Online,
+            reason: None,
+            remedy: None,
             allocated_bytes: 0,
             snapshots: 0,
         }

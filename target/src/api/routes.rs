@@ -32,6 +32,8 @@ fn table() -> Vec<(&'static str, MethodRouter<Control>)> {
         ("/v1/volumes", get(list_volumes).post(create_volume)),
         ("/v1/volumes/{name}", get(show_volume).patch(change_volume).delete(delete_volume)),
         ("/v1/volumes/{name}/rollback", post(rollback_volume)),
+        ("/v1/volumes/{name}/detach", post(detach_volume)),
+        ("/v1/volumes/{name}/attach", post(attach_volume)),
         ("/v1/volumes/{name}/snapshots", get(list_snapshots).post(create_snapshot)),
         ("/v1/snapshots/{snapshot}", patch(change_snapshot).delete(delete_snapshot)),
         ("/v1/tree", get(show_tree)),
@@ -163,6 +165,20 @@ async fn rollback_volume(
     let request: Rollback = parse(body)?;
     let snapshot: SnapshotReference = request.snapshot.parse().map_err(Refusal::malformed)?;
     control.call(move |plane| plane.rollback_volume(&name, &snapshot)).await.map(Json)
+}
+
+async fn detach_volume(
+    State(control): State<Control>,
+    VolumeName(name): VolumeName,
+) -> Answer<VolumeView> {
+    control.call(move |plane| plane.detach_volume(&name)).await.map(Json)
+}
+
+async fn attach_volume(
+    State(control): State<Control>,
+    VolumeName(name): VolumeName,
+) -> Answer<VolumeView> {
+    control.call(move |plane| plane.attach_volume(&name)).await.map(Json)
 }
 
 async fn list_snapshots(

@@ -74,6 +74,21 @@ pub(crate) struct ChangeSnapshot {
     pub(crate) label: Option<String>,
 }
 
+/// What guests can do with a volume.
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum State {
+    /// Everything.
+    #[default]
+    Online,
+    /// Only read: a write or flush of the device has failed, and what it holds is not known.
+    Failed,
+    /// Nothing: an operator has detached it.
+    Detached,
+    /// Nothing: it could not be opened or served.
+    Unavailable,
+}
+
 /// A volume.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub(crate) struct VolumeView {
@@ -97,8 +112,12 @@ pub(crate) struct VolumeView {
     pub(crate) origin: Option<String>,
     /// RFC 3339, UTC.
     pub(crate) created: String,
-    /// Why writes are refused, if they are.
-    pub(crate) latched: Option<String>,
+    /// What guests can do with it.
+    pub(crate) state: State,
+    /// Why it is not online.
+    pub(crate) reason: Option<String>,
+    /// What to do about that.
+    pub(crate) remedy: Option<String>,
     /// Data and metadata allocated for it since its newest snapshot.
     pub(crate) allocated_bytes: u64,
     /// Snapshots there are, deleted ones not counted.
@@ -227,7 +246,9 @@ pub(crate) struct ReactorView {
     pub(crate) metadata_writes: u64,
     /// Flushes sent to the device.
     pub(crate) device_flushes: u64,
-    /// Data I/O that the device failed.
+    /// Flushes that the device failed.
+    pub(crate) device_flush_failures: u64,
+    /// I/O that the device failed, flushes included.
     pub(crate) device_errors: u64,
     /// Nodes that could not be read or contradicted themselves.
     pub(crate) node_errors: u64,
@@ -240,6 +261,8 @@ pub(crate) struct ReactorView {
 pub(crate) struct VolumeStatsView {
     /// The volume's name.
     pub(crate) name: String,
+    /// What guests can do with it.
+    pub(crate) state: State,
     /// Reads completed.
     pub(crate) reads: u64,
     /// Writes completed.

@@ -1,9 +1,9 @@
-//! `bessel volume`: create, list, show, resize, rename, rollback, delete.
+//! `bessel volume`: create, list, show, resize, rename, rollback, detach, attach, delete.
 
 use super::output::{Table, or_dash, print_either};
 use super::{ApiArgs, Outcome};
 use crate::api::types::{
-    Cache, ChangeVolume, CreateVolume, Rollback, RolledBack, SnapshotView, VolumeView,
+    Cache, ChangeVolume, CreateVolume, Rollback, RolledBack, SnapshotView, State, VolumeView,
 };
 use crate::reference::{SnapshotReference, volume_name};
 use crate::size::parse_size;
@@ -67,6 +67,18 @@ enum VolumeCommand {
         volume: String,
         /// An id such as 3.17, or volume@label
         snapshot: SnapshotReference,
+    },
+    /// Stop serving a volume until it is attached or the daemon starts again; guests lose their disk
+    Detach {
+        /// The volume's name
+        #[arg(value_parser = volume_name)]
+        volume: String,
+    },
+    /// Read a detached volume anew from the device and serve it: clears a failure
+    Attach {
+        /// The volume's name
+        #[arg(value_parser = volume_name)]
+        volume: String,
     },
     /// Delete a volume
     Delete {
@@ -139,6 +151,19 @@ pub(crate) fn run(arguments: &VolumeArgs) -> Outcome {
                 )
             })
         }
+        VolumeCommand::Detach { volume } => {
+            let done: VolumeView = client.post(&format!("/v1/volumes/{volume}/detach"), &())?;
+            print_either(json, &done, |volume| {
+                let name = &volume.name;
+                format!("volume {name} is detached; `bessel volume attach {name}` brings it back")
+            })
+        }
+        VolumeCommand::Attach { volume } => {
+            let done: VolumeView = client.post(&format!("/v1/volumes/{volume}/attach"), &())?;
+            print_either(json, &done, |volume| {
+                format!("volume {} is attached, served at {}", volume.name, volume.socket)
+            })
+        }
         VolumeCommand::Delete { volume } => {
             let volume: VolumeView = client.delete(&format!("/v1/volumes/{volume}"))?;
             print_either(json, &volume, |volume| format!("deleted volume {}", volume.name))
@@ -147,8 +172,17 @@ pub(crate) fn run(arguments: &VolumeArgs) -> Outcome {
 }
 
 fn list(volumes: &[VolumeView]) -> String {
-    let mut table =
-        Table::new(&["NAME", "ID", "SIZE", "CACHE", "SNAPSHOTS", "ORIGIN", "GUEST", "SOCKET"]);
+    let mut table = Table::new(&[
+        "NAME",
+        "ID",
+        "SIZE",
+        "CACHE",
+        "SNAPSHOTS",
+        "ORIGIN",
+        "STATE",
+        "GUEST",
+        "SOCKET",
+    ]);
     for volume in volumes {
         table.row(vec![
             volume.name.clone(),
@@ -157,6 +191,7 @@ fn list(volumes: &[VolumeView]) -> String {
             cache_name(volume.cache).to_owned(),
             volume.snapshots.to_string(),
             or_dash(&volume.origin),
+            state_name(volume.state).to_owned(),
             guest_state(volume).to_owned(),
             volume.socket.clone(),
         ]);
@@ -174,6 +209,7 @@ fn show(shown: &VolumeWithSnapshots) -> String {
         ("queues", volume.queues.to_string()),
         ("socket", volume.socket.clone()),
         ("reactor", volume.reactor.to_string()),
+        ("state", state_name(volume.state).to_owned()),
         ("guest", guest_state(volume).to_owned()),
         ("origin", or_dash(&volume.origin)),
         ("allocated", ByteCount::new(volume.allocated_bytes).human()),
@@ -181,8 +217,10 @@ fn show(shown: &VolumeWithSnapshots) -> String {
     ] {
         table.row(vec![key.to_owned(), value]);
     }
-    if let Some(reason) = &volume.latched {
-        table.row(vec!["latched".to_owned(), reason.clone()]);
+    for (key, value) in [("reason", &volume.reason), ("remedy", &volume.remedy)] {
+        if let Some(value) = value {
+            table.row(vec![key.to_owned(), value.clone()]);
+        }
     }
     let mut text = table.render();
     if !shown.snapshot_list.is_empty() {
@@ -199,11 +237,15 @@ fn cache_name(cache: Cache) -> &'static str {
     }
 }
 
-/// What matters most about the volume, in one word.
-fn guest_state(volume: &VolumeView) -> &'static str {
-    match (&volume.latched, volume.connected) {
-        (Some(_), _) => "latched",
-        (None, true) => "connected",
-        (None, false) => "-",
+fn state_name(state: State) -> &'static str {
+    match state {
+        State::Online => "online",
+        State::Failed => "FAILED",
+        State::Detached => "detached",
+        State::Unavailable => "UNAVAILABLE",
     }
+}
+
+fn guest_state(volume: &VolumeView) -> &'static str {
+    if volume.connected { "connected" } else { "-" }
 }

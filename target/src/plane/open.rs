@@ -135,7 +135,11 @@ impl ControlPlane {
     }
 
     /// Has the reactor with the most room carry out a command that opens a volume.
-    fn open_at_home(&mut self, command: Command, queues: u16) -> Answered<(usize, VolumeHandle)> {
+    pub(super) fn open_at_home(
+        &mut self,
+        command: Command,
+        queues: u16,
+    ) -> Answered<(usize, VolumeHandle)> {
         let placed = self.placement.place(queues);
         let home = placed.map_err(|error| Refusal::conflict(error.to_string()))?;
         match self.ask(home, command) {
@@ -173,7 +177,7 @@ impl ControlPlane {
     }
 
     /// Notes a volume that its home has opened, and offers it to guests.
-    fn serve(
+    pub(super) fn serve(
         &mut self,
         id: VolumeId,
         home: usize,
@@ -184,7 +188,8 @@ impl ControlPlane {
         let name = &self.directory.get(id).expect("what is open is in the directory").name;
         let port = self.homes[home].port.clone();
         let host = Arc::new(VolumeHost::new(name, handle, port, queues));
-        self.served.insert(id, Served { handle, home, queues, socket, host, server: None });
+        let served = Served { handle, home, queues, socket, cache, host, server: None };
+        self.served.insert(id, served);
         if let Some(cache) = cache {
             let by = CacheChooser::Operator;
             self.ask(home, Command::SetCache { volume: handle, cache, by })?;
@@ -246,12 +251,14 @@ impl ControlPlane {
     /// API's would keep it at the next start, and nobody could be told to delete it.
     fn check_unclaimed(&self, socket: &Path, of: Option<VolumeId>) -> Answered<()> {
         let place = places::normal(socket);
-        let mut others = self.served.iter().filter(|(id, _)| of != Some(**id));
+        let served = self.served.iter().map(|(id, served)| (id, &served.socket));
+        let detached = self.detached.iter().map(|(id, detached)| (id, &detached.service.socket));
+        let mut others = served.chain(detached).filter(|(id, _)| of != Some(**id));
         let owner = if place == places::normal(&self.api_socket) {
             "the API"
         } else if places::is_store(socket, &self.store.device) {
             "the store"
-        } else if others.any(|(_, served)| places::normal(&served.socket) == place) {
+        } else if others.any(|(_, other)| places::normal(other) == place) {
             "another volume"
         } else {
             return Ok(());

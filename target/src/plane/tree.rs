@@ -51,9 +51,12 @@ impl ControlPlane {
     }
 
     /// From the reactor for an open volume, else as they were last known.
-    fn snapshots_of(&self, volume: &VolumeSummary) -> Answered<Vec<SnapshotInfo>> {
+    pub(super) fn snapshots_of(&self, volume: &VolumeSummary) -> Answered<Vec<SnapshotInfo>> {
         if self.served.contains_key(&volume.id) {
             return Ok(self.info(volume.id)?.snapshots);
+        }
+        if let Some(detached) = self.detached.get(&volume.id) {
+            return Ok(detached.snapshots.clone());
         }
         if let Some(snapshots) = self.departed.get(&volume.id) {
             return Ok(snapshots.clone());

@@ -1,7 +1,8 @@
 //! What the API shows of volumes, snapshots and reactors. Pure functions.
 
-use super::Served;
-use crate::api::types::{Cache, ReactorView, SnapshotView, VolumeStatsView, VolumeView};
+use super::attachment::Detached;
+use super::{Condition, Served};
+use crate::api::types::{Cache, ReactorView, SnapshotView, State, VolumeStatsView, VolumeView};
 use crate::attach::CoreCounters;
 use crate::time::rfc3339;
 use bessel_mapping::directory::VolumeSummary;
@@ -9,30 +10,54 @@ use bessel_mapping::request::{CacheMode, ShardStats, SnapshotInfo, VolumeInfo};
 use bessel_mapping::volume::VolumeCounters;
 use bessel_reactor::units::{BLOCK_SIZE, ByteCount};
 
-pub(super) fn volume(info: &VolumeInfo, served: &Served) -> VolumeView {
+pub(super) fn volume(info: &VolumeInfo, served: &Served, condition: Condition) -> VolumeView {
+    let Condition { state, reason, remedy } = condition;
     VolumeView {
         id: info.id.0,
         name: info.name.clone(),
         size_bytes: info.size.get(),
-        cache: match info.cache {
-            CacheMode::Writeback => Cache::Writeback,
-            CacheMode::Writethrough => Cache::Writethrough,
-        },
+        cache: cache(info.cache),
         queues: served.queues,
         socket: served.socket.display().to_string(),
         reactor: served.home,
         connected: served.host.is_connected(),
         origin: info.origin.map(|origin| origin.to_string()),
         created: rfc3339(info.created),
-        latched: info.latched.clone(),
+        state,
+        reason,
+        remedy,
         allocated_bytes: ByteCount::from_blocks(info.blocks_allocated).get(),
         snapshots: info.snapshots.iter().filter(|snapshot| !snapshot.deleted).count(),
     }
 }
 
-/// A volume that could not be opened: it is there, and says why.
-pub(super) fn closed_volume(volume: &VolumeSummary) -> VolumeView {
-    let fault = volume.fault.as_deref().unwrap_or("it could not be opened; see the daemon's log");
+fn cache(mode: CacheMode) -> Cache {
+    match mode {
+        CacheMode::Writeback => Cache::Writeback,
+        CacheMode::Writethrough => Cache::Writethrough,
+    }
+}
+
+/// A volume that was detached, as it was then.
+pub(super) fn detached_volume(
+    volume: &VolumeSummary,
+    detached: &Detached,
+    condition: Condition,
+) -> VolumeView {
+    let live = detached.snapshots.iter().filter(|snapshot| !snapshot.deleted);
+    VolumeView {
+        cache: cache(detached.cache),
+        queues: detached.service.queues,
+        socket: detached.service.socket.display().to_string(),
+        reactor: detached.home,
+        snapshots: live.count(),
+        ..closed_volume(volume, condition)
+    }
+}
+
+/// A volume that is not open: it is there, and says why.
+pub(super) fn closed_volume(volume: &VolumeSummary, condition: Condition) -> VolumeView {
+    let Condition { state, reason, remedy } = condition;
     VolumeView {
         id: volume.id.0,
         name: volume.name.clone(),
@@ -44,7 +69,9 @@ pub(super) fn closed_volume(volume: &VolumeSummary) -> VolumeView {
         connected: false,
         origin: volume.origin.map(|origin| origin.to_string()),
         created: rfc3339(volume.created),
-        latched: Some(fault.to_owned()),
+        state,
+        reason,
+        remedy,
         allocated_bytes: 0,
         snapshots: 0,
     }
@@ -63,9 +90,10 @@ pub(super) fn snapshot(info: &SnapshotInfo, volume: &str) -> SnapshotView {
     }
 }
 
-pub(super) fn volume_stats(name: &str, counters: &VolumeCounters) -> VolumeStatsView {
+pub(super) fn volume_stats(name: &str, state: State, counters: &VolumeCounters) -> VolumeStatsView {
     VolumeStatsView {
         name: name.to_owned(),
+        state,
         reads: counters.reads,
         writes: counters.writes,
         flushes: counters.flushes,
@@ -95,6 +123,7 @@ pub(super) fn reactor(
         commits: shard.rounds,
         metadata_writes: shard.metadata_writes,
         device_flushes: shard.flushes,
+        device_flush_failures: shard.flush_failures,
         device_errors: shard.device_errors,
         node_errors: shard.node_errors,
         no_space: counters.no_space.get(),

@@ -2,6 +2,8 @@
 
 #![allow(dead_code, reason = "each test program uses its part")]
 
+pub(crate) mod device;
+
 use serde_json::Value;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::net::UnixStream;
@@ -13,7 +15,11 @@ const PROGRAM: &str = env!("CARGO_BIN_EXE_bessel");
 /// A directory for a store and its sockets, on tmpfs where there is one: short paths, no disk.
 pub(crate) struct World {
     pub(crate) directory: PathBuf,
+    /// Where the store is; in the directory, unless a test has it elsewhere.
+    pub(crate) store: String,
     daemon: Option<Child>,
+    /// Files outside the directory.
+    elsewhere: Vec<PathBuf>,
 }
 
 impl World {
@@ -22,7 +28,13 @@ impl World {
         let base = if shared.is_dir() { shared.to_owned() } else { std::env::temp_dir() };
         let directory = base.join(format!("bessel-daemon-{}-{tag}", std::process::id()));
         std::fs::create_dir_all(&directory).unwrap();
-        Self { directory, daemon: None }
+        let store = directory.join("store.img").display().to_string();
+        Self { directory, store, daemon: None, elsewhere: Vec::new() }
+    }
+
+    /// Removes a file outside the directory when the world ends.
+    pub(crate) fn remove_at_end(&mut self, file: PathBuf) {
+        self.elsewhere.push(file);
     }
 
     pub(crate) fn path(&self, name: &str) -> String {
@@ -34,7 +46,7 @@ impl World {
         let text = format!(
             "store:\n  device: {}\n  size: 64MiB\n  node_cache: 4MiB\napi:\n  socket: {}\n\
              {rest}",
-            self.path("store.img"),
+            self.store,
             self.path(api),
         );
         std::fs::write(self.path(name), text).unwrap();
@@ -43,21 +55,33 @@ impl World {
 
     /// Starts the daemon and waits until it says that it is ready. Returns what it said.
     pub(crate) fn serve(&mut self, rest: &str) -> String {
-        let config = self.configure("bessel.yaml", "api.sock", rest);
-        let mut daemon = Command::new(PROGRAM)
-            .args(["serve", "--config", &config])
-            .stdout(Stdio::piped())
-            .stderr(std::fs::File::create(self.path("log")).unwrap())
-            .spawn()
-            .unwrap();
-        let mut said = String::new();
+        self.start(rest);
+        let daemon = self.daemon.as_mut().expect("it was just started");
         let mut lines = BufReader::new(daemon.stdout.take().unwrap());
+        let mut said = String::new();
         while !said.lines().any(|line| line.starts_with("ready; ")) {
             let more = lines.read_line(&mut said).unwrap();
             assert!(more > 0, "the daemon ended: {}", self.log());
         }
-        self.daemon = Some(daemon);
         said
+    }
+
+    /// Starts the daemon and does not wait for anything.
+    pub(crate) fn start(&mut self, rest: &str) {
+        let config = self.configure("bessel.yaml", "api.sock", rest);
+        let daemon = Command::new(PROGRAM)
+            .args(["serve", "--config", &config])
+            .stdout(Stdio::piped())
+            .stderr(std::fs::File::create(self.path("log")).unwrap())
+            .spawn();
+        self.daemon = Some(daemon.unwrap());
+    }
+
+    /// Kills the daemon, wherever it is.
+    pub(crate) fn kill(&mut self) {
+        let mut daemon = self.daemon.take().expect("it runs");
+        daemon.kill().unwrap();
+        daemon.wait().unwrap();
     }
 
     /// Starts the daemon with a limit on the size of files that it makes, which no journal fits in.
@@ -87,12 +111,21 @@ impl World {
 
     /// Runs a command of `bessel` against this daemon.
     pub(crate) fn run(&self, arguments: &str) -> Output {
-        Command::new(PROGRAM)
+        self.command(arguments).output().unwrap()
+    }
+
+    /// Starts a command of `bessel` against this daemon.
+    pub(crate) fn spawn(&self, arguments: &str) -> Child {
+        self.command(arguments).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
+    }
+
+    fn command(&self, arguments: &str) -> Command {
+        let mut command = Command::new(PROGRAM);
+        command
             .args(arguments.split_whitespace())
             .env("BESSEL_API", self.path("api.sock"))
-            .current_dir(&self.directory)
-            .output()
-            .unwrap()
+            .current_dir(&self.directory);
+        command
     }
 
     /// Runs a command that must succeed, with `--json`.
@@ -149,5 +182,8 @@ impl Drop for World {
             let _ = daemon.wait();
         }
         let _ = std::fs::remove_dir_all(&self.directory);
+        for file in &self.elsewhere {
+            let _ = std::fs::remove_file(file);
+        }
     }
 }

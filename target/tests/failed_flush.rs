@@ -1,0 +1,222 @@
+//! A device whose flush fails, as guests and the operator meet it: a real daemon on a device that fails
+//! on demand, and loses some of what it had not flushed.
+
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
+
+mod support;
+
+use bessel_tests::guest::{BaseAfterReconnect, Guest, Options, block};
+use std::io::Write as _;
+use std::path::Path;
+use support::World;
+use support::device::FaultyDevice;
+
+const SECTORS_PER_BLOCK: u64 = 8;
+const VOLUMES: &str =
+    "volumes:\n  - name: vm1\n    size: 1GiB\n    queues: 2\n  - name: vm2\n    size: 1GiB\n";
+
+/// A world on a device that fails on demand, or none where the machine has no FUSE.
+fn world(name: &str) -> Option<(World, FaultyDevice)> {
+    let mut world = World::new(name);
+    world.store = world.path("device");
+    let backing = world.directory.join("backing");
+    match FaultyDevice::mount(Path::new(&world.store), &backing, 256 << 20, 1) {
+        Ok(device) => {
+            world.text("format device --extent-size 4MiB");
+            Some((world, device))
+        }
+        Err(why) => {
+            // Past the capture of output: `make test` tells what was skipped.
+            writeln!(std::io::stderr(), "test {name} ... skipped: {why}").unwrap();
+            None
+        }
+    }
+}
+
+fn connect(world: &World, volume: &str) -> Guest {
+    let options = Options { inflight: true, ..Options::default() };
+    Guest::connect(Path::new(&world.path(&format!("{volume}.sock"))), options).unwrap()
+}
+
+fn write(guest: &mut Guest, block: u64, byte: u8) -> u8 {
+    guest.write(0, block * SECTORS_PER_BLOCK, &[byte; 4096])
+}
+
+fn read(guest: &mut Guest, block: u64) -> Vec<u8> {
+    let (status, bytes) = guest.read(0, block * SECTORS_PER_BLOCK, 4096);
+    assert_eq!(status, block::DONE, "block {block}");
+    bytes
+}
+
+/// The value of a metric.
+fn metric(world: &World, sample: &str) -> f64 {
+    let answer = world.request("GET", "/metrics", "");
+    let line = answer.lines().find_map(|line| line.strip_prefix(sample));
+    line.unwrap_or_else(|| panic!("no {sample} in {answer}")).trim().parse().unwrap()
+}
+
+#[test]
+fn a_failed_flush_is_told_everywhere_and_detach_and_attach_recover() {
+    let Some((mut world, device)) = world("failed_flush") else { return };
+    world.serve(VOLUMES);
+    let (mut one, mut two) = (connect(&world, "vm1"), connect(&world, "vm2"));
+    for number in 0..40 {
+        assert_eq!(write(&mut one, number, 1), block::DONE);
+        assert_eq!(write(&mut two, number, 11), block::DONE);
+    }
+    assert_eq!((one.flush(0), two.flush(0)), (block::DONE, block::DONE));
+    world.text("snapshot create vm1 --label good");
+    // A mapping that is not durable when the flush fails, and an overwrite.
+    for number in 20..60 {
+        assert_eq!(write(&mut one, number, 2), block::DONE);
+    }
+    device.fail_flushes(1);
+    assert_eq!(one.flush(0), block::IO_ERROR);
+    assert_eq!(device.flushes().1, 1, "the device has failed once");
+
+    // Guests: errors for what changes anything, reads go on; also when the device is well again.
+    assert_eq!(write(&mut one, 0, 3), block::IO_ERROR);
+    assert_eq!(one.flush(0), block::IO_ERROR);
+    assert_eq!(one.discard(0, 0, 8), block::IO_ERROR);
+    assert_eq!(read(&mut one, 3), [1; 4096]);
+    // The operator: API, command line, metrics, log.
+    let shown = world.json("volume show vm1");
+    assert_eq!(shown["state"], "failed");
+    assert!(shown["reason"].as_str().unwrap().contains("failed to flush"), "{shown}");
+    assert!(shown["remedy"].as_str().unwrap().contains("bessel volume detach vm1"), "{shown}");
+    assert!(
+        world
+            .text("volume list")
+            .lines()
+            .any(|line| line.starts_with("vm1 ") && line.contains(" FAILED "))
+    );
+    assert!(world.text("volume show vm1").contains("remedy"));
+    assert_eq!(metric(&world, "bessel_volume_failed{volume=\"vm1\"}"), 1.0);
+    assert_eq!(metric(&world, "bessel_volume_failed{volume=\"vm2\"}"), 0.0);
+    assert_eq!(metric(&world, "bessel_device_flush_failures_total{reactor=\"0\"}"), 1.0);
+    assert!(world.refused("snapshot create vm1").contains("bessel volume detach"));
+    let log = world.log();
+    let told = log.lines().filter(|line| line.contains("ERROR") && line.contains("vm1"));
+    assert_eq!(told.count(), 1, "{log}");
+    assert!(world.refused("volume attach vm1").contains("detach"));
+
+    // vm2 has noticed nothing, and does not while vm1 goes and comes.
+    assert_eq!(write(&mut two, 41, 12), block::DONE);
+    let detached = world.json("volume detach vm1");
+    assert_eq!((&detached["state"], &detached["snapshots"]), (&"detached".into(), &1.into()));
+    assert!(!Path::new(&world.path("vm1.sock")).exists());
+    assert_eq!(world.json("volume show vm1")["snapshot_list"][0]["label"], "good");
+    assert!(world.text("tree").contains("@good"));
+    assert_eq!(metric(&world, "bessel_volume_detached{volume=\"vm1\"}"), 1.0);
+    for command in
+        ["snapshot create vm1", "volume detach vm1", "volume delete vm1", "volume resize vm1 2GiB"]
+    {
+        assert!(world.refused(command).contains("is detached"), "{command}");
+    }
+    let taken = world.refused("volume create vm1 --size 1MiB");
+    assert!(taken.contains("already a volume named"), "{taken}");
+    assert_eq!((two.flush(0), read(&mut two, 41)), (block::DONE, vec![12; 4096]));
+
+    // The device still fails: it stays detached and says why.
+    device.fail_flushes(2);
+    assert!(world.refused("volume attach vm1").contains("device error"));
+    assert_eq!(world.json("volume show vm1")["state"], "detached");
+    let attached = world.json("volume attach vm1");
+    assert_eq!(
+        (&attached["state"], &attached["reason"]),
+        (&"online".into(), &serde_json::Value::Null)
+    );
+    assert_eq!(metric(&world, "bessel_volume_failed{volume=\"vm1\"}"), 0.0);
+    let path = world.path("vm1.sock");
+    one.reconnect(Path::new(&path), BaseAfterReconnect::Used).unwrap();
+    for number in 0..60 {
+        let bytes = read(&mut one, number);
+        assert!(
+            bytes.chunks(512).all(|sector| match number {
+                0..20 => sector == [1; 512],
+                20..40 => sector == [1; 512] || sector == [2; 512],
+                _ => sector == [0; 512] || sector == [2; 512],
+            }),
+            "block {number} holds {:?}",
+            &bytes[..16]
+        );
+    }
+    for number in 0..60 {
+        assert_eq!(write(&mut one, number, 4), block::DONE);
+    }
+    assert_eq!(one.flush(0), block::DONE);
+    world.text("volume create clone --from vm1@good");
+    let mut clone = connect(&world, "clone");
+    for number in 0..40 {
+        assert_eq!(read(&mut clone, number), [1; 4096], "block {number} of the snapshot");
+    }
+    for number in 0..40 {
+        assert_eq!(read(&mut two, number), [11; 4096], "block {number} of vm2");
+    }
+    drop((one, two, clone));
+
+    // What was flushed outlives the power.
+    world.kill();
+    remove_journals(&world);
+    device.cut_power();
+    world.text("check device");
+    world.serve(VOLUMES);
+    let mut one = connect(&world, "vm1");
+    for number in 0..60 {
+        assert_eq!(read(&mut one, number), [4; 4096], "block {number}");
+    }
+    drop(one);
+    world.end("-TERM");
+    world.text("check device");
+}
+
+/// Nobody has journals after a power cut: the memory is gone, and so is the boot.
+fn remove_journals(world: &World) {
+    for entry in std::fs::read_dir(&world.directory).unwrap() {
+        let path = entry.unwrap().path();
+        if path.extension().is_some_and(|extension| extension == "journal") {
+            std::fs::remove_file(path).unwrap();
+        }
+    }
+}
+
+#[test]
+fn a_volume_that_is_well_is_detached_and_attached_under_its_guest() {
+    let mut world = World::new("detach");
+    world.serve(VOLUMES);
+    let mut guest = connect(&world, "vm1");
+    for number in 0..100 {
+        assert_eq!(write(&mut guest, number, 1), block::DONE);
+    }
+    let tickets: Vec<_> = (0..30)
+        .map(|number| guest.submit(0, block::OUT, number * SECTORS_PER_BLOCK, &[2; 4096], 0))
+        .collect();
+    guest.kick(0);
+    world.text("volume detach vm1");
+    // What the guest has in its ring by then waits there.
+    world.text("volume attach vm1");
+    guest.reconnect(Path::new(&world.path("vm1.sock")), BaseAfterReconnect::Used).unwrap();
+    while tickets.iter().any(|ticket| guest.status(*ticket) == block::PENDING) {
+        guest.wait_used(0);
+    }
+    while guest.poll_used(0).is_some() {}
+    for ticket in tickets {
+        assert_eq!(guest.status(ticket), block::DONE);
+        guest.release(ticket);
+    }
+    for number in 0..100 {
+        let byte = if number < 30 { 2 } else { 1 };
+        assert_eq!(read(&mut guest, number), [byte; 4096], "block {number}");
+    }
+    // Detached does not outlive the daemon.
+    drop(guest);
+    world.text("volume detach vm1");
+    world.end("-KILL");
+    world.serve(VOLUMES);
+    assert_eq!(world.json("volume show vm1")["state"], "online");
+    let mut guest = connect(&world, "vm1");
+    assert_eq!(read(&mut guest, 99), [1; 4096]);
+    world.text("volume detach vm2");
+    world.end("-TERM");
+    assert_eq!(world.json(&format!("check {}", world.path("store.img")))["clean"], true);
+}
