@@ -5,7 +5,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use bessel_mapping::request::{IoKind, IoStatus, VolumeId};
 use bessel_reactor::device::Device;
-use bessel_reactor::device::sim::{Fault, Keep, OpKind, Schedule};
+use bessel_reactor::device::sim::{Fault, Keep, OpKind};
 use bessel_reactor::units::ByteCount;
 use bessel_tests::workload::Workload;
 use bessel_tests::world::{Action, Outcome, World, WorldConfig};

@@ -434,6 +434,7 @@ impl Outage {
             names: self.names,
             tickets: self.tickets,
             volumes: BTreeMap::new(),
+            detached: BTreeMap::new(),
             requests: BTreeMap::new(),
             waiting: VecDeque::new(),
             commands: BTreeMap::new(),
