@@ -10,7 +10,7 @@ use bessel_reactor::units::ByteCount;
 use bessel_tests::workload::Workload;
 use bessel_tests::world::{Action, Outcome, World, WorldConfig};
 
-const SEEDS: std::ops::Range<u64> = 0..60;
+const SEEDS: std::ops::Range<u64> = 0..25;
 /// Seeds that failed once.
 const REGRESSIONS: &[u64] = &[];
 
