@@ -1,6 +1,8 @@
 //! Detaching and attaching a volume, mostly one that has failed: what the last good flush covered is
 //! there, nothing is mixed, no other volume notices, and afterwards writes and flushes work again.
 
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
+
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use bessel_mapping::request::{IoKind, IoStatus, VolumeId};

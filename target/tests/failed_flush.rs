@@ -6,10 +6,9 @@
 mod support;
 
 use bessel_tests::guest::{BaseAfterReconnect, Guest, Options, block};
-use std::io::Write as _;
 use std::path::Path;
-use support::World;
 use support::device::FaultyDevice;
+use support::{World, tell};
 
 const SECTORS_PER_BLOCK: u64 = 8;
 const VOLUMES: &str =
@@ -26,8 +25,7 @@ fn world(name: &str) -> Option<(World, FaultyDevice)> {
             Some((world, device))
         }
         Err(why) => {
-            // Past the capture of output: `make test` tells what was skipped.
-            writeln!(std::io::stderr(), "test {name} ... skipped: {why}").unwrap();
+            tell(&format!("test {name} ... skipped: {why}"));
             None
         }
     }

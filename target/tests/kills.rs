@@ -24,12 +24,12 @@ use bessel_tests::guest::{BaseAfterReconnect, Guest, Options, Ticket, Used, bloc
 use bessel_tests::model::{Model, stamp};
 use serde_json::Value;
 use std::collections::{BTreeMap, BTreeSet};
-use std::io::Write as _;
+use std::io::Read as _;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::process::Output;
-use support::World;
 use support::device::FaultyDevice;
+use support::{World, tell};
 
 const SECTOR: usize = 512;
 /// Sectors of a volume: two leaves' worth.
@@ -608,15 +608,11 @@ fn rounds(usual: u64) -> u64 {
 /// The seed of `SEED`, or a fresh one.
 fn seed() -> u64 {
     let fresh = || {
-        let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
-        now.unwrap().subsec_nanos().into()
+        let mut bytes = [0; 4];
+        std::fs::File::open("/dev/urandom").unwrap().read_exact(&mut bytes).unwrap();
+        u32::from_le_bytes(bytes).into()
     };
     std::env::var("SEED").map_or_else(|_| fresh(), |seed| seed.parse().expect("SEED is a number"))
-}
-
-/// Past the capture of output, for who reads the log of a run that went well.
-fn tell(line: &str) {
-    writeln!(std::io::stderr(), "{line}").unwrap();
 }
 
 fn run(test: &str, kills: u64, world: impl FnOnce(u64) -> Option<(World, Option<FaultyDevice>)>) {

@@ -12,6 +12,12 @@ use std::process::{Child, Command, Output, Stdio};
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_bessel");
 
+/// Says something past the capture of output: which seed a run has, and what is skipped, which `make
+/// test` repeats at its end.
+pub(crate) fn tell(line: &str) {
+    std::io::stderr().write_all(format!("{line}\n").as_bytes()).unwrap();
+}
+
 /// A directory for a store and its sockets, on tmpfs where there is one: short paths, no disk.
 pub(crate) struct World {
     pub(crate) directory: PathBuf,
