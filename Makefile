@@ -2,7 +2,7 @@
 # `target/` is source (the bessel program): cargo builds in build/, here as in .cargo/config.toml.
 export CARGO_TARGET_DIR := $(CURDIR)/build
 
-.PHONY: help build demo test soak bench fmt clean-guest
+.PHONY: help build demo test soak planted bench fmt clean-guest
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 22
@@ -20,6 +20,9 @@ test: ## everything CI runs
 
 soak: ## simulated crashes on and on: HOURS=n (fractions too), REPORT=FILE; or SEED=n to replay one
 	@scripts/soak
+
+planted: ## bugs planted on purpose, one at a time: the tests must find each
+	@scripts/planted
 
 bench: build ## measured beside qemu-storage-daemon
 	@scripts/bench

@@ -11,7 +11,7 @@ use bessel_reactor::units::{BLOCK_SIZE, BlockAddr};
 const CHUNK_BLOCKS: u64 = 128;
 /// Blocks in one operation on a small device, whose tables are small too: tests open thousands of
 /// these, and large chunks take half of that time to bring in fresh memory.
-const CHUNK_BLOCKS_SMALL: u64 = 4;
+pub(crate) const CHUNK_BLOCKS_SMALL: u64 = 4;
 /// A device up to this many blocks, 1 GiB, is small.
 const SMALL_BLOCKS: u64 = (1 << 30) / BLOCK_SIZE;
 /// Operations in flight: 4 MiB of buffers. Every device is made with a larger depth.

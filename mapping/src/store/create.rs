@@ -159,6 +159,7 @@ fn fresh_catalogue_block(block: &mut [u8], addr: BlockAddr, superblock: &Superbl
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::blocking::CHUNK_BLOCKS_SMALL;
     use crate::store::testing::{READ_WRITE, disk, formatted, options};
     use crate::store::{OpenError, OpenMode, open, probe};
     use bessel_reactor::device::sim::{Fault, Keep, OpKind};
@@ -228,8 +229,12 @@ mod tests {
     /// afterwards there is the old store, whole, or none, or the new one.
     #[test]
     fn a_format_cut_short_leaves_no_half_a_store() {
-        /// Writes that erase superblock copies, before the flush after which anything else goes.
-        const ERASING: u64 = 2;
+        // Writes that erase superblock copies, before the flush after which anything else goes.
+        let erasing = Geometry::plan(ByteCount::new(8 << 20), None)
+            .unwrap()
+            .host_start
+            .get()
+            .div_ceil(CHUNK_BLOCKS_SMALL);
         let forced =
             FormatOptions { force: true, uuid: *b"the-new-one-uuid", secret: 77, ..options() };
         for keep_all in [false, true] {
@@ -242,7 +247,7 @@ mod tests {
                 match open(&mut disk.connect(), READ_WRITE) {
                     Ok(store) if store.superblock.uuid == forced.uuid => {}
                     Ok(store) => {
-                        assert!(cut < ERASING, "the old store is back after write {cut}");
+                        assert!(cut < erasing, "the old store is back after write {cut}");
                         assert_eq!(store.directory.volumes().count(), 0);
                         assert!(store.faults.is_empty());
                     }
