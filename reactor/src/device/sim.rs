@@ -323,6 +323,8 @@ pub struct SimCounters {
     pub bytes_written: u64,
     /// Power cuts.
     pub crashes: u64,
+    /// Operations that took minutes.
+    pub late: u64,
 }
 
 /// The bytes of one write, shared by all the sectors that still hold them.
@@ -984,6 +986,7 @@ impl Disk {
         let random = &mut self.random;
         let mut strikes = |rate: u32| rate > 0 && random.chance(u64::from(rate), 1_000_000);
         if strikes(rates.late) {
+            self.counters.late += 1;
             op.due = self.now + LATE.start + self.random.below(LATE.end - LATE.start);
             return;
         }
