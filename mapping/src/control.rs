@@ -103,6 +103,21 @@ impl<D: Device> Shard<D> {
         }
     }
 
+    /// The name of the volume that a command is about, for the log.
+    pub(crate) fn name_of_subject(&self, ticket: u64) -> String {
+        let mut waiting = self.commands.iter();
+        let pending = waiting.find(|pending| pending.ticket == ticket);
+        match pending.map(|pending| &pending.command) {
+            Some(Command::Open(entry)) => entry.record.name.clone(),
+            Some(Command::Create(plan)) => plan.name.clone(),
+            other => {
+                let handle = other.and_then(Command::volume);
+                let open = handle.and_then(|handle| self.volumes.get(handle.0 as usize));
+                open.and_then(Option::as_ref).map_or(String::new(), |it| it.record.name.clone())
+            }
+        }
+    }
+
     pub(crate) fn reply(&mut self, ticket: u64, reply: Reply) {
         self.replies.push_back((ticket, reply));
     }

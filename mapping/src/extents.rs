@@ -269,7 +269,11 @@ impl Authority {
                 State::WriteClaim { runs: claim_bits(&mut bitmap, first, *count) }
             }
             Job::Return { runs } => {
-                clear_bits(&mut bitmap, first, blocks, runs);
+                let already_free = clear_bits(&mut bitmap, first, blocks, runs);
+                if let Some(block) = already_free {
+                    self.failures += 1;
+                    tracing::error!("block {block} was freed twice; run `bessel check`");
+                }
                 State::WriteReturn
             }
         };
@@ -498,16 +502,25 @@ fn claim_bits(bitmap: &mut Bitmap, first: BlockAddr, count: u32) -> Vec<BlockRun
 }
 
 /// Clears the bits of the runs at the end of `runs` that begin in this bitmap block, which covers
-/// `blocks` blocks from `first` on, and cuts off what was cleared.
-fn clear_bits(bitmap: &mut Bitmap, first: BlockAddr, blocks: u64, runs: &mut Vec<BlockRun>) {
+/// `blocks` blocks from `first` on, and cuts off what was cleared. Returns a block that was free
+/// already, if there was one: links of a damaged tree led to it twice.
+fn clear_bits(
+    bitmap: &mut Bitmap,
+    first: BlockAddr,
+    blocks: u64,
+    runs: &mut Vec<BlockRun>,
+) -> Option<BlockAddr> {
+    let mut already_free = None;
     while let Some(run) = runs.last_mut() {
-        let Some(bit) = run.start.get().checked_sub(first.get()) else { return };
+        let Some(bit) = run.start.get().checked_sub(first.get()) else { break };
         if bit >= blocks {
-            return;
+            break;
         }
         let length = u64::from(run.count).min(blocks - bit) as u32;
         for freed in bit as u32..bit as u32 + length {
-            assert!(bitmap.get(freed), "block {} freed twice", first.get() + u64::from(freed));
+            if !bitmap.get(freed) {
+                already_free = Some(first.add(u64::from(freed)));
+            }
             bitmap.clear(freed);
         }
         if length == run.count {
@@ -517,6 +530,7 @@ fn clear_bits(bitmap: &mut Bitmap, first: BlockAddr, blocks: u64, runs: &mut Vec
             run.count -= length;
         }
     }
+    already_free
 }
 
 #[cfg(test)]
@@ -530,8 +544,11 @@ mod tests {
         let run = |start, count| BlockRun { start: BlockAddr::new(start), count };
         // An extent of 256 blocks: the next one begins well inside the bits of a bitmap block.
         let mut runs = vec![run(600, 3), run(500, 20), run(260, 1)];
-        clear_bits(&mut bitmap, BlockAddr::new(256), 256, &mut runs);
+        assert_eq!(clear_bits(&mut bitmap, BlockAddr::new(256), 256, &mut runs), None);
         assert_eq!(runs, vec![run(600, 3), run(512, 8)]);
+        let mut again = vec![run(500, 2)];
+        let twice = clear_bits(&mut bitmap, BlockAddr::new(256), 256, &mut again);
+        assert_eq!(twice, Some(BlockAddr::new(501)));
         assert_eq!(bitmap.count_free(), 12 + 1);
     }
 }

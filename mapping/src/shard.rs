@@ -24,9 +24,9 @@ use crate::format::{ExtentMap, Geometry, TagKey};
 use crate::journal::{Change, Entry as JournalEntry, Journal};
 use crate::message::{BlockKind, Message};
 use crate::nodes::cache::{FrameId, NodeCache};
-use crate::pipeline::{BOUNCE_BYTES, Piece, Request, Work};
+use crate::pipeline::{BOUNCE_BYTES, Piece, Request, WaitingOnNode, Work};
 use crate::planted::{self, Bug};
-use crate::request::{IoCompletion, Reply, ShardStats, VolumeHandle};
+use crate::request::{CommandError, IoCompletion, Reply, ShardStats, VolumeHandle};
 use crate::slab::Slab;
 use crate::store::OpenedStore;
 use crate::volume::Volume;
@@ -135,7 +135,9 @@ pub struct Shard<D: Device> {
     pub(crate) loads: BufferPool,
     /// The buffer each loading frame is read into.
     pub(crate) loading: Vec<Option<Buffer>>,
-    pub(crate) parked_on_nodes: Vec<(FrameId, Work)>,
+    pub(crate) parked_on_nodes: Vec<WaitingOnNode>,
+    /// Work whose node cannot be had: it fails before this turn ends.
+    pub(crate) doomed: Vec<(Work, CommandError)>,
 
     pub(crate) images: BufferPool,
     pub(crate) sealed_images: BufferPool,
@@ -214,6 +216,7 @@ impl<D: Device> Shard<D> {
             loads: BufferPool::new(LOADS_MAX, BLOCK_SIZE as usize),
             loading: (0..frames).map(|_| None).collect(),
             parked_on_nodes: Vec::with_capacity(config.requests_max + pieces_max),
+            doomed: Vec::new(),
             images: BufferPool::new(images, BLOCK_SIZE as usize),
             sealed_images: BufferPool::new(SEALED_IMAGES, BLOCK_SIZE as usize),
             image_writes: Slab::new(images + SEALED_IMAGES),
@@ -447,6 +450,10 @@ impl<D: Device> Shard<D> {
             while let Some(work) = self.runnable.pop_front() {
                 progress = true;
                 self.run(work);
+            }
+            if !self.doomed.is_empty() {
+                progress = true;
+                self.fail_doomed();
             }
             if !std::mem::take(&mut self.released) {
                 return progress;

@@ -159,6 +159,10 @@ impl<D: Device> Shard<D> {
             height: entry.height,
             size: entry.size,
         };
+        if origin.height > height {
+            let what = format!("snapshot {sequence} has a taller tree than its volume");
+            return Err(CommandError::Corrupt(what).into());
+        }
         let source = self.origin_node(Some(&origin), ticket)?;
         let any_time =
             planted::is(Bug::RollbackWithoutCommit) || planted::is(Bug::RollbackUnderRequests);

@@ -9,7 +9,7 @@ use crate::commit::After;
 use crate::directory::VolumeEntry;
 use crate::format::{Entry, ExtentType, VolumeRecord, height_for};
 use crate::message::{BlockKind, BlockRun};
-use crate::nodes::cache::{FrameId, FrameState};
+use crate::nodes::cache::FrameId;
 use crate::pipeline::Work;
 use crate::planted::{self, Bug};
 use crate::radix::{Missing, Path};
@@ -25,6 +25,10 @@ impl<D: Device> Shard<D> {
         let (root, height) = (entry.record.root, entry.record.height);
         self.needs_room_in_journal()?;
         let frame = self.node(root, height, ticket)?;
+        if let Some(other) = self.volumes.iter().flatten().find(|volume| volume.root == frame) {
+            let what = format!("root {root} is that of volume {:?} too", other.record.name);
+            return Err(CommandError::Corrupt(format!("{what}; run `bessel check`")).into());
+        }
         let log = SnapshotLog { entries: entry.log.clone(), blocks: entry.log_blocks.clone() };
         let handle = self.add_volume(entry.slot, entry.record.clone(), log, frame)?;
         self.reply(ticket, Reply::Opened(handle));
@@ -35,7 +39,8 @@ impl<D: Device> Shard<D> {
         self.needs_room_in_journal()?;
         let source = self.origin_node(plan.origin.as_ref(), ticket)?;
         self.needs(2, 1)?;
-        let height = height_for(plan.size);
+        let origin_height = plan.origin.map_or(0, |origin| origin.height);
+        let height = height_for(plan.size).max(origin_height);
         let root = self.make_root(height, plan.origin.as_ref(), source)?;
         let record = VolumeRecord {
             generation: 0,
@@ -115,9 +120,9 @@ impl<D: Device> Shard<D> {
             ))
             .into());
         }
-        match self.cache.find(addr) {
-            Some(frame) if self.cache.frame(frame).state == FrameState::Present => Ok(frame),
-            _ => {
+        match self.cache.find_present(addr, level) {
+            Some(frame) => Ok(frame),
+            None => {
                 let missing = Missing { addr, level, parent: None };
                 self.wait_for_node(missing, Work::Command(ticket));
                 Err(NotNow::Wait)

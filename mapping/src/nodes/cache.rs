@@ -166,6 +166,24 @@ impl NodeCache {
         }
     }
 
+    /// The frame that holds the node at `addr`, read as one of `level`. A link that a damaged store
+    /// has to a node of another level does not find it.
+    #[inline]
+    pub(crate) fn find_present(&self, addr: BlockAddr, level: u8) -> Option<FrameId> {
+        let id = self.find(addr)?;
+        let frame = self.frame(id);
+        (frame.state == FrameState::Present && frame.level == level).then_some(id)
+    }
+
+    /// False when `child` was reached through another node than `parent`. A node that may be changed
+    /// in place has one parent for as long as it is cached (FORMAT.md, "Writability"); a root that
+    /// got a taller one above it has none.
+    #[inline]
+    pub(crate) fn may_belong_to(&self, child: FrameId, parent: FrameId) -> bool {
+        let found = self.frames[child.0 as usize].parent;
+        found == parent.0 || found == NONE
+    }
+
     /// Marks a frame as used, for the clock.
     #[inline]
     pub(crate) fn touch(&mut self, id: FrameId) {

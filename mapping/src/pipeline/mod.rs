@@ -121,6 +121,14 @@ enum MergeTarget {
     SameHome,
 }
 
+/// Work that waits for a node to be read as one of this level.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) struct WaitingOnNode {
+    frame: FrameId,
+    level: u8,
+    work: Work,
+}
+
 /// What became of one step of a request.
 enum Step {
     /// Go on with the next.
@@ -434,19 +442,27 @@ impl<D: Device> Shard<D> {
         self.finish(request);
     }
 
-    /// Reads a node unless somebody does already, and parks `work` until it is there.
+    /// Reads a node unless somebody does already, and parks `work` until it is there. A node that is
+    /// there and was not found is not what the link says: then `work` fails, after this turn of it.
     pub(crate) fn wait_for_node(&mut self, missing: crate::radix::Missing, work: Work) {
         if let Some(frame) = self.cache.find(missing.addr) {
-            assert_eq!(
-                self.cache.frame(frame).state,
-                FrameState::Loading,
-                "present nodes are found"
-            );
+            let found = self.cache.frame(frame);
+            if found.state == FrameState::Present {
+                let what = if found.level == missing.level {
+                    "is reached from another tree, or another place, that may change it too"
+                } else {
+                    "is reached as a node of another level too"
+                };
+                let (addr, level) = (missing.addr, missing.level);
+                let what = format!("radix node at block {addr} (level {level}) {what}");
+                self.doomed.push((work, crate::request::CommandError::Corrupt(what)));
+                return;
+            }
             // A command is tried again whenever anything is released, and may be here already.
-            let waits =
-                matches!(work, Work::Command(_)) && self.parked_on_nodes.contains(&(frame, work));
+            let waiting = WaitingOnNode { frame, level: missing.level, work };
+            let waits = matches!(work, Work::Command(_)) && self.parked_on_nodes.contains(&waiting);
             if !waits {
-                self.parked_on_nodes.push((frame, work));
+                self.parked_on_nodes.push(waiting);
             }
             return;
         }
@@ -464,7 +480,7 @@ impl<D: Device> Shard<D> {
         let segment = self.loads.lend(&buffer);
         self.loading[frame.0 as usize] = Some(buffer);
         self.device.read(TokenKind::Node.token(frame.0), missing.addr.offset(), &[segment]);
-        self.parked_on_nodes.push((frame, work));
+        self.parked_on_nodes.push(WaitingOnNode { frame, level: missing.level, work });
     }
 
     /// Takes in the end of a node's read: checks it, and lets go on who waited for it.
@@ -491,29 +507,50 @@ impl<D: Device> Shard<D> {
                 *self.cache.entries_mut(frame) = node;
                 self.cache.frame_mut(frame).state = FrameState::Present;
                 let runnable = &mut self.runnable;
-                self.parked_on_nodes.retain(|(waited_for, work)| {
-                    if *waited_for == frame {
-                        runnable.push_back(*work);
+                self.parked_on_nodes.retain(|waiting| {
+                    if waiting.frame == frame {
+                        runnable.push_back(waiting.work);
                     }
-                    *waited_for != frame
+                    waiting.frame != frame
                 });
             }
             Err(error) => {
-                self.counters.node_errors += 1;
-                if self.may_log() {
-                    tracing::error!("radix node {addr}: {error}");
-                }
                 self.cache.remove(frame);
                 let waiting = std::mem::take(&mut self.parked_on_nodes);
-                for (waited_for, work) in waiting {
-                    if waited_for == frame {
-                        self.fail_work(work, &error);
+                for waiting in waiting {
+                    if waiting.frame != frame {
+                        self.parked_on_nodes.push(waiting);
+                    } else if waiting.level == level {
+                        self.doomed.push((waiting.work, error.clone()));
                     } else {
-                        self.parked_on_nodes.push((waited_for, work));
+                        // It was read as what somebody else's link said it is.
+                        self.runnable.push_back(waiting.work);
                     }
                 }
             }
         }
+    }
+
+    /// Ends work that waited for a node that cannot be had.
+    pub(crate) fn fail_doomed(&mut self) {
+        while let Some((work, error)) = self.doomed.pop() {
+            self.counters.node_errors += 1;
+            if self.may_log() {
+                let volume = self.name_of(work);
+                tracing::error!(volume, "{error}; what needs it fails, run `bessel check`");
+            }
+            self.fail_work(work, &error);
+        }
+    }
+
+    /// The name of the volume that something is done for.
+    fn name_of(&self, work: Work) -> String {
+        let request = match work {
+            Work::Request(index) => index,
+            Work::Piece(index) => self.pieces[index].request,
+            Work::Command(ticket) => return self.name_of_subject(ticket),
+        };
+        self.volume(self.requests[request].volume).record.name.clone()
     }
 
     /// Collects up to `wanted` bytes of the request's guest memory into `scratch`, from where it

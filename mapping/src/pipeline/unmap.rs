@@ -10,7 +10,6 @@ use bessel_reactor::units::{BLOCK_SIZE, VolumeBlock};
 use super::{Step, Work};
 use crate::format::{Entry, EntryKind, NODE_ENTRIES};
 use crate::journal::{Change, Mapped};
-use crate::nodes::cache::FrameState;
 use crate::planted::{self, Bug};
 use crate::radix::{Missing, Path, slot_at, slot_span};
 use crate::request::{IoKind, IoStatus, VolumeHandle};
@@ -88,8 +87,8 @@ impl<D: Device> Shard<D> {
                 return Cover::Shared { level };
             }
             level -= 1;
-            match self.cache.find(entry.block()) {
-                Some(child) if self.cache.frame(child).state == FrameState::Present => {
+            match self.cache.find_present(entry.block(), level) {
+                Some(child) if shared || self.cache.may_belong_to(child, frame) => {
                     self.cache.touch(child);
                     frame = child;
                 }

@@ -5,7 +5,7 @@ use bessel_reactor::units::{BlockAddr, VolumeBlock};
 
 use super::{slot_at, slot_span};
 use crate::format::EntryKind;
-use crate::nodes::cache::{FrameId, FrameState};
+use crate::nodes::cache::FrameId;
 use crate::planted::{self, Bug};
 use crate::request::VolumeHandle;
 use crate::shard::Shard;
@@ -21,7 +21,8 @@ pub(crate) enum Located {
     Absent(Missing),
 }
 
-/// A node to be read before the tree can be followed further.
+/// A node to be read before the tree can be followed further; or one that is in memory and cannot be
+/// what this link leads to, of which [`Shard::wait_for_node`] makes an error.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) struct Missing {
     pub(crate) addr: BlockAddr,
@@ -44,8 +45,8 @@ impl<D: Device> Shard<D> {
                 EntryKind::Node(below) => {
                     assert_eq!(below, level, "nodes were checked when they were loaded");
                     let addr = entry.block();
-                    match self.cache.find(addr) {
-                        Some(child) if self.cache.frame(child).state == FrameState::Present => {
+                    match self.cache.find_present(addr, level) {
+                        Some(child) if !writable || self.cache.may_belong_to(child, frame) => {
                             self.cache.touch(child);
                             self.cache.counters.hits += 1;
                             frame = child;

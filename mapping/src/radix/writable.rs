@@ -49,22 +49,14 @@ impl<D: Device> Shard<D> {
             let entry = self.cache.entries(frame)[slot];
             at -= 1;
             let step = match entry.kind() {
-                EntryKind::Node(_) => {
-                    let child = self.cache.find(entry.block());
-                    match child {
-                        Some(child) if self.cache.frame(child).state == FrameState::Present => {
-                            if entry.read_only() {
-                                self.copy_node(handle, frame, slot, child)
-                            } else {
-                                Path::Writable(child)
-                            }
-                        }
-                        _ => {
-                            let addr = entry.block();
-                            return Path::Absent(Missing { addr, level: at, parent: Some(frame) });
-                        }
+                EntryKind::Node(_) => match self.cache.find_present(entry.block(), at) {
+                    Some(child) if entry.read_only() => self.copy_node(handle, frame, slot, child),
+                    Some(child) if self.cache.may_belong_to(child, frame) => Path::Writable(child),
+                    _ => {
+                        let addr = entry.block();
+                        return Path::Absent(Missing { addr, level: at, parent: Some(frame) });
                     }
-                }
+                },
                 _ => self.new_node(handle, frame, slot, at, entry.untagged()),
             };
             match step {
@@ -154,10 +146,17 @@ impl<D: Device> Shard<D> {
 
     /// A frame with a new block for a node of `level`; its entries are still to be filled in.
     pub(crate) fn new_frame(&mut self, level: u8, parent: Option<FrameId>) -> Path {
-        let run = match self.take_blocks(BlockKind::Metadata, 1) {
-            Taken::Run(run) => run,
-            Taken::Wait => return Path::Wait,
-            Taken::Full => return Path::Full,
+        let run = loop {
+            match self.take_blocks(BlockKind::Metadata, 1) {
+                // A tree reaches it: the bitmap lost its bit, or two links to it were unlinked. Who
+                // reaches it keeps it.
+                Taken::Run(run) if self.cache.find(run.start).is_some() => {
+                    self.note_double_use(run.start);
+                }
+                Taken::Run(run) => break run,
+                Taken::Wait => return Path::Wait,
+                Taken::Full => return Path::Full,
+            }
         };
         let Some(frame) = self.cache.insert(run.start, level, parent) else {
             self.claims.put(BlockKind::Metadata, run);
@@ -219,9 +218,11 @@ impl<D: Device> Shard<D> {
     /// Takes a leaf that only this volume reaches out of the tree: nothing below it is left.
     pub(crate) fn drop_leaf(&mut self, handle: VolumeHandle, leaf: FrameId) {
         let frame = self.cache.frame_mut(leaf);
-        assert!(!frame.dropped, "node {} dropped twice", frame.addr);
-        frame.dropped = true;
         let addr = frame.addr;
+        if std::mem::replace(&mut frame.dropped, true) {
+            // A damaged tree links to it twice. It is freed once.
+            return self.note_double_use(addr);
+        }
         self.volume_mut(handle).unlink_block(BlockKind::Metadata, addr);
     }
 
@@ -235,22 +236,38 @@ impl<D: Device> Shard<D> {
     pub(crate) fn release_unlinked(&mut self, handle: VolumeHandle) {
         let oldest = self.oldest_stamp(handle);
         while let Some(unlinked) = self.volume_mut(handle).release(oldest) {
-            if unlinked.kind == BlockKind::Metadata {
-                self.forget_nodes(unlinked.run);
+            match unlinked.kind {
+                BlockKind::Data => self.give_back(BlockKind::Data, unlinked.run),
+                BlockKind::Metadata => self.release_nodes(unlinked.run),
             }
-            self.give_back(unlinked.kind, unlinked.run);
             self.released = true;
         }
     }
 
-    /// Removes the frames of freed nodes, so that their addresses can get new ones.
-    fn forget_nodes(&mut self, run: BlockRun) {
+    /// Frees the blocks of nodes, and removes their frames, so that their addresses can get new ones.
+    fn release_nodes(&mut self, run: BlockRun) {
         for index in 0..u64::from(run.count) {
-            let addr: BlockAddr = run.start.add(index);
-            if let Some(frame) = self.cache.find(addr) {
-                assert!(self.cache.frame(frame).dropped, "node {addr} was freed while linked");
-                self.cache.remove(frame);
+            let start: BlockAddr = run.start.add(index);
+            match self.cache.find(start) {
+                // A tree reaches it: a damaged one had a second link to it, and this is its end.
+                Some(frame) if !self.cache.frame(frame).dropped => {
+                    self.note_double_use(start);
+                    continue;
+                }
+                Some(frame) => self.cache.remove(frame),
+                None => {}
             }
+            self.give_back(BlockKind::Metadata, BlockRun { start, count: 1 });
+        }
+    }
+
+    /// Tells that a node's block was free and in use at once: the store is damaged. The block leaks.
+    fn note_double_use(&mut self, block: BlockAddr) {
+        self.counters.node_errors += 1;
+        if self.may_log() {
+            tracing::error!(
+                "the block of radix node {block} is free and in use at once; run `bessel check`"
+            );
         }
     }
 }
