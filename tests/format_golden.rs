@@ -49,7 +49,7 @@ fn a_store_of_version_1_opens_with_all_its_volumes() {
     assert_eq!(probe(&mut disk.connect()).unwrap(), Found::Store { uuid: UUID });
     for mode in [OpenMode::ReadOnly, OpenMode::ReadWrite { time: time(99) }] {
         let store = open(&mut disk.connect(), mode).unwrap();
-        assert_eq!(store.faults, Vec::<String>::new());
+        assert_eq!(store.faults, Vec::new());
         assert_eq!(store.findings, Vec::new());
         assert!(store.was_clean);
         assert_eq!(store.epoch, if mode == OpenMode::ReadOnly { 1 } else { 2 });

@@ -213,7 +213,7 @@ fn a_lost_record_brings_back_the_one_before() {
         bytes[40] ^= 1;
         disk.poke(place, &bytes);
         let found = look();
-        assert_eq!(found.faults, Vec::<String>::new());
+        assert_eq!(found.faults, Vec::new());
         assert_eq!(found.directory.entry(volume).expect("the older one is").record.name, before);
         assert!(found.findings.iter().any(|finding| finding.severity == Severity::Warning));
     }

@@ -98,6 +98,33 @@ impl<'d, D: Device> Blocking<'d, D> {
         self.transfer(Direction::Read, spans, sink)
     }
 
+    /// [`Blocking::read`], block by block when something cannot be read: `sink` then gets each block,
+    /// or why it cannot be had, and some of them twice.
+    pub fn read_each(
+        &mut self,
+        spans: &[Span],
+        mut sink: impl FnMut(BlockAddr, Result<&[u8], DeviceError>),
+    ) {
+        let whole = self.read(spans.iter().copied(), |start, bytes| {
+            let addrs = (start.get()..).map(BlockAddr::new);
+            for (addr, block) in addrs.zip(bytes.chunks_exact(BLOCK_SIZE as usize)) {
+                sink(addr, Ok(block));
+            }
+        });
+        if whole.is_ok() {
+            return;
+        }
+        let mut block = [0; BLOCK_SIZE as usize];
+        for span in spans {
+            for addr in (0..span.blocks).map(|index| span.start.add(index)) {
+                match self.read_into(addr, &mut block) {
+                    Ok(()) => sink(addr, Ok(&block)),
+                    Err(error) => sink(addr, Err(error)),
+                }
+            }
+        }
+    }
+
     /// Reads the blocks from `start` on into `target`, whole blocks.
     ///
     /// # Errors

@@ -13,17 +13,25 @@
 //! Blocks that are allocated and not reached are counted, not reported: a crash leaks its claims,
 //! deleted snapshots await the collector, and neither does harm.
 //!
-//! `marks.rs` remembers what was reached; `walk.rs` follows the trees.
+//! `marks.rs` remembers what was reached; `walk.rs` follows the trees; `repair.rs` writes again what
+//! follows from what was found.
+//!
+//! The store is hostile: memory is a few bits for each block that its extents have, and a path
+//! through a tree is as long as the tree is high.
 
 mod marks;
+mod repair;
 mod walk;
+
+pub use repair::{RepairPlan, RepairReport, RepairStep, plan_repair, repair};
 
 use bessel_reactor::device::Device;
 use bessel_reactor::units::{BLOCK_SIZE, BlockAddr};
 
 use crate::blocking::{Blocking, Span};
-use crate::format::{ExtentType, LOG_ENTRIES_PER_BLOCK};
-use crate::store::{OpenError, OpenMode, OpenedStore, open};
+use crate::format::{Damage, ExtentType, LOG_ENTRIES_PER_BLOCK};
+use crate::store::{Losses, OpenError, OpenedStore, survey};
+use marks::Marks;
 use walk::{Tree, Walk};
 
 /// How bad a finding is.
@@ -35,24 +43,87 @@ pub enum Severity {
     Warning,
 }
 
+/// What on the device something is about.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub enum Structure {
+    /// A superblock copy.
+    Superblock,
+    /// A host record.
+    Host,
+    /// The group table.
+    Group,
+    /// The extent catalogue.
+    Catalogue,
+    /// An allocation bitmap.
+    Bitmap,
+    /// A volume record.
+    Record,
+    /// A snapshot log.
+    Log,
+    /// A radix node.
+    Node,
+    /// A block of guest data.
+    Data,
+}
+
+impl Structure {
+    /// One word for programs.
+    pub const fn word(self) -> &'static str {
+        match self {
+            Self::Superblock => "superblock",
+            Self::Host => "host",
+            Self::Group => "group",
+            Self::Catalogue => "catalogue",
+            Self::Bitmap => "bitmap",
+            Self::Record => "record",
+            Self::Log => "log",
+            Self::Node => "node",
+            Self::Data => "data",
+        }
+    }
+}
+
 /// Something on the device that is not as it should be.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Finding {
     /// How bad it is.
     pub severity: Severity,
-    /// What it is about, as `volume "vm1"`.
+    /// What is damaged.
+    pub structure: Structure,
+    /// Which block, if it is one.
+    pub block: Option<BlockAddr>,
+    /// Whose it is, as `volume "vm1"`.
     pub place: String,
     /// What is wrong.
     pub what: String,
+    /// It can be written again from what else is on the device: see [`repair`].
+    pub repairable: bool,
 }
 
 impl Finding {
     pub(crate) fn new(
         severity: Severity,
+        structure: Structure,
+        block: Option<BlockAddr>,
         place: impl Into<String>,
         what: impl Into<String>,
     ) -> Self {
-        Self { severity, place: place.into(), what: what.into() }
+        let (place, what) = (place.into(), what.into());
+        Self { severity, structure, block, place, what, repairable: false }
+    }
+
+    /// A damaged sector.
+    pub(crate) fn of(
+        severity: Severity,
+        structure: Structure,
+        place: impl Into<String>,
+        damage: &Damage,
+    ) -> Self {
+        Self::new(severity, structure, Some(damage.block), place, damage.to_string())
+    }
+
+    pub(crate) fn repairable(self) -> Self {
+        Self { repairable: true, ..self }
     }
 }
 
@@ -122,25 +193,39 @@ pub fn check<D: Device>(
     device: &mut D,
     progress: &mut dyn FnMut(u64, u64),
 ) -> Result<CheckReport, OpenError> {
-    let mut store = open(device, OpenMode::ReadOnly)?;
+    Ok(look(device, progress)?.report)
+}
+
+/// Everything that a check has found out.
+struct Look {
+    store: OpenedStore,
+    losses: Losses,
+    marks: Marks,
+    report: CheckReport,
+}
+
+fn look<D: Device>(device: &mut D, progress: &mut dyn FnMut(u64, u64)) -> Result<Look, OpenError> {
+    let (mut store, losses) = survey(device)?;
     let mut report = CheckReport {
-        findings: Vec::new(),
-        findings_omitted: 0,
+        findings: std::mem::take(&mut store.findings),
+        findings_omitted: store.findings_omitted,
         volumes: 0,
         snapshots: 0,
         data: Usage::default(),
         metadata: Usage::default(),
     };
-    std::mem::take(&mut store.findings).into_iter().for_each(|finding| report.report(finding));
-    for fault in std::mem::take(&mut store.faults) {
-        let (place, what) = fault.split_once(": ").unwrap_or(("registry", &fault));
-        report.report(Finding::new(Severity::Corrupt, place, what));
-    }
+    std::mem::take(&mut store.faults).into_iter().for_each(|fault| report.report(fault));
     let mut io = Blocking::new(device);
     check_groups(&mut io, &store, &mut report)?;
-    let mut walk = Walk::new(io, &store, report, progress)?;
+    let mut walk = Walk::new(io, &store, losses, report, progress)?;
     visit_all(&store, &mut walk);
-    Ok(walk.finish())
+    let (losses, marks, mut report) = walk.finish();
+    let (lost, unknown) =
+        (&losses, |finding: &&mut Finding| finding.structure == Structure::Catalogue);
+    for finding in report.findings.iter_mut().filter(unknown) {
+        finding.repairable = repair::is_derivable(lost, &store, finding);
+    }
+    Ok(Look { store, losses, marks, report })
 }
 
 /// Groups come with a later feature, which will be announced by a flag: until then, zeroes.
@@ -162,7 +247,8 @@ fn check_groups<D: Device>(
     .map_err(|source| OpenError::Device { doing: "reading the group table", source })?;
     for addr in used {
         let what = format!("block {addr} is reserved and not zero");
-        report.report(Finding::new(Severity::Warning, "group table", what));
+        let (severity, structure) = (Severity::Warning, Structure::Group);
+        report.report(Finding::new(severity, structure, Some(addr), "group table", what));
     }
     Ok(())
 }
@@ -171,12 +257,17 @@ fn check_groups<D: Device>(
 /// snapshot, which is the one that reads wrong bytes.
 fn visit_all<D: Device>(store: &OpenedStore, walk: &mut Walk<'_, '_, D>) {
     let live = || store.directory.entries().filter(|entry| !entry.record.deleted);
-    for entry in live() {
+    // A deleted volume keeps its record, and that its log.
+    for entry in store.directory.entries() {
         let record = &entry.record;
         let name = format!("volume {:?}", record.name);
         for (index, &addr) in (0u64..).zip(&entry.log_blocks) {
             walk.log_block(&name, addr, record.id, index * LOG_ENTRIES_PER_BLOCK as u64);
         }
+    }
+    for entry in live() {
+        let record = &entry.record;
+        let name = format!("volume {:?}", record.name);
         walk.tree(&Tree { name, root: record.root, height: record.height, writable: true });
         walk.report.volumes += 1;
     }

@@ -101,6 +101,8 @@ pub struct Directory {
     /// Records that cannot be read. Identities are given out in order, so theirs are at most this
     /// many above the largest that can be read, and the next volume's is chosen past them.
     unreadable: u64,
+    /// The first slot with such a record.
+    unreadable_slot: Option<u32>,
 }
 
 impl Directory {
@@ -114,6 +116,7 @@ impl Directory {
             names_reserved: BTreeSet::new(),
             id_next: Some(1),
             unreadable: 0,
+            unreadable_slot: None,
         }
     }
 
@@ -168,6 +171,12 @@ impl Directory {
     pub(crate) fn add_unreadable(&mut self, slot: u32) {
         self.slots_taken.insert(slot);
         self.unreadable += 1;
+        self.unreadable_slot.get_or_insert(slot);
+    }
+
+    /// A registry slot whose record cannot be read, if there is one: whose it is, nobody knows.
+    pub fn unreadable(&self) -> Option<u32> {
+        self.unreadable_slot
     }
 
     fn check_unique(&self, record: &VolumeRecord) -> Result<(), String> {

@@ -102,6 +102,8 @@ pub(crate) struct Authority {
     doubted: bool,
     /// Failures since start, for the log and the metrics.
     pub(crate) failures: u64,
+    /// Returns of a block that was free already.
+    pub(crate) double_frees: u64,
 }
 
 impl Authority {
@@ -124,6 +126,7 @@ impl Authority {
             unread: Vec::new(),
             doubted: false,
             failures: 0,
+            double_frees: 0,
         }
     }
 
@@ -271,7 +274,7 @@ impl Authority {
             Job::Return { runs } => {
                 let already_free = clear_bits(&mut bitmap, first, blocks, runs);
                 if let Some(block) = already_free {
-                    self.failures += 1;
+                    self.double_frees += 1;
                     tracing::error!("block {block} was freed twice; run `bessel check`");
                 }
                 State::WriteReturn

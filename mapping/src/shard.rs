@@ -138,6 +138,7 @@ pub struct Shard<D: Device> {
     pub(crate) parked_on_nodes: Vec<WaitingOnNode>,
     /// Work whose node cannot be had: it fails before this turn ends.
     pub(crate) doomed: Vec<(Work, CommandError)>,
+    pub(crate) double_uses: u64,
 
     pub(crate) images: BufferPool,
     pub(crate) sealed_images: BufferPool,
@@ -217,6 +218,7 @@ impl<D: Device> Shard<D> {
             loading: (0..frames).map(|_| None).collect(),
             parked_on_nodes: Vec::with_capacity(config.requests_max + pieces_max),
             doomed: Vec::new(),
+            double_uses: 0,
             images: BufferPool::new(images, BLOCK_SIZE as usize),
             sealed_images: BufferPool::new(SEALED_IMAGES, BLOCK_SIZE as usize),
             image_writes: Slab::new(images + SEALED_IMAGES),
@@ -284,6 +286,12 @@ impl<D: Device> Shard<D> {
         }
         self.device.submit();
         progress || self.released || self.commands_ready || !self.deferred.is_empty()
+    }
+
+    /// Blocks found to be free and in use at once. None ever is, on a store that is not damaged.
+    pub fn double_uses(&self) -> u64 {
+        let freed_twice = self.authority.as_ref().map_or(0, |authority| authority.double_frees);
+        self.double_uses + freed_twice
     }
 
     /// When [`Shard::poll`] must be called at the latest, if nothing else happens.

@@ -16,6 +16,7 @@ mod probe;
 mod reopen;
 
 pub use create::{FormatError, FormatOptions, FormatReport, format};
+pub(crate) use open::{Losses, survey};
 pub use open::{OpenError, OpenMode, OpenedStore, begin_life, close, open};
 pub use probe::{Found, probe};
 pub use reopen::{ReopenError, reread};

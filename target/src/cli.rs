@@ -41,7 +41,7 @@ enum Command {
     Tree(tree::TreeArgs),
     /// Show counters and space
     Stats(stats::StatsArgs),
-    /// Verify a store that no daemon serves
+    /// Verify a store that no daemon serves, and repair what follows from the rest
     Check(check::CheckArgs),
 }
 
@@ -127,6 +127,8 @@ mod tests {
             "tree --json",
             "stats --json",
             "check /dev/sdb --json",
+            "check /dev/sdb --repair",
+            "check /dev/sdb --repair --yes --json",
         ] {
             let words = std::iter::once("bessel").chain(line.split(' '));
             Cli::try_parse_from(words).unwrap_or_else(|error| panic!("{line}: {error}"));
@@ -146,6 +148,7 @@ mod tests {
             "snapshot create vm1 --label a/b",
             "tree --format png",
             "format",
+            "check /dev/sdb --yes",
         ] {
             let words = std::iter::once("bessel").chain(line.split(' ').filter(|w| !w.is_empty()));
             assert!(Cli::try_parse_from(words).is_err(), "{line}");

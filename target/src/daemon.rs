@@ -17,7 +17,7 @@
 //! A daemon that is killed instead leaves a store that opens all the same, and guests whose
 //! front-ends reconnect.
 
-use crate::api::ApiServer;
+use crate::api::{ApiServer, RefusalKind};
 use crate::attach::{Core, CoreCounters, CoreMessage, CorePort, CoreSeat};
 use crate::cli::{Outcome, output};
 use crate::config::{Config, ConfigError, Poll, QUEUES_DEFAULT};
@@ -436,16 +436,24 @@ fn restore_volumes(
     life.begin().map_err(|error| config.device_error(format!("cannot begin to serve: {error}")))
 }
 
-/// Opens the volumes of the configuration, which must succeed, and then all others of the store,
-/// which fail alone.
+/// Opens the volumes of the configuration, which must succeed, and then all others of the store. One
+/// that is damaged fails alone.
 fn open_volumes(config: &Config, plane: &mut ControlPlane) -> Result<(), ConfigError> {
     for (index, volume) in config.volumes.iter().enumerate() {
         if plane.is_withheld(&volume.name) {
             continue;
         }
-        plane.open_or_create(&volume.name, volume.size, Service::configured(volume)).map_err(
-            |refusal| config.volume_error(index, format!("volume {:?}: {refusal}", volume.name)),
-        )?;
+        let service = Service::configured(volume);
+        match plane.open_or_create(&volume.name, volume.size, service) {
+            Ok(()) => {}
+            Err(refusal) if refusal.kind == RefusalKind::Damaged => {
+                tracing::error!(volume = volume.name, "not served: {refusal}");
+            }
+            Err(refusal) => {
+                let what = format!("volume {:?}: {refusal}", volume.name);
+                return Err(config.volume_error(index, what));
+            }
+        }
     }
     for (id, name) in plane.unserved() {
         let service = Service::by_default(&name, plane.socket_directory());

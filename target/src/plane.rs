@@ -412,7 +412,8 @@ impl ControlPlane {
         }
         let fault = self.directory.get(id).and_then(|volume| volume.fault.as_deref());
         let reason = fault.unwrap_or("see the daemon's log");
-        Refusal::failed(format!("volume {id} could not be opened: {reason}"))
+        let kind = if fault.is_some() { RefusalKind::Damaged } else { RefusalKind::Failed };
+        Refusal::new(kind, format!("volume {id} could not be opened: {reason}"))
     }
 
     fn info(&self, id: VolumeId) -> Answered<VolumeInfo> {
@@ -525,9 +526,8 @@ fn refuse_command(error: CommandError) -> Refusal {
         | CommandError::LabelTaken(_)
         | CommandError::InUse
         | CommandError::Limit(_) => RefusalKind::Conflict,
-        CommandError::Device(_) | CommandError::Latched(_) | CommandError::Corrupt(_) => {
-            RefusalKind::Failed
-        }
+        CommandError::Device(_) | CommandError::Corrupt(_) => RefusalKind::Damaged,
+        CommandError::Latched(_) => RefusalKind::Failed,
     };
     Refusal::new(kind, error.to_string())
 }

@@ -21,8 +21,28 @@ pub(super) struct Reached {
 
 /// The part of an extent that one bitmap block covers.
 struct Part {
-    allocated: Bitmap,
+    allocated: BitmapRead,
     seen: Option<Box<Seen>>,
+}
+
+/// A bitmap block as it is on the device.
+pub(super) enum BitmapRead {
+    /// Everything counts as allocated: nothing of it is handed out.
+    Damaged,
+    /// It offered what it must not, and does not here.
+    Amended(Box<Bitmap>),
+    /// As it is.
+    Whole(Box<Bitmap>),
+}
+
+impl BitmapRead {
+    /// The bits, unless they are damaged.
+    pub(super) fn bitmap(&self) -> Option<&Bitmap> {
+        match self {
+            Self::Damaged => None,
+            Self::Amended(bitmap) | Self::Whole(bitmap) => Some(bitmap),
+        }
+    }
 }
 
 /// What was reached of a part.
@@ -50,10 +70,17 @@ impl Marks {
     }
 
     /// Notes the next bitmap block of an extent; they come in order.
-    pub(super) fn add_bitmap(&mut self, extent: u64, allocated: Bitmap) {
+    pub(super) fn add_bitmap(&mut self, extent: u64, allocated: BitmapRead) {
         let parts = &mut self.extents[extent as usize];
         assert!((parts.len() as u64) < self.geometry.bitmap_blocks, "too many bitmap blocks");
         parts.push(Part { allocated, seen: None });
+    }
+
+    /// What bitmap block `index` of an extent with bitmaps says, and what of it was reached: none
+    /// when nothing was.
+    pub(super) fn part(&self, extent: u64, index: u64) -> (&BitmapRead, Option<&Bitmap>) {
+        let part = &self.extents[extent as usize][index as usize];
+        (&part.allocated, part.seen.as_deref().map(|seen| &seen.reached))
     }
 
     /// Notes that a path leads to a block, which lies in an initialised extent.
@@ -62,7 +89,7 @@ impl Marks {
     /// When it does not.
     pub(super) fn reach(&mut self, path: Path) -> Reached {
         let (part, bit) = self.find(path.block);
-        let free = !part.allocated.get(bit);
+        let free = part.allocated.bitmap().is_some_and(|allocated| !allocated.get(bit));
         let seen = part.seen.get_or_insert_with(Seen::new);
         let print = fingerprint(path.place);
         if !seen.reached.get(bit) {
@@ -118,7 +145,7 @@ mod tests {
         let mut marks = Marks::new(geometry.unwrap());
         let mut allocated = Bitmap::new();
         allocated.set_range(0, 100);
-        marks.add_bitmap(2, allocated);
+        marks.add_bitmap(2, BitmapRead::Whole(Box::new(allocated)));
         marks
     }
 

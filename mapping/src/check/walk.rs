@@ -1,17 +1,17 @@
 //! Follows trees, a batch of nodes at a time, without recursion.
 
-use bessel_reactor::device::{Device, DeviceError};
+use bessel_reactor::device::Device;
 use bessel_reactor::units::{BLOCK_SIZE, BlockAddr};
 
-use super::marks::Marks;
-use super::{CheckReport, Finding, Path, Place, Severity, usage_of};
+use super::marks::{BitmapRead, Marks};
+use super::{CheckReport, Finding, Path, Place, Severity, Structure, usage_of};
 use crate::blocking::{Blocking, Span};
 use crate::format::{
-    Bitmap, Entry, ExtentType, NODE_BITS, NODE_ENTRIES, Node, NodeFault, check_entry,
+    Bitmap, Entry, EntryKind, ExtentType, NODE_BITS, NODE_ENTRIES, Node, NodeFault, check_entry,
     node_as_bytes_mut,
 };
 use crate::request::VolumeId;
-use crate::store::{OpenError, OpenedStore};
+use crate::store::{Losses, OpenError, OpenedStore};
 
 /// Nodes read together. The stack then holds at most 3 levels × 64 × 512 nodes, 3 MiB.
 const BATCH: usize = 64;
@@ -41,6 +41,7 @@ struct Visit {
 pub(super) struct Walk<'a, 'd, D: Device> {
     io: Blocking<'d, D>,
     store: &'a OpenedStore,
+    losses: Losses,
     marks: Marks,
     progress: &'a mut dyn FnMut(u64, u64),
     pub(super) report: CheckReport,
@@ -51,49 +52,79 @@ impl<'a, 'd, D: Device> Walk<'a, 'd, D> {
     pub(super) fn new(
         io: Blocking<'d, D>,
         store: &'a OpenedStore,
+        losses: Losses,
         report: CheckReport,
         progress: &'a mut dyn FnMut(u64, u64),
     ) -> Result<Self, OpenError> {
         let marks = Marks::new(store.geometry);
-        let mut walk = Self { io, store, marks, progress, report };
-        walk.read_bitmaps()
-            .map_err(|source| OpenError::Device { doing: "reading the bitmaps", source })?;
+        let mut walk = Self { io, store, losses, marks, progress, report };
+        for extent in 0..store.geometry.extent_count {
+            walk.read_bitmaps(extent);
+        }
         Ok(walk)
     }
 
-    fn read_bitmaps(&mut self) -> Result<(), DeviceError> {
+    /// Reads the bitmap of an extent, if it has one.
+    fn read_bitmaps(&mut self, extent: u64) {
         let geometry = self.store.geometry;
-        for (extent, entry) in (0u64..).zip(&self.store.catalogue) {
-            let Some(usage) = usage_of(&mut self.report, entry.kind) else { continue };
-            usage.extents += 1;
-            let mut bytes = vec![0; (geometry.bitmap_blocks * BLOCK_SIZE) as usize];
-            self.io.read_into(geometry.extent_start(extent), &mut bytes)?;
-            for (index, block) in (0..).zip(bytes.chunks_exact(BLOCK_SIZE as usize)) {
-                self.read_bitmap(extent, index, entry.kind, block);
+        let kind = self.store.extents.get(extent);
+        let Some(usage) = usage_of(&mut self.report, kind) else { return };
+        usage.extents += 1;
+        let start = geometry.extent_start(extent);
+        let mut bytes = vec![0; (geometry.bitmap_blocks * BLOCK_SIZE) as usize];
+        // What cannot be read stays zero, which is damaged.
+        self.io.read_each(&[Span { start, blocks: geometry.bitmap_blocks }], |addr, block| {
+            let at = ((addr.get() - start.get()) * BLOCK_SIZE) as usize;
+            if let Ok(block) = block {
+                bytes[at..at + block.len()].copy_from_slice(block);
             }
+        });
+        for (index, block) in (0..).zip(bytes.chunks_exact(BLOCK_SIZE as usize)) {
+            self.take_bitmap(extent, index, kind, block);
         }
-        Ok(())
     }
 
-    fn read_bitmap(&mut self, extent: u64, index: u64, kind: ExtentType, block: &[u8]) {
+    fn take_bitmap(&mut self, extent: u64, index: u64, kind: ExtentType, block: &[u8]) {
         let geometry = self.store.geometry;
         let addr = geometry.bitmap_block(extent, index);
-        // Opening has reported a damaged one. Everything counts as allocated in it: nothing of it
-        // is handed out.
-        let mut bitmap = Bitmap::new();
-        if bitmap.decode_into(block, addr, self.store.secret).is_err() {
-            bitmap.set_range(0, Bitmap::BITS);
-        }
-        if !bitmap.include(&geometry.fresh_bitmap(index)) {
+        let mut bitmap = Box::new(Bitmap::new());
+        let mut read = match bitmap.decode_into(block, addr, self.store.secret) {
+            Ok(()) => BitmapRead::Whole(bitmap),
+            Err(damage) => {
+                // Opening has not looked there: the catalogue has lost the extent.
+                if self.store.catalogue[extent as usize].kind == ExtentType::Invalid {
+                    let (severity, structure) = (Severity::Corrupt, Structure::Bitmap);
+                    let place = format!("extent {extent}");
+                    let finding = Finding::of(severity, structure, place, &damage);
+                    self.report.report(finding.repairable());
+                }
+                BitmapRead::Damaged
+            }
+        };
+        if let BitmapRead::Whole(bitmap) = &mut read
+            && !bitmap.include(&geometry.fresh_bitmap(index))
+        {
             let what = "offers the bitmap's own blocks, or blocks past the end of the extent";
             let place = format!("allocation bitmap at block {addr}");
-            self.report.report(Finding::new(Severity::Corrupt, place, what));
+            let (severity, structure) = (Severity::Corrupt, Structure::Bitmap);
+            let finding = Finding::new(severity, structure, Some(addr), place, what);
+            self.report.report(finding.repairable());
+            read = BitmapRead::Amended(std::mem::take(bitmap));
         }
-        let allocated = geometry.fresh_bitmap_free(index) - bitmap.count_free();
+        let usable = geometry.fresh_bitmap_free(index);
+        let free = read.bitmap().map_or(0, Bitmap::count_free);
         let usage = usage_of(&mut self.report, kind).expect("only these extents have bitmaps");
-        usage.allocated += u64::from(allocated);
-        usage.leaked += u64::from(allocated);
-        self.marks.add_bitmap(extent, bitmap);
+        usage.allocated += u64::from(usable - free);
+        usage.leaked += u64::from(usable - free);
+        self.marks.add_bitmap(extent, read);
+    }
+
+    /// Notes that a link that can be trusted leads to something of this type: where the catalogue
+    /// has lost the extent, it tells what the extent holds.
+    fn adopt(&mut self, block: BlockAddr, kind: ExtentType) {
+        if let Some(extent) = self.losses.extents.adopt(&self.store.extents, block, kind) {
+            self.read_bitmaps(extent);
+        }
     }
 
     /// A log block that opening has read. Nobody else may have it.
@@ -112,6 +143,7 @@ impl<'a, 'd, D: Device> Walk<'a, 'd, D> {
     pub(super) fn tree(&mut self, tree: &Tree) {
         let mut stack = Vec::new();
         let root = Visit { addr: tree.root, level: tree.height, first: 0, writable: tree.writable };
+        self.adopt(tree.root, ExtentType::Metadata);
         self.arrive_at_node(tree, root, &mut stack);
         while !stack.is_empty() {
             let mut batch = stack.split_off(stack.len().saturating_sub(BATCH));
@@ -142,7 +174,10 @@ impl<'a, 'd, D: Device> Walk<'a, 'd, D> {
             let outcome = self.io.read_into(visit.addr, node_as_bytes_mut(node));
             if let Err(error) = &outcome {
                 let what = format!("radix node at block {} cannot be read: {error}", visit.addr);
-                self.report.report(Finding::new(Severity::Corrupt, tree.name.as_str(), what));
+                self.losses.hide(|| format!("{}: {what}", tree.name));
+                let (severity, structure) = (Severity::Corrupt, Structure::Node);
+                let block = Some(visit.addr);
+                self.report.report(Finding::new(severity, structure, block, &tree.name, what));
             }
             outcome.is_ok()
         });
@@ -155,6 +190,15 @@ impl<'a, 'd, D: Device> Walk<'a, 'd, D> {
         let mut first_fault: Option<NodeFault> = None;
         let mut faults = 0;
         for (slot, entry) in node.iter().enumerate() {
+            if self.store.key.verify(*entry, addr, slot) {
+                match entry.kind() {
+                    EntryKind::Data if level == 1 => self.adopt(entry.block(), ExtentType::Data),
+                    EntryKind::Node(below) if below + 1 == level => {
+                        self.adopt(entry.block(), ExtentType::Metadata);
+                    }
+                    _ => {}
+                }
+            }
             let good = check_entry(node, addr, level, slot, self.store.key, &self.store.extents);
             if let Err(fault) = good {
                 first_fault.get_or_insert(fault);
@@ -174,7 +218,9 @@ impl<'a, 'd, D: Device> Walk<'a, 'd, D> {
                 1 => fault.to_string(),
                 _ => format!("{fault}; {} more entries of the node are bad", faults - 1),
             };
-            self.report.report(Finding::new(Severity::Corrupt, tree.name.as_str(), what));
+            self.losses.hide(|| format!("{}: {what}", tree.name));
+            let (severity, structure) = (Severity::Corrupt, Structure::Node);
+            self.report.report(Finding::new(severity, structure, Some(addr), &tree.name, what));
         }
     }
 
@@ -197,34 +243,41 @@ impl<'a, 'd, D: Device> Walk<'a, 'd, D> {
             usage.leaked -= u64::from(!reached.free);
             if reached.free {
                 let what = "it is free in its bitmap and may be handed out again";
-                self.conflict(name, path, what);
+                let finding = conflict(name, path, what);
+                self.report.report(finding.repairable());
             }
         }
         if let Some(what) = reached.conflict {
-            self.conflict(name, path, what);
+            // What lies below was followed as the first path has it, which may be the wrong one.
+            self.losses.hide(|| format!("{name}: block {} is reached twice", path.block));
+            self.report.report(conflict(name, path, what));
         }
         reached.first
     }
 
-    fn conflict(&mut self, name: &str, path: Path, what: &str) {
-        let block = path.block;
-        let what = match path.place {
-            Place::Tree { level: 0, first } => format!("data block {block} (volume block {first})"),
-            Place::Tree { level, first } => {
-                format!("radix node at block {block} (level {level}, volume block {first})")
-            }
-            Place::Log { first_sequence, .. } => {
-                format!("snapshot log at block {block} (from snapshot {first_sequence})")
-            }
-        } + ": "
-            + what;
-        self.report.report(Finding::new(Severity::Corrupt, name, what));
-    }
-
     /// What it came to.
-    pub(super) fn finish(self) -> CheckReport {
+    pub(super) fn finish(self) -> (Losses, Marks, CheckReport) {
         let total = self.report.metadata.reachable;
         (self.progress)(total, total);
-        self.report
+        (self.losses, self.marks, self.report)
     }
+}
+
+/// Why a path should not lead to a block.
+fn conflict(name: &str, path: Path, what: &str) -> Finding {
+    let block = path.block;
+    let (structure, of) = match path.place {
+        Place::Tree { level: 0, first } => {
+            (Structure::Data, format!("data block {block} (volume block {first})"))
+        }
+        Place::Tree { level, first } => {
+            let of = format!("radix node at block {block} (level {level}, volume block {first})");
+            (Structure::Node, of)
+        }
+        Place::Log { first_sequence, .. } => {
+            let of = format!("snapshot log at block {block} (from snapshot {first_sequence})");
+            (Structure::Log, of)
+        }
+    };
+    Finding::new(Severity::Corrupt, structure, Some(block), name, format!("{of}: {what}"))
 }

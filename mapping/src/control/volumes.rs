@@ -26,7 +26,7 @@ impl<D: Device> Shard<D> {
         self.needs_room_in_journal()?;
         let frame = self.node(root, height, ticket)?;
         if let Some(other) = self.volumes.iter().flatten().find(|volume| volume.root == frame) {
-            let what = format!("root {root} is that of volume {:?} too", other.record.name);
+            let what = format!("root block {root} is that of volume {:?} too", other.record.name);
             return Err(CommandError::Corrupt(format!("{what}; run `bessel check`")).into());
         }
         let log = SnapshotLog { entries: entry.log.clone(), blocks: entry.log_blocks.clone() };
@@ -116,7 +116,7 @@ impl<D: Device> Shard<D> {
     ) -> Result<FrameId, NotNow> {
         if !self.extents.holds(addr, ExtentType::Metadata) {
             return Err(CommandError::Corrupt(format!(
-                "root {addr} does not lie in a metadata extent; run `bessel check`"
+                "root block {addr} does not lie in a metadata extent; run `bessel check`"
             ))
             .into());
         }

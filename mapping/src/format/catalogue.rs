@@ -30,6 +30,8 @@ struct DiskEntry {
     reserved_16: [u8; 16],
 }
 
+/// Entries in a sector of the catalogue, which stands for itself.
+pub const CATALOGUE_ENTRIES_PER_SECTOR: usize = ENTRIES_PER_SECTOR;
 const ENTRIES_PER_SECTOR: usize = 15;
 /// Extents that one catalogue block describes: 8 sectors × 15.
 pub const CATALOGUE_ENTRIES_PER_BLOCK: usize = ENTRIES_PER_SECTOR * (BLOCK / SECTOR);
@@ -111,20 +113,40 @@ pub fn decode_catalogue_block(
     assert_eq!(bytes.len(), BLOCK, "a catalogue block is one block");
     assert!(count <= CATALOGUE_ENTRIES_PER_BLOCK, "{count} entries");
     for (index, bytes) in bytes.chunks_exact(SECTOR).enumerate() {
-        let place = Place::new(addr, index as u8);
-        unseal(bytes, place, Kind::Catalogue, secret)?;
-        let sector = DiskSector::ref_from_bytes(bytes).expect("the chunk is one sector");
         let here = count.saturating_sub(index * ENTRIES_PER_SECTOR).min(ENTRIES_PER_SECTOR);
-        for disk in &sector.entries[..here] {
-            let kind = ExtentType::from_number(disk.kind).filter(|&k| k != ExtentType::Invalid);
-            let unknown = Fault::Field("an extent has an unknown type");
-            entries.push(CatalogueEntry {
-                kind: kind.ok_or(place.damage(Kind::Catalogue, unknown))?,
-                owner_host: disk.owner_host.get(),
-                owner_epoch: disk.owner_epoch.get(),
-            });
-        }
+        decode_catalogue_sector(bytes, addr, index as u8, here, secret, entries)?;
     }
+    Ok(())
+}
+
+/// Reads sector `index` of the catalogue block at `addr`: appends its first `count` entries to
+/// `entries`, or nothing.
+///
+/// # Errors
+/// What is wrong with it.
+///
+/// # Panics
+/// When `bytes` is not one sector or `count` is more than 15.
+pub fn decode_catalogue_sector(
+    bytes: &[u8],
+    addr: BlockAddr,
+    index: u8,
+    count: usize,
+    secret: u64,
+    entries: &mut Vec<CatalogueEntry>,
+) -> Result<(), Damage> {
+    let place = Place::new(addr, index);
+    unseal(bytes, place, Kind::Catalogue, secret)?;
+    let sector = DiskSector::ref_from_bytes(bytes).expect("the chunk is one sector");
+    let known = |number| ExtentType::from_number(number).filter(|&k| k != ExtentType::Invalid);
+    if !sector.entries[..count].iter().all(|disk| known(disk.kind).is_some()) {
+        return Err(place.damage(Kind::Catalogue, Fault::Field("an extent has an unknown type")));
+    }
+    entries.extend(sector.entries[..count].iter().map(|disk| CatalogueEntry {
+        kind: known(disk.kind).expect("checked above"),
+        owner_host: disk.owner_host.get(),
+        owner_epoch: disk.owner_epoch.get(),
+    }));
     Ok(())
 }
 

@@ -24,7 +24,8 @@ mod superblock;
 
 pub use bitmap::Bitmap;
 pub use catalogue::{
-    CATALOGUE_ENTRIES_PER_BLOCK, CatalogueEntry, decode_catalogue_block, encode_catalogue_block,
+    CATALOGUE_ENTRIES_PER_BLOCK, CATALOGUE_ENTRIES_PER_SECTOR, CatalogueEntry,
+    decode_catalogue_block, decode_catalogue_sector, encode_catalogue_block,
 };
 pub use entry::{Entry, EntryKind, TagKey};
 pub use extents::{ExtentMap, ExtentType};
@@ -40,7 +41,7 @@ pub use node::{
 };
 pub use registry::{VOLUME_SIZE_MAX, VOLUME_SIZE_MIN, VolumeRecord};
 pub use seal::Damage;
-pub use slots::{Slot, SlotPair, choose_slot};
+pub use slots::{Slot, SlotPair, choose_slot, find_lost_slot};
 pub use snapshot_log::{
     LOG_ENTRIES_PER_BLOCK, LogBlock, LogEntry, decode_log_block, encode_log_block,
 };

@@ -48,6 +48,21 @@ pub enum SlotPair<T> {
     Damaged(Damage),
 }
 
+/// A slot that holds nothing, beside a record that was not the first, has lost what it held.
+pub fn find_lost_slot<T>(
+    slots: &mut [Slot<T>; 2],
+    generation: impl Fn(&T) -> u64,
+    lost: impl Fn(usize) -> Damage,
+) {
+    for index in 0..2 {
+        let other_is_later =
+            matches!(&slots[1 - index], Slot::Record(record) if generation(record) > 1);
+        if other_is_later && matches!(slots[index], Slot::Empty) {
+            slots[index] = Slot::Damaged(lost(index));
+        }
+    }
+}
+
 /// Chooses between the two slots of a pair by `generation`.
 pub fn choose_slot<T>(slots: [Slot<T>; 2], generation: impl Fn(&T) -> u64) -> SlotPair<T> {
     match slots {

@@ -263,7 +263,7 @@ impl<D: Device> Shard<D> {
 
     /// Tells that a node's block was free and in use at once: the store is damaged. The block leaks.
     fn note_double_use(&mut self, block: BlockAddr) {
-        self.counters.node_errors += 1;
+        self.double_uses += 1;
         if self.may_log() {
             tracing::error!(
                 "the block of radix node {block} is free and in use at once; run `bessel check`"

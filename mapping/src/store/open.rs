@@ -3,25 +3,28 @@
 //! What concerns the whole store and cannot be trusted refuses the store, unchanged. What concerns
 //! one volume takes that volume out alone. Only when all has been read is anything written: bad
 //! superblock copies are renewed, and the host's epoch is raised, before a shard sees the store.
+//!
+//! `bessel check` reads a store by the same code, but stops at nothing that leaves something to see.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 
 use bessel_reactor::clock::WallTime;
 use bessel_reactor::device::{Device, DeviceError};
-use bessel_reactor::units::{BLOCK_SIZE, BlockAddr, ByteCount};
+use bessel_reactor::units::{BLOCK_SIZE, BlockAddr, ByteCount, SECTOR_SIZE, SECTORS_PER_BLOCK};
 
 use super::probe::{Found, look};
 use super::{FreeCounts, HOST_LOCAL, write_superblock};
 use crate::blocking::{Blocking, Span};
-use crate::check::{Finding, Severity};
+use crate::check::{FINDINGS_MAX, Finding, Severity, Structure};
 use crate::directory::{Directory, VolumeEntry};
 use crate::format::{
-    Bitmap, CATALOGUE_ENTRIES_PER_BLOCK, CatalogueEntry, Damage, ExtentMap, ExtentType,
+    Bitmap, CATALOGUE_ENTRIES_PER_SECTOR, CatalogueEntry, Damage, ExtentMap, ExtentType,
     FEATURES_INCOMPATIBLE_KNOWN, FEATURES_READ_ONLY_KNOWN, Geometry, HostRecord,
     LOG_ENTRIES_PER_BLOCK, LogEntry, SUPERBLOCK_COPIES, Slot, SlotPair, Superblock,
-    SuperblockFault, TagKey, VolumeRecord, choose_slot, decode_catalogue_block, decode_log_block,
-    tree_blocks,
+    SuperblockFault, TagKey, VolumeRecord, choose_slot, decode_catalogue_sector, decode_log_block,
+    find_lost_slot, seal, tree_blocks,
 };
 
 const BLOCK: usize = BLOCK_SIZE as usize;
@@ -63,10 +66,12 @@ pub struct OpenedStore {
     pub bitmap_free: FreeCounts,
     /// All volumes.
     pub directory: Directory,
-    /// Volumes that could not be opened and why, one line each.
-    pub faults: Vec<String>,
-    /// What else was found to be wrong and could be lived with.
+    /// Volumes that could not be opened and why.
+    pub faults: Vec<Finding>,
+    /// What else was found to be wrong and could be lived with, the first [`FINDINGS_MAX`].
     pub findings: Vec<Finding>,
+    /// How many more there are.
+    pub findings_omitted: u64,
     /// Device flushes that failed since, of whichever shard: all shards write to one cache.
     pub flush_failures: Arc<AtomicU64>,
 }
@@ -130,7 +135,10 @@ pub enum OpenError {
         device: ByteCount,
     },
     /// What the whole store hangs on contradicts itself.
-    #[error("the store is damaged: {0}; run `bessel check`, and restore the device from a backup")]
+    #[error(
+        "the store is damaged: {0}; see what `bessel check --repair` can do, else restore the \
+         device from a backup"
+    )]
     Corrupt(String),
     /// The device failed.
     #[error("the device failed while {doing}")]
@@ -147,48 +155,155 @@ fn failed(doing: &'static str) -> impl FnOnce(DeviceError) -> OpenError {
     move |source| OpenError::Device { doing, source }
 }
 
+/// What a store has lost that stands elsewhere too, or follows from something else: what
+/// [`crate::check::repair`] can write again.
+#[derive(Debug)]
+pub(crate) struct Losses {
+    /// Superblock copies that do not hold the superblock.
+    pub(crate) superblocks: Vec<BlockAddr>,
+    /// The host's slots that are damaged.
+    pub(crate) host: Vec<BlockAddr>,
+    /// Sectors of the catalogue: the first extent each describes.
+    pub(crate) catalogue: BTreeSet<u64>,
+    /// What is known of the extents that these described.
+    pub(crate) extents: LostExtents,
+    /// Damaged slots of volume records that have a good one: its slot and the damaged block.
+    pub(crate) records: Vec<(u32, VolumeRecord, BlockAddr)>,
+    /// Why trees may exist that cannot be found, the first reason.
+    pub(crate) hidden: Option<String>,
+}
+
+/// Extents whose catalogue entries are lost. What whole links lead to tells what they hold.
+#[derive(Debug)]
+pub(crate) struct LostExtents {
+    geometry: Geometry,
+    /// By extent, what was found in it.
+    found: BTreeMap<u64, Option<ExtentType>>,
+    /// Extents that links of both kinds lead to.
+    pub(crate) doubtful: BTreeSet<u64>,
+}
+
+impl LostExtents {
+    /// Notes that a link that can be trusted leads to something of this type. Returns the extent
+    /// when it had no type until now; it has one then.
+    pub(crate) fn adopt(
+        &mut self,
+        extents: &ExtentMap,
+        block: BlockAddr,
+        kind: ExtentType,
+    ) -> Option<u64> {
+        let extent = self.geometry.extent_of(block);
+        let found = self.found.get_mut(&extent)?;
+        if block.get() % self.geometry.extent_blocks < self.geometry.bitmap_blocks {
+            return None; // Nothing links to a bitmap.
+        }
+        match *found {
+            None => {
+                *found = Some(kind);
+                extents.set(extent, kind);
+                return Some(extent);
+            }
+            Some(found) if found != kind => {
+                self.doubtful.insert(extent);
+            }
+            Some(_) => {}
+        }
+        None
+    }
+
+    /// Extents whose entries are lost, and what was found in them.
+    pub(crate) fn found(&self) -> impl Iterator<Item = (u64, Option<ExtentType>)> {
+        self.found.iter().map(|(&extent, &kind)| (extent, kind))
+    }
+}
+
+/// Whether a store that has lost its catalogue or its host may be looked at.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Leniency {
+    None,
+    All,
+}
+
 /// Opens the store on a device.
 ///
 /// # Errors
 /// Why it is refused.
 pub fn open<D: Device>(device: &mut D, mode: OpenMode) -> Result<OpenedStore, OpenError> {
-    let capacity = device.properties().capacity;
     let mut io = Blocking::new(device);
-    let mut findings = Vec::new();
-    let (superblock, bad_copies) = read_superblock(&mut io, &mut findings)?;
+    let (mut store, losses) = read_store(&mut io, mode, Leniency::None)?;
+    if let OpenMode::ReadWrite { time } = mode {
+        write_superblock(&mut io, &store.superblock, &losses.superblocks)
+            .map_err(failed("renewing the superblock"))?;
+        attach(&mut io, &mut store, time)?;
+    }
+    Ok(store)
+}
+
+/// Reads as much of a store as there is, to find out what is wrong with it. Writes nothing.
+///
+/// # Errors
+/// When there is no store, or not even its shape can be known.
+pub(crate) fn survey<D: Device>(device: &mut D) -> Result<(OpenedStore, Losses), OpenError> {
+    read_store(&mut Blocking::new(device), OpenMode::ReadOnly, Leniency::All)
+}
+
+fn read_store<D: Device>(
+    io: &mut Blocking<'_, D>,
+    mode: OpenMode,
+    leniency: Leniency,
+) -> Result<(OpenedStore, Losses), OpenError> {
+    let mut findings = Findings::default();
+    let (superblock, superblocks) = read_superblock(io, &mut findings)?;
     check_features(&superblock, mode)?;
-    if capacity < superblock.geometry.size() {
-        return Err(OpenError::Truncated { store: superblock.geometry.size(), device: capacity });
+    let (size, device) = (superblock.geometry.size(), ByteCount::from_blocks(io.capacity_blocks()));
+    if device < size {
+        return Err(OpenError::Truncated { store: size, device });
     }
     let (geometry, secret) = (superblock.geometry, superblock.secret);
-    let catalogue = read_catalogue(&mut io, &superblock)?;
+    let mut losses = Losses { superblocks, ..Losses::none(geometry) };
+    let catalogue = read_catalogue(io, &superblock, leniency, &mut losses, &mut findings)?;
     let types: Vec<_> = catalogue.iter().map(|entry| entry.kind).collect();
     let extents = ExtentMap::new(geometry.extent_blocks, geometry.bitmap_blocks, &types);
-    let host = read_host(&mut io, &superblock, mode, &mut findings)?;
-    let bitmap_free = count_free(&mut io, &superblock, &catalogue, &mut findings)?;
+    let host = read_host(io, &superblock, mode, &mut losses, &mut findings)?;
+    let bitmap_free = count_free(io, &superblock, &catalogue, &mut findings);
     let mut store = OpenedStore {
         geometry,
         key: TagKey::new(secret),
         secret,
         epoch: host.as_ref().map_or(0, |host| host.epoch),
-        was_clean: host.as_ref().is_none_or(|host| host.clean),
+        was_clean: host.as_ref().is_none_or(|host| host.clean) && losses.host.is_empty(),
         host,
         extents,
         catalogue,
         bitmap_free,
         directory: Directory::new(geometry.registry_slots),
         faults: Vec::new(),
-        findings,
+        findings: Vec::new(),
+        findings_omitted: 0,
         flush_failures: Arc::default(),
         superblock,
     };
-    read_registry(&mut io, &mut store)?;
-    if let OpenMode::ReadWrite { time } = mode {
-        write_superblock(&mut io, &store.superblock, &bad_copies)
-            .map_err(failed("renewing the superblock"))?;
-        attach(&mut io, &mut store, time)?;
+    read_registry(io, &mut store, &mut losses, &mut findings);
+    store.findings = findings.kept;
+    store.findings_omitted = findings.omitted;
+    Ok((store, losses))
+}
+
+/// What was found to be wrong, within a bound: a hostile store can have any number of damages.
+#[derive(Default)]
+struct Findings {
+    kept: Vec<Finding>,
+    omitted: u64,
+}
+
+impl Findings {
+    fn push(&mut self, finding: Finding) {
+        if self.kept.len() < FINDINGS_MAX {
+            self.kept.push(finding);
+        } else {
+            self.omitted += 1;
+        }
     }
-    Ok(store)
 }
 
 /// The life of a host that has never served anybody.
@@ -237,23 +352,35 @@ pub fn begin_life<D: Device>(
 /// The superblock that counts, and the copies that do not hold it.
 fn read_superblock<D: Device>(
     io: &mut Blocking<'_, D>,
-    findings: &mut Vec<Finding>,
+    findings: &mut Findings,
 ) -> Result<(Superblock, Vec<BlockAddr>), OpenError> {
     let present = SUPERBLOCK_COPIES.iter().filter(|copy| copy.get() < io.capacity_blocks());
     let spans: Vec<_> = present.map(|&copy| Span::one(copy)).collect();
-    let mut copies = Vec::with_capacity(SUPERBLOCK_COPIES.len());
-    io.read(spans, |addr, block| copies.push((addr, Superblock::decode(block, addr))))
-        .map_err(failed("reading the superblock"))?;
-    copies.sort_by_key(|(addr, _)| *addr);
+    let mut copies = BTreeMap::new();
+    let mut unreadable = None;
+    io.read_each(&spans, |addr, block| {
+        let copy = block.map(|block| Superblock::decode(block, addr));
+        let lost = SuperblockFault::Damaged(unreadable_block(seal::Kind::Superblock, addr));
+        copies.insert(
+            addr,
+            copy.unwrap_or_else(|error| {
+                unreadable = Some(error);
+                Err(lost)
+            }),
+        );
+    });
 
-    for (_, copy) in &copies {
+    for copy in copies.values() {
         if let Err(SuperblockFault::Version { version, .. }) = copy {
             return Err(OpenError::Newer { version: *version });
         }
     }
-    let valid = || copies.iter().filter_map(|(_, copy)| copy.as_ref().ok());
+    let valid = || copies.values().filter_map(|copy| copy.as_ref().ok());
+    if let (None, Some(source)) = (valid().next(), unreadable) {
+        return Err(OpenError::Device { doing: "reading the superblock", source });
+    }
     let Some(best) = valid().max_by_key(|superblock| superblock.sequence).cloned() else {
-        return Err(no_superblock(io, copies.into_iter().filter_map(|(_, copy)| copy.err())));
+        return Err(no_superblock(io, copies.into_values().filter_map(Result::err)));
     };
     let same = |other: &Superblock| {
         (other.uuid, other.geometry, other.secret) == (best.uuid, best.geometry, best.secret)
@@ -273,7 +400,10 @@ fn read_superblock<D: Device>(
             Err(fault) => fault.to_string(),
         };
         bad.push(*addr);
-        findings.push(Finding::new(Severity::Warning, format!("superblock at block {addr}"), what));
+        let place = format!("superblock at block {addr}");
+        let finding =
+            Finding::new(Severity::Warning, Structure::Superblock, Some(*addr), place, what);
+        findings.push(finding.repairable());
     }
     Ok((best, bad))
 }
@@ -305,9 +435,13 @@ fn check_features(superblock: &Superblock, mode: OpenMode) -> Result<(), OpenErr
     Ok(())
 }
 
+/// The extent catalogue. When damage may be lived with, extents without an entry have no type.
 fn read_catalogue<D: Device>(
     io: &mut Blocking<'_, D>,
     superblock: &Superblock,
+    leniency: Leniency,
+    losses: &mut Losses,
+    findings: &mut Findings,
 ) -> Result<Vec<CatalogueEntry>, OpenError> {
     let geometry = &superblock.geometry;
     let mut bytes = vec![0; geometry.catalogue_blocks as usize * BLOCK];
@@ -315,11 +449,29 @@ fn read_catalogue<D: Device>(
         .map_err(failed("reading the extent catalogue"))?;
     let count = geometry.extent_count as usize;
     let mut entries = Vec::with_capacity(count);
-    let addrs = (geometry.catalogue_start.get()..).map(BlockAddr::new);
-    for (addr, block) in addrs.zip(bytes.chunks_exact(BLOCK)) {
-        let here = (count - entries.len()).min(CATALOGUE_ENTRIES_PER_BLOCK);
-        decode_catalogue_block(block, addr, here, superblock.secret, &mut entries)
-            .map_err(|damage| OpenError::Corrupt(damage.to_string()))?;
+    let sectors = (0u8..8).cycle().zip(bytes.chunks_exact(SECTOR_SIZE as usize));
+    for (index, (sector, bytes)) in (0u64..).zip(sectors) {
+        let addr = geometry.catalogue_start.add(index / SECTORS_PER_BLOCK);
+        let first = entries.len();
+        let here = (count - first).min(CATALOGUE_ENTRIES_PER_SECTOR);
+        let read =
+            decode_catalogue_sector(bytes, addr, sector, here, superblock.secret, &mut entries);
+        let Err(damage) = read else { continue };
+        if leniency == Leniency::None {
+            return Err(OpenError::Corrupt(damage.to_string()));
+        }
+        let place = match here {
+            0 => "no extents".to_owned(),
+            _ => format!("extents {first} to {}", first + here - 1),
+        };
+        findings.push(Finding::of(Severity::Corrupt, Structure::Catalogue, place, &damage));
+        losses.catalogue.insert(index);
+        let lost = CatalogueEntry { kind: ExtentType::Invalid, ..CatalogueEntry::UNUSED };
+        entries.resize(first + here, lost);
+        losses.extents.found.extend((first..first + here).map(|extent| (extent as u64, None)));
+    }
+    if losses.extents.found.remove(&0).is_some() {
+        entries[0].kind = ExtentType::System;
     }
     let systems = entries.iter().filter(|entry| entry.kind == ExtentType::System).count();
     if entries[0].kind != ExtentType::System || systems != 1 {
@@ -333,32 +485,59 @@ fn read_host<D: Device>(
     io: &mut Blocking<'_, D>,
     superblock: &Superblock,
     mode: OpenMode,
-    findings: &mut Vec<Finding>,
+    losses: &mut Losses,
+    findings: &mut Findings,
 ) -> Result<Option<HostRecord>, OpenError> {
     let geometry = &superblock.geometry;
     let mut bytes = [0; 2 * BLOCK];
     let start = geometry.host_slot(HOST_LOCAL, 0);
     io.read_into(start, &mut bytes).map_err(failed("reading the host table"))?;
-    let slots = read_pair(&bytes, start, |block, addr| {
+    let mut slots = read_pair(&bytes, start, |block, addr| {
         HostRecord::decode_slot(block, addr, superblock.secret)
     });
-    let place = format!("host {HOST_LOCAL}");
+    let lost = |index| zero_block(seal::Kind::Host, start.add(index as u64));
+    find_lost_slot(&mut slots, |host| host.generation, lost);
+    let damages = damages_of(&slots);
+    losses.host.extend(damages.iter().map(|damage| damage.block));
+    let finding = |severity, damage| {
+        let place = format!("host {HOST_LOCAL}");
+        Finding::of(severity, Structure::Host, place, damage).repairable()
+    };
     match choose_slot(slots, |host| host.generation) {
         SlotPair::Empty => Ok(None),
         SlotPair::Record(host, None) => Ok(Some(host)),
         SlotPair::Record(mut host, Some(damage)) => {
-            findings.push(Finding::new(Severity::Warning, place, damage.to_string()));
+            findings.push(finding(Severity::Warning, &damage));
             // The lost record may have been that of the next life: no epoch is used twice.
             host.epoch = host.epoch.saturating_add(1);
             Ok(Some(host))
         }
         // Without the last epoch, what this life writes cannot be told from what an earlier did.
-        SlotPair::Damaged(damage) if mode == OpenMode::ReadOnly => {
-            findings.push(Finding::new(Severity::Corrupt, place, damage.to_string()));
+        SlotPair::Damaged(_) if mode == OpenMode::ReadOnly => {
+            damages.iter().for_each(|damage| findings.push(finding(Severity::Corrupt, damage)));
             Ok(None)
         }
         SlotPair::Damaged(damage) => Err(OpenError::Corrupt(damage.to_string())),
     }
+}
+
+fn damages_of<T>(slots: &[Slot<T>; 2]) -> Vec<Damage> {
+    let damage = |slot: &Slot<T>| match slot {
+        Slot::Damaged(damage) => Some(*damage),
+        Slot::Empty | Slot::Record(_) => None,
+    };
+    slots.iter().filter_map(damage).collect()
+}
+
+/// The damage of a block that should hold something and holds zeroes.
+fn zero_block(kind: seal::Kind, block: BlockAddr) -> Damage {
+    Damage { kind, block, sector: 0, fault: seal::Fault::Zero }
+}
+
+/// The damage of a block that the device does not give.
+fn unreadable_block(kind: seal::Kind, block: BlockAddr) -> Damage {
+    let fault = seal::Fault::Field("the device cannot read it");
+    Damage { kind, block, sector: 0, fault }
 }
 
 pub(super) fn read_pair<T>(
@@ -375,8 +554,8 @@ fn count_free<D: Device>(
     io: &mut Blocking<'_, D>,
     superblock: &Superblock,
     catalogue: &[CatalogueEntry],
-    findings: &mut Vec<Finding>,
-) -> Result<FreeCounts, OpenError> {
+    findings: &mut Findings,
+) -> FreeCounts {
     let geometry = superblock.geometry;
     let mut counts = FreeCounts::new(geometry);
     let used =
@@ -386,80 +565,163 @@ fn count_free<D: Device>(
         blocks: geometry.bitmap_blocks,
     });
     let mut bitmap = Bitmap::new();
-    io.read(spans, |start, bytes| {
-        let addrs = (start.get()..).map(BlockAddr::new);
-        for (addr, block) in addrs.zip(bytes.chunks_exact(BLOCK)) {
-            let extent = geometry.extent_of(addr);
-            let index = addr.get() - geometry.extent_start(extent).get();
-            let free = match bitmap.decode_into(block, addr, superblock.secret) {
-                Ok(()) => bitmap.count_free(),
-                Err(damage) => {
-                    let place = format!("extent {extent}");
-                    findings.push(Finding::new(Severity::Corrupt, place, damage.to_string()));
-                    0
-                }
-            };
-            counts.set(extent, index, free);
+    // A hostile store can have millions of them.
+    let (mut damages, mut omitted) = (BTreeMap::new(), 0);
+    io.read_each(&spans.collect::<Vec<_>>(), |addr, block| {
+        let read = match block {
+            Ok(block) => bitmap.decode_into(block, addr, superblock.secret),
+            Err(_) => Err(unreadable_block(seal::Kind::Bitmap, addr)),
+        };
+        let extent = geometry.extent_of(addr);
+        let index = addr.get() - geometry.extent_start(extent).get();
+        counts.set(extent, index, read.map_or(0, |()| bitmap.count_free()));
+        match read {
+            Ok(()) => {}
+            Err(_) if damages.len() == FINDINGS_MAX => omitted += 1,
+            Err(damage) => {
+                damages.insert(addr, damage);
+            }
         }
-    })
-    .map_err(failed("reading the allocation bitmaps"))?;
-    Ok(counts)
+    });
+    for (addr, damage) in &damages {
+        let place = format!("extent {}", geometry.extent_of(*addr));
+        let finding = Finding::of(Severity::Corrupt, Structure::Bitmap, place, damage);
+        findings.push(finding.repairable());
+    }
+    findings.omitted += omitted;
+    counts
 }
 
+/// Reads all volumes. What cannot be read takes one volume out.
 fn read_registry<D: Device>(
     io: &mut Blocking<'_, D>,
     store: &mut OpenedStore,
-) -> Result<(), OpenError> {
+    losses: &mut Losses,
+    findings: &mut Findings,
+) {
     let geometry = store.geometry;
     let span =
         Span { start: geometry.registry_start, blocks: 2 * u64::from(geometry.registry_slots) };
     let mut pairs: Vec<[Slot<VolumeRecord>; 2]> = Vec::new();
     pairs.resize_with(geometry.registry_slots as usize, || [Slot::Empty, Slot::Empty]);
+    let mut unreadable = BTreeMap::new();
     let secret = store.secret;
-    io.read([span], |start, bytes| {
-        let addrs = (start.get()..).map(BlockAddr::new);
-        for (addr, block) in addrs.zip(bytes.chunks_exact(BLOCK)) {
-            let index = (addr.get() - span.start.get()) as usize;
-            pairs[index / 2][index % 2] = VolumeRecord::decode_slot(block, addr, secret);
+    io.read_each(&[span], |addr, block| {
+        let index = (addr.get() - span.start.get()) as usize;
+        match block {
+            Ok(block) => {
+                pairs[index / 2][index % 2] = VolumeRecord::decode_slot(block, addr, secret);
+            }
+            Err(error) => {
+                unreadable.insert(index as u32 / 2, (addr, error));
+            }
         }
-    })
-    .map_err(failed("reading the volume registry"))?;
-    for (slot, pair) in (0u32..).zip(pairs) {
+    });
+    let mut empty = None;
+    for (slot, mut pair) in (0u32..).zip(pairs) {
+        let place = format!("registry slot {slot}");
+        if let Some((addr, error)) = unreadable.get(&slot) {
+            // The record that counts may be the one that cannot be read, and come back.
+            let what = format!("volume record at block {addr} cannot be read: {error}");
+            let structure = Structure::Record;
+            store.faults.push(Finding::new(Severity::Corrupt, structure, Some(*addr), place, what));
+            store.directory.add_unreadable(slot);
+            losses.hide(|| format!("registry slot {slot} cannot be read"));
+            continue;
+        }
+        let lost =
+            |index| zero_block(seal::Kind::Volume, geometry.registry_slot(slot, index as u64));
+        find_lost_slot(&mut pair, |record| record.generation, lost);
+        let damages = damages_of(&pair);
         match choose_slot(pair, |record| record.generation) {
-            SlotPair::Empty => {}
+            SlotPair::Empty => {
+                empty.get_or_insert(slot);
+                continue;
+            }
             SlotPair::Record(record, damage) => {
                 if let Some(damage) = damage {
                     let place = format!("volume {:?} (registry slot {slot})", record.name);
                     let what = format!("an older record is used: {damage}");
-                    store.findings.push(Finding::new(Severity::Warning, place, what));
+                    let (severity, structure) = (Severity::Warning, Structure::Record);
+                    let block = Some(damage.block);
+                    let finding = Finding::new(severity, structure, block, place, what);
+                    findings.push(finding.repairable());
+                    losses.records.push((slot, record.clone(), damage.block));
                 }
-                read_volume(io, store, slot, record);
+                read_volume(io, store, losses, slot, record);
             }
-            SlotPair::Damaged(damage) => {
-                store.faults.push(format!("registry slot {slot}: {damage}"));
+            SlotPair::Damaged(_) => {
+                let (severity, structure) = (Severity::Corrupt, Structure::Record);
+                store
+                    .faults
+                    .extend(damages.iter().map(|it| Finding::of(severity, structure, &place, it)));
                 store.directory.add_unreadable(slot);
+                losses.hide(|| format!("registry slot {slot} cannot be read"));
             }
         }
+        if let Some(empty) = empty {
+            // Slots are given out from the first on, and kept.
+            losses.hide(|| format!("registry slot {empty} is empty and slot {slot} is not"));
+        }
     }
-    Ok(())
 }
+
+impl Losses {
+    /// Nothing is lost.
+    pub(super) fn none(geometry: Geometry) -> Self {
+        Self {
+            superblocks: Vec::new(),
+            host: Vec::new(),
+            catalogue: BTreeSet::new(),
+            extents: LostExtents { geometry, found: BTreeMap::new(), doubtful: BTreeSet::new() },
+            records: Vec::new(),
+            hidden: None,
+        }
+    }
+
+    /// Notes why trees may exist that nobody can find.
+    pub(crate) fn hide(&mut self, why: impl FnOnce() -> String) {
+        if self.hidden.is_none() {
+            self.hidden = Some(why());
+        }
+    }
+
+    /// True when the block can hold something of this type, as far as that is known.
+    fn holds(&mut self, extents: &ExtentMap, block: BlockAddr, kind: ExtentType) -> bool {
+        self.extents.adopt(extents, block, kind);
+        extents.holds(block, kind)
+    }
+}
+
+/// What is wrong with a volume: of what, where, and what.
+pub(super) struct VolumeFault(Structure, Option<BlockAddr>, pub(super) String);
 
 /// Reads a volume's log and puts the volume into the directory, as good or as faulted.
 fn read_volume<D: Device>(
     io: &mut Blocking<'_, D>,
     store: &mut OpenedStore,
+    losses: &mut Losses,
     slot: u32,
     record: VolumeRecord,
 ) {
     let copy = record.clone();
-    let outcome = check_root(store, record.root, record.deleted)
-        .and_then(|()| read_log(io, store, &record))
+    let outcome = check_root(store, losses, record.root, record.deleted)
+        .and_then(|()| read_log(io, store, losses, &record))
         .and_then(|(log, log_blocks)| {
-            store.directory.add(VolumeEntry { slot, record, log, log_blocks })
+            let entry = VolumeEntry { slot, record, log, log_blocks };
+            store.directory.add(entry).map_err(|fault| {
+                let block = store.geometry.registry_slot(slot, copy.generation);
+                VolumeFault(Structure::Record, Some(block), fault)
+            })
         });
-    if let Err(fault) = outcome {
+    if let Err(VolumeFault(structure, block, fault)) = outcome {
         let VolumeRecord { id, name, .. } = &copy;
-        store.faults.push(format!("volume {name:?} (id {id}, registry slot {slot}): {fault}"));
+        let place = format!("volume {name:?} (id {id}, registry slot {slot})");
+        if !copy.deleted {
+            losses.hide(|| format!("volume {name:?} cannot be opened"));
+        }
+        let finding = Finding::new(Severity::Corrupt, structure, block, place, fault.clone());
+        store.faults.push(finding);
         store.directory.add_faulted(slot, &copy, fault);
     }
 }
@@ -467,13 +729,15 @@ fn read_volume<D: Device>(
 /// Nobody reads the tree of what is deleted, and the collector may have reclaimed it.
 pub(super) fn check_root(
     store: &OpenedStore,
+    losses: &mut Losses,
     root: BlockAddr,
     deleted: bool,
-) -> Result<(), String> {
-    if deleted || store.extents.holds(root, ExtentType::Metadata) {
+) -> Result<(), VolumeFault> {
+    if deleted || losses.holds(&store.extents, root, ExtentType::Metadata) {
         Ok(())
     } else {
-        Err(format!("its root, block {root}, is not in a metadata extent"))
+        let what = format!("its root, block {root}, is not in a metadata extent");
+        Err(VolumeFault(Structure::Node, Some(root), what))
     }
 }
 
@@ -485,29 +749,38 @@ pub(super) type Log = (Vec<LogEntry>, Vec<BlockAddr>);
 pub(super) fn read_log<D: Device>(
     io: &mut Blocking<'_, D>,
     store: &OpenedStore,
+    losses: &mut Losses,
     record: &VolumeRecord,
-) -> Result<Log, String> {
+) -> Result<Log, VolumeFault> {
     let per_block = LOG_ENTRIES_PER_BLOCK as u64;
     let mut newest_first = Vec::new();
     let mut next = record.log_tail;
     let mut left = record.log_count;
     let mut block = [0; BLOCK];
     while left > 0 {
-        let addr = next.ok_or("its snapshot log ends early")?;
-        if !store.extents.holds(addr, ExtentType::Metadata) {
-            return Err(format!("its snapshot log leads to block {addr}, outside metadata"));
+        let fault = |block, what: String| VolumeFault(Structure::Log, block, what);
+        let addr = next.ok_or_else(|| fault(None, "its snapshot log ends early".to_owned()))?;
+        let fault = |what| fault(Some(addr), what);
+        if !losses.holds(&store.extents, addr, ExtentType::Metadata) {
+            let what = format!("its snapshot log leads to block {addr}, outside metadata");
+            return Err(fault(what));
         }
-        io.read_into(addr, &mut block)
-            .map_err(|error| format!("its snapshot log cannot be read at block {addr}: {error}"))?;
+        io.read_into(addr, &mut block).map_err(|error| {
+            fault(format!("its snapshot log cannot be read at block {addr}: {error}"))
+        })?;
         let first = (left - 1) / per_block * per_block;
         let count = (left - first) as usize;
         let read = decode_log_block(&block, addr, record.id, first, count, store.secret)
-            .map_err(|damage: Damage| damage.to_string())?;
+            .map_err(|damage: Damage| fault(damage.to_string()))?;
         for entry in &read.entries {
-            check_root(store, entry.root, entry.deleted)
-                .map_err(|fault| format!("snapshot {}: {fault}", entry.sequence))?;
+            let sequence = entry.sequence;
+            check_root(store, losses, entry.root, entry.deleted).map_err(
+                |VolumeFault(structure, block, what)| {
+                    VolumeFault(structure, block, format!("snapshot {sequence}: {what}"))
+                },
+            )?;
             if entry.size.blocks_ceil() > tree_blocks(entry.height) {
-                return Err(format!("snapshot {} does not fit its tree", entry.sequence));
+                return Err(fault(format!("snapshot {sequence} does not fit its tree")));
             }
         }
         next = read.previous;

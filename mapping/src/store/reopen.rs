@@ -5,7 +5,7 @@ use bessel_reactor::device::{Device, DeviceError};
 use bessel_reactor::units::BLOCK_SIZE;
 
 use super::OpenedStore;
-use super::open::{check_root, read_log, read_pair};
+use super::open::{Losses, VolumeFault, check_root, read_log, read_pair};
 use crate::blocking::Blocking;
 use crate::directory::VolumeEntry;
 use crate::format::{SlotPair, VolumeRecord, choose_slot};
@@ -63,7 +63,9 @@ pub fn reread<D: Device>(
         SlotPair::Empty => return wrong(format!("it is empty; volume {id} is gone")),
         SlotPair::Damaged(damage) => return wrong(damage.to_string()),
     };
-    check_root(store, record.root, record.deleted).map_err(ReopenError::Corrupt)?;
-    let (log, log_blocks) = read_log(&mut io, store, &record).map_err(ReopenError::Corrupt)?;
+    let mut none = Losses::none(store.geometry);
+    let corrupt = |fault: VolumeFault| ReopenError::Corrupt(fault.2);
+    check_root(store, &mut none, record.root, record.deleted).map_err(corrupt)?;
+    let (log, log_blocks) = read_log(&mut io, store, &mut none, &record).map_err(corrupt)?;
     Ok(VolumeEntry { slot, record, log, log_blocks })
 }

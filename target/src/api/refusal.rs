@@ -22,6 +22,8 @@ pub(crate) enum RefusalKind {
     NoSpace,
     /// The store or the device failed: look at the log.
     Failed,
+    /// What the volume has on the device contradicts itself or cannot be read: check the store.
+    Damaged,
     /// The daemon is going away.
     Stopping,
 }
@@ -74,7 +76,7 @@ impl IntoResponse for Refusal {
             RefusalKind::TooLarge => StatusCode::PAYLOAD_TOO_LARGE,
             RefusalKind::Method => StatusCode::METHOD_NOT_ALLOWED,
             RefusalKind::NoSpace => StatusCode::INSUFFICIENT_STORAGE,
-            RefusalKind::Failed => StatusCode::INTERNAL_SERVER_ERROR,
+            RefusalKind::Failed | RefusalKind::Damaged => StatusCode::INTERNAL_SERVER_ERROR,
             RefusalKind::Stopping => StatusCode::SERVICE_UNAVAILABLE,
         };
         (status, Json(ErrorBody { error: self.message })).into_response()

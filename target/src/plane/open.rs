@@ -1,8 +1,8 @@
 //! Opening volumes on their home reactors and giving them a socket.
 
 use super::{Answered, ControlPlane, Served, refuse_plan};
-use crate::api::Refusal;
 use crate::api::types::Cache;
+use crate::api::{Refusal, RefusalKind};
 use crate::attach::VolumeHost;
 use crate::config::{QUEUES_DEFAULT, SOCKET_PATH_MAX, VolumeConfig, parent_of};
 use crate::places;
@@ -66,6 +66,13 @@ impl ControlPlane {
                 );
             }
             return self.open(id, service);
+        }
+        if let Some(slot) = self.directory.unreadable() {
+            let what = format!(
+                "not made: the volume record in registry slot {slot} cannot be read and may be its \
+                 own; run `bessel check`, or make it with `bessel volume create`"
+            );
+            return Err(Refusal::new(RefusalKind::Damaged, what));
         }
         tracing::info!(volume = name, size = size.human(), "creating");
         self.create(name, size, None, service)

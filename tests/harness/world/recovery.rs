@@ -98,6 +98,9 @@ impl World {
     }
 
     fn forget(&mut self) {
+        for shard in self.shards.iter().filter(|_| !self.may_fail()) {
+            assert_eq!(shard.double_uses(), 0, "a block was free and in use at once");
+        }
         self.shards.clear(); // Before the guest memory that their requests point to.
         self.requests.clear();
         self.waiting.clear();

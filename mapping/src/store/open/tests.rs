@@ -249,7 +249,7 @@ fn volumes_come_back_with_their_logs() {
     poke_record(&disk, 3, &VolumeRecord { generation: 3, name: "older".into(), ..record(2, "x") });
     poke_record(&disk, 3, &two);
     let store = open_it(&disk).unwrap();
-    assert_eq!(store.faults, Vec::<String>::new());
+    assert_eq!(store.faults, Vec::new());
     let entry = store.directory.entry(VolumeId(2)).unwrap();
     assert_eq!((entry.slot, &entry.record), (3, &two));
     assert_eq!(entry.log, (0..50).map(log_entry).collect::<Vec<_>>());
@@ -298,7 +298,8 @@ fn a_damaged_volume_fails_alone() {
         damage(&disk);
         let mut store = open_it(&disk).unwrap();
         assert_eq!(store.faults.len(), 1, "{expected}");
-        assert!(store.faults[0].contains(expected), "{} / {expected}", store.faults[0]);
+        let fault = store.faults[0].to_string();
+        assert!(fault.contains(expected), "{fault} / {expected}");
         assert!(store.directory.entry(VolumeId(1)).is_some());
         assert!(store.directory.entry(VolumeId(2)).is_none());
         let plan = store.directory.plan_create("new", ByteCount::new(4096), None, NOW).unwrap();
@@ -316,6 +317,26 @@ fn one_bad_slot_of_a_pair_leaves_the_other() {
     let store = open_it(&disk).unwrap();
     assert!(store.faults.is_empty() && store.directory.find("older").is_some());
     assert_eq!(store.findings[0].severity, Severity::Warning);
+}
+
+#[test]
+fn a_slot_of_zeroes_beside_a_later_generation_has_lost_its_record() {
+    let disk = with_metadata();
+    poke_record(&disk, 0, &VolumeRecord { generation: 2, ..record(1, "vm") });
+    let store = open_it(&disk).unwrap();
+    assert!(store.faults.is_empty() && store.directory.find("vm").is_some());
+    assert!(store.findings[0].what.contains("all zero"), "{:?}", store.findings);
+
+    // What the host's lost record said of how the store was closed is not known.
+    let disk = formatted(8 << 20);
+    for _ in 0..2 {
+        let store = open_it(&disk).unwrap();
+        close(&mut disk.connect(), &store, store.host.as_ref().unwrap(), NOW).unwrap();
+    }
+    assert!(open(&mut disk.connect(), OpenMode::ReadOnly).unwrap().was_clean);
+    poke(&disk, geometry().host_slot(0, 5), |block| block.fill(0));
+    let store = open(&mut disk.connect(), OpenMode::ReadOnly).unwrap();
+    assert!(!store.was_clean);
 }
 
 #[test]
