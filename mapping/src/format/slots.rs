@@ -48,16 +48,16 @@ pub enum SlotPair<T> {
     Damaged(Damage),
 }
 
-/// A slot that holds nothing, beside a record that was not the first, has lost what it held.
+/// A slot that holds nothing, beside a record that has others (`has_others`: it was not the first, nor
+/// is it the last that there will ever be), has lost what it held.
 pub fn find_lost_slot<T>(
     slots: &mut [Slot<T>; 2],
-    generation: impl Fn(&T) -> u64,
+    has_others: impl Fn(&T) -> bool,
     lost: impl Fn(usize) -> Damage,
 ) {
     for index in 0..2 {
-        let other_is_later =
-            matches!(&slots[1 - index], Slot::Record(record) if generation(record) > 1);
-        if other_is_later && matches!(slots[index], Slot::Empty) {
+        let beside = matches!(&slots[1 - index], Slot::Record(record) if has_others(record));
+        if beside && matches!(slots[index], Slot::Empty) {
             slots[index] = Slot::Damaged(lost(index));
         }
     }

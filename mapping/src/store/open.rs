@@ -496,7 +496,7 @@ fn read_host<D: Device>(
         HostRecord::decode_slot(block, addr, superblock.secret)
     });
     let lost = |index| zero_block(seal::Kind::Host, start.add(index as u64));
-    find_lost_slot(&mut slots, |host| host.generation, lost);
+    find_lost_slot(&mut slots, |host| host.generation > 1, lost);
     let damages = damages_of(&slots);
     losses.host.extend(damages.iter().map(|damage| damage.block));
     let finding = |severity, damage| {
@@ -631,7 +631,8 @@ fn read_registry<D: Device>(
         }
         let lost =
             |index| zero_block(seal::Kind::Volume, geometry.registry_slot(slot, index as u64));
-        find_lost_slot(&mut pair, |record| record.generation, lost);
+        // A volume that is deleted stays so: whatever was beside its last record is of no use.
+        find_lost_slot(&mut pair, |record| record.generation > 1 && !record.deleted, lost);
         let damages = damages_of(&pair);
         match choose_slot(pair, |record| record.generation) {
             SlotPair::Empty => {
