@@ -5,6 +5,8 @@
 
 mod support;
 
+use bessel_mapping::format::{SUPERBLOCK_COPIES, Slot, Superblock, VolumeRecord};
+use bessel_reactor::units::BlockAddr;
 use serde_json::Value;
 use std::os::unix::fs::FileExt;
 use support::World;
@@ -47,6 +49,21 @@ impl Image {
         starts.filter(|start| self.block(*start)[504..508] == *b"BMAP").collect()
     }
 
+    /// Where the older of vm1's two records lies.
+    fn older_record(&self) -> u64 {
+        let copy = SUPERBLOCK_COPIES[0];
+        let secret = Superblock::decode(&self.block(copy.get()), copy).unwrap().secret;
+        let generation = |block| {
+            let addr = BlockAddr::new(block);
+            match VolumeRecord::decode_slot(&self.block(block), addr, secret) {
+                Slot::Record(record) => record.generation,
+                _ => panic!("vm1 has had two records"),
+            }
+        };
+        let [first, second] = [REGISTRY, REGISTRY + 1].map(|block| (generation(block), block));
+        first.min(second).1
+    }
+
     fn bytes(&self) -> Vec<u8> {
         let mut bytes = vec![0; 64 << 20];
         self.0.read_exact_at(&mut bytes, 0).unwrap();
@@ -84,10 +101,10 @@ fn what_follows_from_the_rest_is_shown_first_and_then_repaired() {
     let image = Image::of(&world);
     let bitmaps = image.bitmaps();
     assert!(!bitmaps.is_empty());
+    image.spoil(image.older_record()); // The newest is beside it.
     image.zero(8);
     image.spoil(CATALOGUE);
     bitmaps.iter().for_each(|bitmap| image.spoil(*bitmap));
-    image.spoil(REGISTRY); // An older record of vm1: the newest is beside it.
     let damaged = image.bytes();
 
     let report = failing_json(&world, "check store.img");
