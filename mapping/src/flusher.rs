@@ -11,10 +11,11 @@
 
 use std::collections::VecDeque;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::Ordering;
 
 use crate::planted::{self, Bug};
 use crate::request::VolumeHandle;
+use crate::sync::AtomicU64;
 
 /// Who waits for a flush.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -113,6 +114,7 @@ impl Flusher {
 }
 
 #[cfg(test)]
+#[cfg(not(loom))] // What they make is not the model's.
 mod tests {
     use super::*;
 
@@ -167,5 +169,70 @@ mod tests {
         flusher.completed(false);
         assert_eq!(flusher.served(), Some(A));
         assert!(!flusher.covers(mark));
+    }
+}
+
+/// Two shards whose flushes end at the same time: `make loom`.
+///
+/// All that the shards share is one counter. Any ordering of its accesses does: what counts is that
+/// it is read once for each flush, so that the failures a flush is judged by are those that are
+/// noted as seen. `completed` that reads it a second time to note it loses a failure in between;
+/// `reading_twice_loses_a_failure` shows that the model would see it.
+#[cfg(all(test, loom))]
+mod models {
+    use super::*;
+    use loom::sync::atomic::AtomicBool;
+    use loom::thread;
+
+    fn flush(flusher: &mut Flusher, success: bool) -> bool {
+        flusher.want(flusher.mark(), FlushWaiter::Authority);
+        assert!(flusher.start());
+        let good = flusher.completed(success);
+        assert_eq!(flusher.served(), Some(FlushWaiter::Authority));
+        good
+    }
+
+    /// A failed flush in one shard, and two good ones in another, of which `ended` says how each of
+    /// them ended. Exactly one flush of the other counts as failed, that which comes after the
+    /// failure is known at the latest.
+    fn meet(ended: fn(&mut Flusher) -> bool) {
+        let failures = Arc::new(AtomicU64::new(0));
+        let told = Arc::new(AtomicBool::new(false));
+        let mut here = Flusher::new(true, 4, Arc::clone(&failures));
+        let mut there = Flusher::new(true, 4, failures);
+        let other = {
+            let told = Arc::clone(&told);
+            thread::spawn(move || {
+                assert!(!flush(&mut there, false));
+                told.store(true, Ordering::Release); // Its guest hears of it.
+            })
+        };
+        let mut spoiled = 0;
+        for _ in 0..2 {
+            let known = told.load(Ordering::Acquire);
+            let good = ended(&mut here);
+            spoiled += u32::from(!good);
+            assert!(!known || spoiled == 1, "a flush is good after a failure that is known");
+        }
+        other.join().expect("it does not panic");
+        spoiled += u32::from(!ended(&mut here));
+        assert_eq!(spoiled, 1, "one failure spoils one flush of each shard");
+    }
+
+    #[test]
+    fn another_shards_failure_spoils_exactly_one_flush_here() {
+        loom::model(|| meet(|flusher| flush(flusher, true)));
+    }
+
+    #[test]
+    #[should_panic(expected = "spoils one flush")]
+    fn reading_twice_loses_a_failure() {
+        loom::model(|| {
+            meet(|flusher| {
+                let good = flush(flusher, true);
+                flusher.failures_seen = flusher.failures.load(Ordering::Acquire);
+                good
+            });
+        });
     }
 }

@@ -30,4 +30,5 @@ mod radix;
 pub mod shard;
 mod slab;
 mod snapshot_log;
+mod sync;
 pub mod volume;

@@ -22,6 +22,7 @@ pub mod outliving;
 pub mod poller;
 pub mod reactor;
 pub mod stats;
+mod sync;
 #[expect(unsafe_code, reason = "raw system calls, behind functions that are safe to call")]
 mod sys;
 pub mod units;

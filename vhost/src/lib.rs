@@ -39,6 +39,7 @@ mod server;
 mod session;
 #[expect(unsafe_code, reason = "a signal handler")]
 mod sigbus;
+mod sync;
 
 pub use counters::{BrokenReason, QueueCounters};
 pub use disk::DiskInfo;

@@ -81,6 +81,9 @@ pub(crate) struct Mapping {
     base_length: usize,
     /// Taken out before unmapping.
     guard: Option<Guard>,
+    /// What a model sees of it.
+    #[cfg(loom)]
+    cells: crate::sync::modelled::Cells,
 }
 
 // SAFETY: a mapping is an address range of the process; it is accessed only through atomics
@@ -117,7 +120,15 @@ impl Mapping {
         // SAFETY: `base_offset` is at most `offset`, and the difference is less than a page, which
         // the mapping includes.
         let start = unsafe { base.add((offset - base_offset) as usize) };
-        let mapping = Self { start, length: length as usize, base, base_length, guard };
+        let mapping = Self {
+            start,
+            length: length as usize,
+            base,
+            base_length,
+            guard,
+            #[cfg(loom)]
+            cells: crate::sync::modelled::Cells::default(),
+        };
         if mapping.guard.is_none() {
             return Err(MemoryError::TableFull);
         }
@@ -270,6 +281,9 @@ macro_rules! window_load {
         /// Reads a little-endian integer.
         #[inline]
         pub(crate) fn $name(&self, offset: usize, order: Ordering) -> $int {
+            #[cfg(loom)]
+            return self.mapping.cells.load(self.place(offset), order) as $int;
+            #[cfg(not(loom))]
             <$int>::from_le(self.atomic::<$atomic>(offset).load(order))
         }
     };
@@ -280,6 +294,9 @@ macro_rules! window_store {
         /// Writes a little-endian integer.
         #[inline]
         pub(crate) fn $name(&self, offset: usize, value: $int, order: Ordering) {
+            #[cfg(loom)]
+            self.mapping.cells.store(self.place(offset), value.into(), order);
+            #[cfg(not(loom))]
             self.atomic::<$atomic>(offset).store(value.to_le(), order);
         }
     };
@@ -297,10 +314,18 @@ impl Window {
         Some(Self { mapping: mapping.clone(), base, length })
     }
 
+    /// An offset in the mapping instead of the window.
+    #[cfg(loom)]
+    fn place(&self, offset: usize) -> usize {
+        assert!(offset < self.length, "outside the window");
+        self.base.as_ptr() as usize - self.mapping.start.as_ptr() as usize + offset
+    }
+
     /// The atomic integer at `offset`.
     ///
     /// # Panics
     /// When it is outside the window or misaligned: offsets come from our own arithmetic.
+    #[cfg_attr(loom, expect(dead_code, reason = "a model has integers of its own"))]
     #[inline]
     fn atomic<T: Atomic>(&self, offset: usize) -> &T {
         let size = size_of::<T>();

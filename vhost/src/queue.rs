@@ -14,7 +14,6 @@
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::Ordering::{Relaxed, Release, SeqCst};
-use std::sync::atomic::fence;
 
 use bessel_reactor::buffer::Segment;
 use bessel_reactor::units::Sector;
@@ -29,6 +28,7 @@ use crate::memory::AddressMap;
 use crate::request::{self, HEADER_SIZE, Payload, RANGE_SIZE, RequestKind, Rules, Status, Verdict};
 use crate::ring::{AVAIL_NO_INTERRUPT, Descriptor, Ring, USED_NO_NOTIFY, crossed};
 use crate::sigbus;
+use crate::sync::fence;
 
 /// What [`Queue::pop`] found.
 #[derive(Debug)]
@@ -651,5 +651,200 @@ mod tests {
         fixture.pop();
         fixture.queue.complete(0, Status::Done);
         fixture.queue.complete(0, Status::Done);
+    }
+}
+
+/// Every meeting of a guest with the poller of its ring, at the two places where one of them may go
+/// to sleep: `make loom`. Real code on the device's side; the guest's follows virtio 1.2, 2.7.
+#[cfg(all(test, loom))]
+mod models {
+    use super::*;
+    use crate::disk::DiskInfo;
+    use crate::memory::{GuestMemory, Mapping, Window};
+    use crate::sync::modelled::weakly;
+    use loom::sync::{Arc as Seen, Condvar, Mutex};
+    use loom::thread;
+    use std::sync::atomic::Ordering::Acquire;
+
+    const SIZE: u16 = 4;
+    const FEATURES: u64 = 1 << 32;
+    const EVENT_IDX: u64 = 1 << 29;
+
+    /// The ring, from the guest's side or from ours.
+    fn ring(mapping: &Arc<Mapping>) -> Ring {
+        let window = |offset| Window::new(mapping, offset, 128).expect("it is that large");
+        Ring { descriptors: window(0), available: window(128), used: window(256), size: SIZE }
+    }
+
+    fn memory() -> Arc<Mapping> {
+        let file = nix::sys::memfd::memfd_create("model", nix::sys::memfd::MFdFlags::MFD_CLOEXEC);
+        let file = file.expect("a memfd");
+        nix::unistd::ftruncate(&file, 4096).expect("memory");
+        Arc::new(Mapping::new(&file, 0, 4096).expect("it can be mapped"))
+    }
+
+    /// A queue whose guest makes chains of one empty descriptor: they are answered at once.
+    fn queue(mapping: &Arc<Mapping>, features: u64) -> Queue {
+        let event = || -> Arc<OwnedFd> { Arc::new(fds::eventfd().expect("an eventfd").into()) };
+        let disk = DiskInfo {
+            id: "model".into(),
+            capacity_sectors: 8,
+            read_only: false,
+            num_queues: 1,
+            queue_size_max: SIZE,
+            writeback: true,
+        };
+        Queue::new(QueueParts {
+            ring: ring(mapping),
+            map: AddressMap::for_queue(Arc::<GuestMemory>::default()),
+            features: VirtioFeatures::offered(false).acknowledge(features).expect("offered"),
+            disk: Arc::new(Disk::new(disk)),
+            base: 0,
+            used: 0,
+            kick: Some(event()),
+            call: Arc::new(CallFd::new().expect("an eventfd")),
+            inflight: None,
+            recovered: Vec::new(),
+            counters: Arc::default(),
+            notice: Notice::new(event()),
+        })
+        .expect("a queue")
+    }
+
+    /// An eventfd. The kernel reads and writes its counter under a lock.
+    #[derive(Default)]
+    struct Bell(Mutex<bool>, Condvar);
+
+    impl Bell {
+        fn ring(&self) {
+            *self.0.lock().expect("no holder panics") = true;
+            self.1.notify_one();
+        }
+
+        /// Sleeps until it rings. The model calls a sleep that nobody ends a deadlock.
+        fn wait(&self) {
+            let mut rang = self.0.lock().expect("no holder panics");
+            while !*rang {
+                rang = self.1.wait(rang).expect("no holder panics");
+            }
+        }
+
+        fn silence(&self) {
+            *self.0.lock().expect("no holder panics") = false;
+        }
+    }
+
+    /// The guest makes requests available, one after the other, and kicks when it is asked to. The
+    /// poller sleeps at every chance.
+    fn kicks(features: u64, requests: u16) {
+        let mapping = memory();
+        let bell = Seen::new(Bell::default());
+        let mut queue = queue(&mapping, features);
+        queue.disable_kicks();
+        let guest = {
+            let (ring, bell) = (ring(&mapping), bell.clone());
+            thread::spawn(move || {
+                for index in 0..requests {
+                    ring.available.store_u16(4 + 2 * usize::from(index), index, Relaxed);
+                    ring.available.store_u16(2, index + 1, Release);
+                    fence(SeqCst);
+                    let wanted = if features & EVENT_IDX == 0 {
+                        ring.used.load_u16(0, Relaxed) & USED_NO_NOTIFY == 0
+                    } else {
+                        let event = ring.used.load_u16(4 + 8 * usize::from(SIZE), Relaxed);
+                        crossed(event, index, index + 1)
+                    };
+                    if wanted {
+                        bell.ring();
+                    }
+                }
+            })
+        };
+        let mut answered = 0;
+        while answered < requests {
+            match queue.pop() {
+                Popped::Answered => answered += 1,
+                Popped::Empty => {
+                    if !queue.enable_kicks() {
+                        bell.wait();
+                    }
+                    bell.silence();
+                    queue.disable_kicks();
+                }
+                other => panic!("{other:?}"),
+            }
+        }
+        guest.join().expect("it does not panic");
+    }
+
+    /// The guest asks for an interrupt and looks again, while the poller publishes what it asked
+    /// for: it sees the used element, or it is interrupted.
+    fn interrupts(features: u64) {
+        let mapping = memory();
+        let mut queue = queue(&mapping, features);
+        let counters = queue.counters().clone();
+        let guest = ring(&mapping);
+        guest.available.store_u16(4, 0, Relaxed);
+        guest.available.store_u16(0, AVAIL_NO_INTERRUPT, Relaxed); // It polls, so far.
+        guest.available.store_u16(4 + 2 * usize::from(SIZE), 0x8000, Relaxed);
+        guest.available.store_u16(2, 1, Release);
+        let guest = thread::spawn(move || {
+            guest.available.store_u16(0, 0, Relaxed);
+            guest.available.store_u16(4 + 2 * usize::from(SIZE), 0, Relaxed);
+            fence(SeqCst);
+            guest.used.load_u16(2, Acquire) == 0 // It goes to sleep.
+        });
+        assert!(matches!(queue.pop(), Popped::Answered));
+        queue.publish();
+        let sleeps = guest.join().expect("it does not panic");
+        assert!(!sleeps || counters.calls() == 1, "the guest sleeps and nobody calls");
+    }
+
+    #[test]
+    fn a_request_always_wakes_a_poller_that_asked_for_kicks() {
+        loom::model(|| kicks(FEATURES, 1));
+        loom::model(|| kicks(FEATURES | EVENT_IDX, 1));
+    }
+
+    /// Every order with at most three changes from a thread that could go on.
+    #[test]
+    fn a_request_may_come_while_the_poller_wakes() {
+        for features in [FEATURES, FEATURES | EVENT_IDX] {
+            let mut builder = loom::model::Builder::new();
+            builder.preemption_bound = Some(3);
+            builder.check(move || kicks(features, 2));
+        }
+    }
+
+    #[test]
+    fn an_answer_is_seen_or_announced() {
+        loom::model(|| interrupts(FEATURES));
+        loom::model(|| interrupts(FEATURES | EVENT_IDX));
+    }
+
+    /// What the fences are for: without them, the model finds what is lost.
+    #[test]
+    #[should_panic(expected = "deadlock")]
+    fn without_the_fences_a_kick_is_lost() {
+        weakly(|| loom::model(|| kicks(FEATURES, 1)));
+    }
+
+    /// The second request: the index asked for first is that of the first one anyway.
+    #[test]
+    #[should_panic(expected = "deadlock")]
+    fn without_the_fences_a_kick_by_event_index_is_lost() {
+        weakly(|| loom::model(|| kicks(FEATURES | EVENT_IDX, 2)));
+    }
+
+    #[test]
+    #[should_panic(expected = "nobody calls")]
+    fn without_the_fences_an_interrupt_is_lost() {
+        weakly(|| loom::model(|| interrupts(FEATURES)));
+    }
+
+    #[test]
+    #[should_panic(expected = "nobody calls")]
+    fn without_the_fences_an_interrupt_by_event_index_is_lost() {
+        weakly(|| loom::model(|| interrupts(FEATURES | EVENT_IDX)));
     }
 }

@@ -8,7 +8,6 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
-use std::sync::atomic::AtomicU64;
 
 use bessel_reactor::clock::WallTime;
 use bessel_reactor::device::{Device, DeviceError};
@@ -26,6 +25,7 @@ use crate::format::{
     SuperblockFault, TagKey, VolumeRecord, choose_slot, decode_catalogue_sector, decode_log_block,
     find_lost_slot, seal, tree_blocks,
 };
+use crate::sync::AtomicU64;
 
 const BLOCK: usize = BLOCK_SIZE as usize;
 
