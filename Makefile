@@ -2,7 +2,7 @@
 # `target/` is source (the bessel program): cargo builds in build/, here as in .cargo/config.toml.
 export CARGO_TARGET_DIR := $(CURDIR)/build
 
-.PHONY: help build demo test soak planted bench fmt clean-guest
+.PHONY: help build demo test soak planted fuzz loom miri asan bench fmt clean-guest
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 22
@@ -23,6 +23,18 @@ soak: ## simulated crashes on and on: HOURS=n (fractions too), REPORT=FILE; or S
 
 planted: ## bugs planted on purpose, one at a time: the tests must find each
 	@scripts/planted
+
+fuzz: ## the fuzz targets, two at a time: SECONDS=n for each (60)
+	@SECONDS_EACH="$(or $(SECONDS),60)" scripts/fuzz
+
+loom: ## every order in which threads can meet where they share atomics (some minutes)
+	@scripts/loom
+
+miri: ## unit tests under Miri, where there is one
+	@scripts/miri
+
+asan: ## unit tests of reactor, mapping and vhost under AddressSanitizer
+	@scripts/asan
 
 bench: build ## measured beside qemu-storage-daemon
 	@scripts/bench

@@ -15,3 +15,14 @@ pub(crate) mod types;
 
 pub(crate) use refusal::{Refusal, RefusalKind};
 pub(crate) use server::ApiServer;
+
+/// Serves one connection as the Unix socket does, until its client has hung up and has all answers.
+#[cfg(any(test, feature = "fuzz"))]
+pub(crate) async fn serve_connection(
+    stream: tokio::net::UnixStream,
+    control: crate::control::Control,
+) {
+    let (_running, stopping) = tokio::sync::watch::channel(false);
+    let router = limit::bounded(routes::router(control), limit::PATIENCE);
+    limit::serve_connection(stream, router, limit::PATIENCE, stopping).await;
+}

@@ -17,6 +17,9 @@
 //! A daemon that is killed instead leaves a store that opens all the same, and guests whose
 //! front-ends reconnect.
 
+#[cfg(any(test, feature = "fuzz"))]
+mod rehearsal;
+
 use crate::api::{ApiServer, RefusalKind};
 use crate::attach::{Core, CoreCounters, CoreMessage, CorePort, CoreSeat};
 use crate::cli::{Outcome, output};
@@ -45,6 +48,9 @@ use std::io::IsTerminal as _;
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::Path;
 use std::sync::Arc;
+
+#[cfg(any(test, feature = "fuzz"))]
+pub(crate) use rehearsal::Rehearsal;
 
 /// Guest requests in a shard at once. Some deep queues' worth; more wait in their rings.
 const REQUESTS_PER_SHARD: usize = 1024;

@@ -7,6 +7,7 @@
 //!
 //! This file is marked `unsafe`: guest memory is a mapping that another process or thread changes.
 
+use std::fs::File;
 use std::io::{self, IoSlice, IoSliceMut, Read};
 use std::num::NonZeroUsize;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
@@ -262,7 +263,12 @@ impl FrontEnd {
             if raw.is_empty() { &[] } else { &[ControlMessage::ScmRights(&raw)] };
         let slices = [IoSlice::new(bytes)];
         let flags = MsgFlags::MSG_NOSIGNAL;
-        let sent = sendmsg::<()>(self.stream.as_raw_fd(), &slices, control, flags, None)?;
+        let sent = loop {
+            match sendmsg::<()>(self.stream.as_raw_fd(), &slices, control, flags, None) {
+                Err(nix::errno::Errno::EINTR) => {}
+                result => break result?,
+            }
+        };
         if sent == bytes.len() { Ok(()) } else { Err(io::ErrorKind::WriteZero.into()) }
     }
 
@@ -275,9 +281,12 @@ impl FrontEnd {
             let mut slices = [IoSliceMut::new(&mut header)];
             let flags = MsgFlags::MSG_CMSG_CLOEXEC | MsgFlags::MSG_WAITALL;
             let raw = self.stream.as_raw_fd();
-            let message = match recvmsg::<()>(raw, &mut slices, Some(&mut control), flags) {
-                Err(nix::errno::Errno::ECONNRESET) => return Ok(None),
-                result => result?,
+            let message = loop {
+                match recvmsg::<()>(raw, &mut slices, Some(&mut control), flags) {
+                    Err(nix::errno::Errno::EINTR) => {}
+                    Err(nix::errno::Errno::ECONNRESET) => return Ok(None),
+                    result => break result?,
+                }
             };
             for part in message.cmsgs()? {
                 if let ControlMessageOwned::ScmRights(received) = part {
@@ -322,6 +331,11 @@ impl FrontEnd {
         let answer = self.receive()?.ok_or(io::ErrorKind::UnexpectedEof)?;
         assert_eq!(answer.request, request, "an acknowledgement of another request");
         if answer.u64() == 0 { Ok(()) } else { Err(io::ErrorKind::InvalidInput.into()) }
+    }
+
+    /// Says that nothing more will be sent. What the back-end sends can still be received.
+    pub fn hang_up(&self) {
+        let _ = self.stream.shutdown(std::net::Shutdown::Write); // It may be gone already.
     }
 
     /// Waits until the back-end hangs up, reading whatever comes before.
@@ -542,6 +556,12 @@ impl Guest {
     /// The next [`Guest::share_inflight`] asks for a new region.
     pub fn forget_inflight(&mut self) {
         self.inflight = None;
+    }
+
+    /// The in-flight region, if there is one: memory that the guest can spoil.
+    pub fn inflight_file(&self) -> Option<File> {
+        let (_, file) = self.inflight.as_ref()?;
+        Some(file.try_clone().expect("descriptors enough").into())
     }
 
     /// Describes a ring to the back-end and enables it.

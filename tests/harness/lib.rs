@@ -5,6 +5,7 @@
 
 #![deny(unsafe_code)]
 
+pub mod fuzz;
 #[expect(unsafe_code, reason = "guest memory is shared with another thread or process")]
 pub mod guest;
 pub mod model;

@@ -49,8 +49,7 @@ pub(super) async fn serve<L: Listener>(
 ) {
     let places = Arc::new(Semaphore::new(limits.connections));
     let patience = limits.patience;
-    let bounded = move |request, next| with_body(patience, request, next);
-    let router = router.layer(middleware::from_fn(bounded));
+    let router = bounded(router, patience);
     let mut connections = JoinSet::new();
     loop {
         let next = async {
@@ -74,7 +73,13 @@ pub(super) async fn serve<L: Listener>(
     while connections.join_next().await.is_some() {}
 }
 
-async fn serve_connection<S: AsyncRead + AsyncWrite + Unpin>(
+/// The same routes, each of which gets its whole body in bounded time or is refused.
+pub(super) fn bounded(router: Router, patience: Duration) -> Router {
+    router.layer(middleware::from_fn(move |request, next| with_body(patience, request, next)))
+}
+
+/// Serves one client until it hangs up, takes too long, or we are told to stop.
+pub(super) async fn serve_connection<S: AsyncRead + AsyncWrite + Unpin>(
     stream: S,
     router: Router,
     patience: Duration,
