@@ -17,9 +17,6 @@
 //! A daemon that is killed instead leaves a store that opens all the same, and guests whose
 //! front-ends reconnect.
 
-#[cfg(any(test, feature = "fuzz"))]
-mod rehearsal;
-
 use crate::api::{ApiServer, RefusalKind};
 use crate::attach::{Core, CoreCounters, CoreMessage, CorePort, CoreSeat};
 use crate::cli::{Outcome, output};
@@ -49,6 +46,8 @@ use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::Path;
 use std::sync::Arc;
 
+#[cfg(any(test, feature = "fuzz"))]
+mod rehearsal;
 #[cfg(any(test, feature = "fuzz"))]
 pub(crate) use rehearsal::Rehearsal;
 
