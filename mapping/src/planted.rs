@@ -210,8 +210,10 @@ pub(crate) fn is(bug: Bug) -> bool {
         return false;
     }
     if !REACHED.swap(true, Ordering::Relaxed) {
-        // Past the test harness, which keeps what is printed to itself.
-        let _ = writeln!(std::io::stderr(), "planted: {bug:?} is reached");
+        // Past the test harness, which keeps what is printed to itself; in one piece, whatever other
+        // threads write.
+        let line = format!("planted: {bug:?} is reached\n");
+        let _ = std::io::stderr().write_all(line.as_bytes());
     }
     true
 }

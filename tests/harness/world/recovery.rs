@@ -358,6 +358,7 @@ impl World {
                 if let Some(clone) = self.clone_of(snapshot, &name)? {
                     self.settle()?;
                     self.observe(clone);
+                    self.damage_is_named(); // Later it may be reached no more.
                     self.perform(Action::Delete { volume: clone })?;
                     verified += 1;
                 }
