@@ -152,7 +152,8 @@ impl Source {
         let (line, message) = match error.location() {
             Some(location) => {
                 let suffix = format!(" at line {} column {}", location.line(), location.column());
-                (location.line(), text.strip_suffix(&suffix).unwrap_or(&text).to_owned())
+                let line = locate::within(&self.text, location.line());
+                (line, text.strip_suffix(&suffix).unwrap_or(&text).to_owned())
             }
             None => (1, text),
         };

@@ -126,21 +126,25 @@ impl Life {
     }
 }
 
-/// Runs reactors, volumes and API over an open store, and has all of them ended when it returns.
-fn serve_store(config: &Config, life: &mut Life, signals: &SigSet) -> Outcome {
-    let (store, clock) = (Arc::clone(&life.store), life.clock);
-    let reactors = Reactors::start(config, &store, clock, &mut life.journals)?;
+fn control_plane(config: &Config, life: &Life, homes: Vec<Home>) -> ControlPlane {
+    let store = &life.store;
     let facts = StoreFacts {
         device: config.store.device.clone(),
         uuid: store.superblock.uuid,
         geometry: store.geometry,
         extents: store.extents.clone(),
-        opened: Arc::clone(&store),
+        opened: Arc::clone(store),
     };
-    let directory = store.directory.clone();
     let api = config.api.socket.clone();
+    ControlPlane::new(store.directory.clone(), homes, facts, api, life.clock)
+}
+
+/// Runs reactors, volumes and API over an open store, and has all of them ended when it returns.
+fn serve_store(config: &Config, life: &mut Life, signals: &SigSet) -> Outcome {
+    let (store, clock) = (Arc::clone(&life.store), life.clock);
+    let reactors = Reactors::start(config, &store, clock, &mut life.journals)?;
     let Reactors { homes, handles } = reactors;
-    let mut plane = ControlPlane::new(directory, homes, facts, api, clock);
+    let mut plane = control_plane(config, life, homes);
     let opened =
         restore_volumes(config, &mut plane, life).and_then(|()| open_volumes(config, &mut plane));
     let served = match opened {

@@ -21,7 +21,13 @@ pub(crate) enum Step {
 pub(crate) fn line_of(text: &str, path: &[Step]) -> usize {
     let walk = Walk { path }.deserialize(serde_yaml::Deserializer::from_str(text));
     let error = walk.expect_err("the walk always ends in its own failure");
-    error.location().map_or(1, |location| location.line())
+    error.location().map_or(1, |location| within(text, location.line()))
+}
+
+/// A line that the text has. The parser stands one past the last when it has missed something at
+/// the end of a text whose last line does not end.
+pub(crate) fn within(text: &str, line: usize) -> usize {
+    line.min(text.lines().count()).max(1)
 }
 
 struct Walk<'a> {

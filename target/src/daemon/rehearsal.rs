@@ -1,9 +1,7 @@
 //! A daemon without its sockets and signals, on a small store of its own: what the fuzz target of
 //! the API speaks to.
 
-use super::{
-    Control, ControlPlane, Home, Journals, Life, Reactors, StoreFacts, restore_volumes, take_device,
-};
+use super::{Control, Journals, Life, Reactors, control_plane, restore_volumes, take_device};
 use crate::config::Config;
 use crate::control::ControlThread;
 use crate::entropy;
@@ -70,23 +68,11 @@ impl Running {
         let mut life = Life { device, store: Arc::clone(&store), clock, journals, host: None };
         let reactors = Reactors::start(&config, &store, clock, &mut life.journals);
         let Reactors { homes, handles } = reactors.expect("a core and a ring");
-        let mut plane = plane(&config, &life, homes);
+        let mut plane = control_plane(&config, &life, homes);
         restore_volumes(&config, &mut plane, &mut life).expect("nothing is to be restored");
         let (control, thread) = Control::start(plane).expect("a thread");
         Self { control, thread, reactors: handles, life, _lock: lock }
     }
-}
-
-fn plane(config: &Config, life: &Life, homes: Vec<Home>) -> ControlPlane {
-    let store = &life.store;
-    let facts = StoreFacts {
-        device: config.store.device.clone(),
-        uuid: store.superblock.uuid,
-        geometry: store.geometry,
-        extents: store.extents.clone(),
-    };
-    let api = config.api.socket.clone();
-    ControlPlane::new(store.directory.clone(), homes, facts, api, life.clock)
 }
 
 impl Drop for Rehearsal {
