@@ -103,6 +103,49 @@ fn a_volume_that_has_not_failed_loses_nothing_by_being_detached() {
     }
 }
 
+/// What was overwritten in place needs no round to be durable, and a flush all the same: once the volume
+/// is not open, no flush that fails latches it any more.
+#[test]
+fn what_was_overwritten_in_place_is_durable_once_detached() {
+    for seed in 0..20 {
+        let mut world = failing(seed, 1 + seed as usize % 2);
+        let volume = world.create(ByteCount::new(8 << 20)).unwrap();
+        done(world.write(volume, 0, 64));
+        done(world.flush(volume));
+        world.idle().unwrap();
+        done(world.write(volume, 0, 32));
+        world.detach(volume).unwrap();
+        if seed % 2 == 0 {
+            // The front-end comes back and knows nothing of this.
+            fail_next(&world, OpKind::Flush);
+            world.attach(volume).unwrap().unwrap();
+            world.read(volume, 0, 64).unwrap();
+            done(world.flush(volume));
+        }
+        world.crash(Keep::Nothing);
+        world.recover();
+    }
+}
+
+#[test]
+fn a_flush_that_fails_while_a_volume_is_detached_counts_as_its_failure() {
+    for seed in 0..20 {
+        let mut world = failing(seed, 1);
+        let volume = world.create(ByteCount::new(8 << 20)).unwrap();
+        done(world.write(volume, 0, 64));
+        done(world.flush(volume));
+        world.idle().unwrap();
+        done(world.write(volume, 0, 32));
+        fail_next(&world, OpKind::Flush);
+        assert!(world.detach(volume).unwrap().is_some(), "seed {seed}");
+        world.attach(volume).unwrap().unwrap();
+        done(world.write(volume, 8, 8));
+        done(world.flush(volume));
+        world.crash(Keep::Nothing);
+        world.recover();
+    }
+}
+
 #[test]
 fn a_device_that_still_fails_leaves_the_volume_detached() {
     for (kind, lasting) in [(OpKind::Flush, true), (OpKind::Read, true), (OpKind::Read, false)] {

@@ -28,6 +28,8 @@ pub(crate) enum FlushWaiter {
     Authority,
     /// A command, by its ticket.
     Command(u64),
+    /// The volume, to be closed.
+    Close(VolumeHandle),
 }
 
 #[derive(Debug)]
@@ -73,6 +75,11 @@ impl Flusher {
         assert!(self.volatile, "nobody waits for flushes of a device that needs none");
         let later = !planted::is(Bug::FlushSharedTooEarly);
         self.waiters.push_back((mark + u64::from(later), waiter));
+    }
+
+    /// True while `waiter` waits for a flush.
+    pub(crate) fn is_wanted_by(&self, waiter: FlushWaiter) -> bool {
+        self.waiters.iter().any(|(_, other)| *other == waiter)
     }
 
     /// True when a flush should be submitted now; it counts as started from here on.

@@ -105,6 +105,8 @@ bugs! {
     LatchNotKept,
     /// A flush that succeeds unlatches the volumes that a failed one has latched.
     LatchClearedByFlush,
+    /// A volume is closed without a flush of what was written in place.
+    ClosedUnflushed,
     /// What waits for durability when its volume is latched completes well.
     LatchedStillAcknowledges,
     /// A failed write in place completes well.

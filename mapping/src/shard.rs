@@ -447,6 +447,8 @@ impl<D: Device> Shard<D> {
                     self.authority_step(step);
                 }
                 FlushWaiter::Command(ticket) => self.device_flushed(ticket, this_one),
+                // The command is tried again; the volume is latched by now if it failed.
+                FlushWaiter::Close(_) => self.released = true,
             }
         }
     }

@@ -7,6 +7,7 @@ use super::{NotNow, Tried};
 use crate::claims::Taken;
 use crate::commit::After;
 use crate::directory::VolumeEntry;
+use crate::flusher::FlushWaiter;
 use crate::format::{Entry, ExtentType, VolumeRecord, height_for};
 use crate::message::{BlockKind, BlockRun};
 use crate::nodes::cache::FrameId;
@@ -288,7 +289,7 @@ impl<D: Device> Shard<D> {
     pub(super) fn close(&mut self, ticket: u64, handle: VolumeHandle) -> Tried {
         let volume = self.volume_mut(handle);
         volume.closing = true;
-        let failed = volume.latched.clone();
+        let (failed, write_mark) = (volume.latched.clone(), volume.write_mark);
         if volume.active_head != NO_REQUEST || volume.flight.is_some() {
             return Err(NotNow::Wait);
         }
@@ -296,6 +297,17 @@ impl<D: Device> Shard<D> {
             self.fail_sealed(handle);
         } else if !volume.is_quiet() {
             self.want_commit(handle);
+            return Err(NotNow::Wait);
+        } else if let Some(mark) = write_mark
+            && !self.flusher.covers(mark)
+            && !planted::is(Bug::ClosedUnflushed)
+        {
+            // What was written in place has no round. A flush that fails once the volume is not open
+            // would latch nothing: its guest, back again, would have its next one succeed.
+            let waiter = FlushWaiter::Close(handle);
+            if !self.flusher.is_wanted_by(waiter) {
+                self.flusher.want(mark, waiter);
+            }
             return Err(NotNow::Wait);
         }
         self.forget_volume(handle);

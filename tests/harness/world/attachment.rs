@@ -17,8 +17,9 @@ impl World {
         Ok(self.show(id)?.latched.is_some())
     }
 
-    /// Detaches a volume once its requests and commands have ended; those of others go on.
-    pub fn detach(&mut self, id: VolumeId) -> Result<(), PowerCut> {
+    /// Detaches a volume once its requests and commands have ended; those of others go on. Says why it
+    /// had failed, if it had.
+    pub fn detach(&mut self, id: VolumeId) -> Result<Option<String>, PowerCut> {
         self.run_until(|world| {
             let of_it = |pending: &Pending| match pending {
                 Pending::Act { action, .. } => super::subject(action) == id,
@@ -38,7 +39,7 @@ impl World {
         self.volumes.remove(&id);
         self.detached.insert(id, open.shard);
         self.model.detach(id, failed.is_none());
-        Ok(())
+        Ok(failed)
     }
 
     fn of_device(
