@@ -5,6 +5,7 @@
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
+use bessel_mapping::format::ExtentType;
 use bessel_mapping::request::{IoKind, IoStatus, VolumeId};
 use bessel_reactor::device::Device;
 use bessel_reactor::device::sim::{Fault, Keep, OpKind};
@@ -143,6 +144,43 @@ fn a_flush_that_fails_while_a_volume_is_detached_counts_as_its_failure() {
         done(world.flush(volume));
         world.crash(Keep::Nothing);
         world.recover();
+    }
+}
+
+/// A write that was in flight at a snapshot lands in it. When the flush fails that should have made it
+/// durable, a clone would show it, and once the cache is dropped not any more.
+#[test]
+fn no_clone_shows_what_a_failed_flush_may_have_lost_of_its_snapshot() {
+    for seed in 0..20 {
+        let mut world = failing(seed, 1 + seed as usize % 2);
+        let volume = world.create(ByteCount::new(8 << 20)).unwrap();
+        done(world.write(volume, 0, 64));
+        done(world.flush(volume));
+        world.idle().unwrap();
+        let extents = world.extents();
+        world.disk.hold(move |kind, block| {
+            kind == OpKind::Write && extents.holds(block, ExtentType::Data)
+        });
+        let write = world.start_io(volume, IoKind::Write, 0, 32);
+        for _ in 0..5 {
+            world.step();
+        }
+        let snapshot = world.snapshot(volume).unwrap();
+        world.disk.release();
+        assert_eq!(world.wait(write).unwrap(), Outcome::Io(IoStatus::Done));
+        fail_next(&world, OpKind::Flush);
+        assert_eq!(world.flush(volume).unwrap(), IoStatus::Failed);
+        let early = world.clone_of(snapshot, "early").unwrap();
+        if let Some(clone) = early {
+            world.read(clone, 0, 64).unwrap();
+        }
+        world.detach(volume).unwrap();
+        world.attach(volume).unwrap().unwrap();
+        if let Some(clone) = early {
+            world.read(clone, 0, 64).unwrap();
+        }
+        assert!(world.clone_of(snapshot, "late").unwrap().is_some());
+        world.verify_snapshots().unwrap();
     }
 }
 

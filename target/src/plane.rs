@@ -458,6 +458,14 @@ impl ControlPlane {
         if snapshot.settling {
             return Err(refuse_command(CommandError::Settling));
         }
+        // What settled in the snapshot last may be what the failed flush has lost.
+        let VolumeInfo { name, latched, .. } = self.info(snapshot.id.volume)?;
+        if let Some(why) = latched {
+            return Err(Refusal::failed(format!(
+                "volume {name:?} has failed ({why}), and what its snapshots hold is not known before it is \
+                 read anew; `bessel volume detach {name}` and `bessel volume attach {name}` first"
+            )));
+        }
         let SnapshotInfo { id, root, height, size, .. } = snapshot;
         Ok(CloneOrigin { snapshot: id, root, height, size })
     }

@@ -868,6 +868,9 @@ impl World {
                 }
                 continue;
             }
+            if info.latched.is_some() {
+                return Ok(None);
+            }
             let origin =
                 CloneOrigin { snapshot, root: found.root, height: found.height, size: found.size };
             let ticket = self.start_create(name, size.max(origin.size), Some(origin));

@@ -38,6 +38,14 @@ impl<D: Device> Shard<D> {
 
     pub(super) fn create(&mut self, ticket: u64, plan: &CreatePlan) -> Tried {
         self.needs_room_in_journal()?;
+        let of_failed = self.volumes.iter().flatten().find_map(|volume| {
+            let origin = plan.origin.filter(|origin| origin.snapshot.volume == volume.record.id);
+            origin.and(volume.latched.clone())
+        });
+        if let Some(why) = of_failed {
+            // A write that settled in the snapshot may be in the device's cache only, and go.
+            return Err(CommandError::Latched(why).into());
+        }
         let source = self.origin_node(plan.origin.as_ref(), ticket)?;
         self.needs(2, 1)?;
         let origin_height = plan.origin.map_or(0, |origin| origin.height);
