@@ -55,6 +55,11 @@ pub(crate) enum After {
     Grow {
         ticket: u64,
     },
+    /// The volume has its new name.
+    Rename {
+        ticket: u64,
+        name: String,
+    },
     /// The volume is deleted.
     Close {
         ticket: u64,
@@ -480,10 +485,10 @@ impl<D: Device> Shard<D> {
         let volume = self.volumes[handle.0 as usize].as_mut().expect("the volume is open");
         if volume.latched.is_none() {
             tracing::error!(
-                volume = volume.record.name,
+                volume = volume.name,
                 "{why}: the volume refuses writes and flushes, reads go on; check the device, then \
                  `bessel volume detach {name}` and `bessel volume attach {name}`",
-                name = volume.record.name
+                name = volume.name
             );
             volume.latched = Some(why.to_owned());
             if let Some(journal) = &mut self.journal {
@@ -552,9 +557,14 @@ impl<D: Device> Shard<D> {
             | After::Snapshot { ticket, .. }
             | After::Create { ticket }
             | After::Grow { ticket }
+            | After::Rename { ticket, .. }
             | After::Close { ticket } => ticket,
         };
-        let why = self.volume_mut(handle).latched.clone().unwrap_or_default();
+        let volume = self.volume_mut(handle);
+        let why = volume.latched.clone().unwrap_or_default();
+        if matches!(after, After::Close { .. }) {
+            volume.closing = false; // It stays, for all that is known.
+        }
         if matches!(after, After::Create { .. }) {
             self.forget_volume(handle); // Nobody has its handle.
         }

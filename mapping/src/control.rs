@@ -113,7 +113,7 @@ impl<D: Device> Shard<D> {
             other => {
                 let handle = other.and_then(Command::volume);
                 let open = handle.and_then(|handle| self.volumes.get(handle.0 as usize));
-                open.and_then(Option::as_ref).map_or(String::new(), |it| it.record.name.clone())
+                open.and_then(Option::as_ref).map_or(String::new(), |it| it.name.clone())
             }
         }
     }
@@ -156,9 +156,7 @@ impl<D: Device> Shard<D> {
             Command::Rollback { volume, sequence, time } => {
                 self.rollback(ticket, *volume, *sequence, *time)
             }
-            Command::Rename { volume, name } => {
-                self.change_record(ticket, *volume, |record| record.name.clone_from(name))
-            }
+            Command::Rename { volume, name } => self.rename(ticket, *volume, name),
             Command::Grow { volume, size } => self.grow(ticket, *volume, *size),
             Command::Delete { volume } => self.delete(ticket, *volume),
             Command::SetCache { volume, cache, by } => self.set_cache(ticket, *volume, *cache, *by),
@@ -174,7 +172,7 @@ impl<D: Device> Shard<D> {
             Command::Refresh => {
                 let mut open = self.volumes.iter().flatten();
                 if let Some(failed) = open.find(|volume| volume.latched.is_some()) {
-                    let name = &failed.record.name;
+                    let name = &failed.name;
                     let what = format!("volume {name:?} has failed too; detach it first");
                     return Err(CommandError::Limit(what).into());
                 }
@@ -248,6 +246,10 @@ impl<D: Device> Shard<D> {
                 volume.sectors = volume.record.size.min(limit).sectors();
                 self.reply(ticket, Reply::Done);
             }
+            After::Rename { ticket, name } => {
+                self.volume_mut(handle).name = name;
+                self.reply(ticket, Reply::Done);
+            }
             After::Close { ticket } => {
                 self.forget_volume(handle);
                 self.reply(ticket, Reply::Done);
@@ -278,7 +280,7 @@ impl<D: Device> Shard<D> {
         let snapshots = 0..volume.durable_snapshots;
         VolumeInfo {
             id: volume.record.id,
-            name: volume.record.name.clone(),
+            name: volume.name.clone(),
             size: volume.record.size,
             cache: volume.cache,
             origin: volume.record.origin,

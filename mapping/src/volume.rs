@@ -70,6 +70,8 @@ pub(crate) struct Volume {
     pub(crate) slot: u32,
     /// As the next record to be written would say it.
     pub(crate) record: VolumeRecord,
+    /// What everybody calls it. Follows the record once that is durable.
+    pub(crate) name: String,
     pub(crate) log: SnapshotLog,
     pub(crate) cache: CacheMode,
     /// Sectors a guest may address. Follows the record once that is durable.
@@ -132,6 +134,7 @@ impl Volume {
             cache: record.cache,
             sectors: record.size.sectors(),
             durable_snapshots: record.log_count,
+            name: record.name.clone(),
             record,
             log,
             root,

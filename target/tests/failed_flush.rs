@@ -178,6 +178,74 @@ fn remove_journals(world: &World) {
     }
 }
 
+/// Whether a volume whose deletion failed is there, the device says when the volume is attached again.
+/// Until then it must be possible to look at it and to detach it.
+#[test]
+fn a_volume_whose_deletion_failed_is_like_any_that_has_failed() {
+    let Some((mut world, device)) = world("failed_delete") else { return };
+    world.serve(VOLUMES);
+    let mut guest = connect(&world, "vm1");
+    assert_eq!((write(&mut guest, 7, 1), guest.flush(0)), (block::DONE, block::DONE));
+    drop(guest);
+    while world.json("volume show vm1")["connected"] == true {}
+    device.fail_flushes(1);
+    let refused = world.refused("volume delete vm1");
+    assert!(refused.contains("failed to flush"), "{refused}");
+    assert_eq!(world.json("volume show vm1")["state"], "failed");
+    assert_eq!(world.json("volume list")[1]["state"], "online");
+    world.text("tree");
+    assert_eq!(read(&mut connect(&world, "vm1"), 7), [1; 4096]);
+    assert_eq!(world.json("volume detach vm1")["state"], "detached");
+    assert_eq!(world.json("volume attach vm1")["state"], "online");
+    assert_eq!(read(&mut connect(&world, "vm1"), 7), [1; 4096]);
+    world.end("-TERM");
+    world.text("check device");
+}
+
+/// The name that could not be given is nobody's, and the operator is told to use the other.
+#[test]
+fn a_volume_whose_renaming_failed_is_shown_by_the_name_it_has() {
+    let Some((mut world, device)) = world("failed_rename") else { return };
+    world.serve(VOLUMES);
+    device.fail_flushes(1);
+    world.refused("volume rename vm1 vm3");
+    let shown = world.json("volume show vm1");
+    assert_eq!((&shown["name"], &shown["state"]), (&"vm1".into(), &"failed".into()));
+    assert!(!world.log().contains("vm3"), "{}", world.log());
+    world.text("volume detach vm1");
+    assert_eq!(world.json("volume attach vm1")["name"], "vm1");
+    world.end("-TERM");
+}
+
+/// A guest that is back after its volume was away must not be told that what it wrote before is
+/// durable, when a flush has failed meanwhile.
+#[test]
+fn what_a_guest_has_overwritten_is_flushed_before_its_volume_goes() {
+    let Some((mut world, device)) = world("detach_unflushed") else { return };
+    world.serve(VOLUMES);
+    let mut guest = connect(&world, "vm1");
+    (0..40).for_each(|number| assert_eq!(write(&mut guest, number, 1), block::DONE));
+    assert_eq!(guest.flush(0), block::DONE);
+    (0..40).for_each(|number| assert_eq!(write(&mut guest, number, 2), block::DONE));
+    world.text("volume detach vm1");
+    device.fail_flushes(1);
+    world.text("volume attach vm1");
+    guest.reconnect(Path::new(&world.path("vm1.sock")), BaseAfterReconnect::Used).unwrap();
+    assert_eq!(guest.flush(0), block::DONE);
+    for number in 0..40 {
+        assert_eq!(read(&mut guest, number), [2; 4096], "block {number}");
+    }
+    // The same failure while it is being detached is its own.
+    (0..40).for_each(|number| assert_eq!(write(&mut guest, number, 3), block::DONE));
+    device.fail_flushes(1);
+    let detached = world.json("volume detach vm1");
+    assert!(detached["reason"].as_str().unwrap().contains("failed to flush"), "{detached}");
+    world.text("volume attach vm1");
+    drop(guest);
+    world.end("-TERM");
+    world.text("check device");
+}
+
 #[test]
 fn a_volume_that_is_well_is_detached_and_attached_under_its_guest() {
     let mut world = World::new("detach");

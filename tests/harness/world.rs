@@ -231,6 +231,8 @@ pub struct World {
     names: u64,
     tickets: u64,
     volumes: BTreeMap<VolumeId, OpenVolume>,
+    /// Volumes that are being deleted. When that fails they stay.
+    deleting: BTreeMap<VolumeId, OpenVolume>,
     /// Volumes that were detached, with the shard that had them.
     detached: BTreeMap<VolumeId, usize>,
     requests: BTreeMap<Ticket, Request>,
@@ -288,6 +290,7 @@ impl World {
             names: 0,
             tickets: 0,
             volumes: BTreeMap::new(),
+            deleting: BTreeMap::new(),
             detached: BTreeMap::new(),
             requests: BTreeMap::new(),
             waiting: VecDeque::new(),
@@ -660,7 +663,8 @@ impl World {
             }
         };
         if matches!(action, Action::Delete { .. }) {
-            self.volumes.remove(&id);
+            let open = self.volumes.remove(&id).expect("it was just looked at");
+            self.deleting.insert(id, open);
         }
         self.tell(format_args!("{ticket}: {action:?}"));
         self.commands.insert(ticket, Pending::Act { action, time: time_ns });
@@ -716,6 +720,7 @@ impl World {
                 self.model.end_rename(volume, &name);
             }
             (Action::Delete { volume }, Reply::Done) => {
+                self.deleting.remove(&volume);
                 self.model.end_delete(volume);
                 self.store.directory.removed(volume);
             }
@@ -761,6 +766,10 @@ impl World {
             } if !unknown => self.model.fail_snapshot(subject(action), *time),
             Pending::Act { action: Action::Rename { volume, name }, .. } => {
                 self.store.directory.rename_ended(*volume, name, false);
+            }
+            Pending::Act { action: Action::Delete { volume }, .. } => {
+                let open = self.deleting.remove(volume).expect("it was being deleted");
+                self.volumes.insert(*volume, open);
             }
             Pending::Open { .. } => self.note_damage(self.life_strikes),
             Pending::Create { plan, .. } => {

@@ -214,15 +214,11 @@ impl<D: Device> Shard<D> {
         self.claims.put(BlockKind::Metadata, BlockRun { start, count: 1 });
     }
 
-    pub(super) fn change_record(
-        &mut self,
-        ticket: u64,
-        handle: VolumeHandle,
-        change: impl FnOnce(&mut VolumeRecord),
-    ) -> Tried {
+    pub(super) fn rename(&mut self, ticket: u64, handle: VolumeHandle, name: &str) -> Tried {
         self.needs(1, 0)?;
-        change(&mut self.volume_mut(handle).record);
-        self.seal_plain(handle, None, true, After::Reply(ticket, Reply::Done));
+        let name = name.to_owned();
+        self.volume_mut(handle).record.name.clone_from(&name);
+        self.seal_plain(handle, None, true, After::Rename { ticket, name });
         Ok(())
     }
 
@@ -239,7 +235,7 @@ impl<D: Device> Shard<D> {
         let kept = volume.record.cache_by_guest && volume.cache == CacheMode::Writethrough;
         if kept && !by_guest && cache == CacheMode::Writeback {
             tracing::info!(
-                volume = volume.record.name,
+                volume = volume.name,
                 "stays writethrough, as its guest chose; the guest can switch it back"
             );
             self.reply(ticket, Reply::Done);
@@ -255,10 +251,12 @@ impl<D: Device> Shard<D> {
             self.reply(ticket, Reply::Done);
             return Ok(());
         }
-        self.change_record(ticket, handle, |record| {
-            record.cache = cache;
-            record.cache_by_guest = by_guest;
-        })
+        self.needs(1, 0)?;
+        let record = &mut self.volume_mut(handle).record;
+        record.cache = cache;
+        record.cache_by_guest = by_guest;
+        self.seal_plain(handle, None, true, After::Reply(ticket, Reply::Done));
+        Ok(())
     }
 
     pub(super) fn grow(&mut self, ticket: u64, handle: VolumeHandle, size: ByteCount) -> Tried {

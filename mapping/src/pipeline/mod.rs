@@ -412,7 +412,7 @@ impl<D: Device> Shard<D> {
         self.counters.device_errors += u64::from(!guest);
         if self.may_log() {
             let volume = self.requests[self.pieces[index].request].volume;
-            let name = &self.volume(volume).record.name;
+            let name = &self.volume(volume).name;
             if guest {
                 tracing::debug!(volume = name, "data I/O met guest memory that is not there");
                 return self.abandon(index, IoStatus::Failed);
@@ -550,7 +550,7 @@ impl<D: Device> Shard<D> {
             Work::Piece(index) => self.pieces[index].request,
             Work::Command(ticket) => return self.name_of_subject(ticket),
         };
-        self.volume(self.requests[request].volume).record.name.clone()
+        self.volume(self.requests[request].volume).name.clone()
     }
 
     /// Collects up to `wanted` bytes of the request's guest memory into `scratch`, from where it

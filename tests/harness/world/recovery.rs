@@ -108,6 +108,7 @@ impl World {
         self.commands.clear();
         self.outcomes.clear();
         self.volumes.clear();
+        self.deleting.clear();
         self.detached.clear();
     }
 
@@ -438,6 +439,7 @@ impl Outage {
             names: self.names,
             tickets: self.tickets,
             volumes: BTreeMap::new(),
+            deleting: BTreeMap::new(),
             detached: BTreeMap::new(),
             requests: BTreeMap::new(),
             waiting: VecDeque::new(),
