@@ -170,6 +170,10 @@ impl<D: Device> Shard<D> {
                 Ok(())
             }
             Command::Refresh => {
+                if self.flusher.is_in_doubt() {
+                    let what = "a flush has failed meanwhile; try again";
+                    return Err(CommandError::Limit(what.to_owned()).into());
+                }
                 let mut open = self.volumes.iter().flatten();
                 if let Some(failed) = open.find(|volume| volume.latched.is_some()) {
                     let name = &failed.name;

@@ -82,6 +82,12 @@ impl Flusher {
         self.waiters.iter().any(|(_, other)| *other == waiter)
     }
 
+    /// True when a flush has failed that this shard has not taken note of: volumes that it concerns are
+    /// latched by the next flush here.
+    pub(crate) fn is_in_doubt(&self) -> bool {
+        self.failures.load(Ordering::Acquire) != self.failures_seen
+    }
+
     /// True when a flush should be submitted now; it counts as started from here on.
     pub(crate) fn start(&mut self) -> bool {
         if self.in_flight || self.waiters.is_empty() {

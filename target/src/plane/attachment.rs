@@ -94,10 +94,15 @@ impl ControlPlane {
     /// Makes sure that what is read from the device now is what it holds: after a failed flush its
     /// cache may show what was never written.
     fn refresh_device(&mut self) -> Answered<()> {
+        // An open file hears of a failure once, so the first flush may fail for an old one. Then all
+        // flush once more: what that failure puts in doubt, also on reactors that had flushed before
+        // it, they have latched after that.
+        let mut failed = false;
         for home in 0..self.homes.len() {
-            // An open file hears of a failure once, so the first flush may fail for an old one. What it
-            // puts in doubt, the reactor has latched by then.
-            if self.ask(home, Command::FlushDevice).is_err() {
+            failed |= self.ask(home, Command::FlushDevice).is_err();
+        }
+        if failed {
+            for home in 0..self.homes.len() {
                 self.ask(home, Command::FlushDevice)?;
             }
         }

@@ -61,11 +61,14 @@ impl World {
     /// another volume that has failed, leaves it detached.
     pub fn attach(&mut self, id: VolumeId) -> Result<Result<(), CommandError>, PowerCut> {
         let shard = self.detached[&id];
+        // Each front-end of the device hears of a failure once, and the first time that may be an old
+        // one. All of them flush after the last failure, and know what it puts in doubt.
+        let mut failed = false;
         for shard in 0..self.shards.len() {
-            // Each front-end of the device hears of a failure once, and this may be the old one.
-            if self.of_device(shard, Command::FlushDevice)?.is_err()
-                && let Err(error) = self.of_device(shard, Command::FlushDevice)?
-            {
+            failed |= self.of_device(shard, Command::FlushDevice)?.is_err();
+        }
+        for shard in 0..if failed { self.shards.len() } else { 0 } {
+            if let Err(error) = self.of_device(shard, Command::FlushDevice)? {
                 return Ok(Err(error));
             }
         }
