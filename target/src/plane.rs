@@ -84,6 +84,8 @@ pub(crate) struct ControlPlane {
     restored: BTreeMap<VolumeId, (usize, VolumeHandle)>,
     /// Volumes that an operator has taken away.
     detached: BTreeMap<VolumeId, Detached>,
+    /// How volumes that could not be opened were to be served.
+    unopened: BTreeMap<VolumeId, Service>,
     /// Volumes that are not served in this life, since they could not be restored.
     withheld: BTreeSet<VolumeId>,
     /// Snapshots of volumes that were deleted since the start: clones may descend from them.
@@ -113,6 +115,7 @@ impl ControlPlane {
             served: BTreeMap::new(),
             restored: BTreeMap::new(),
             detached: BTreeMap::new(),
+            unopened: BTreeMap::new(),
             withheld: BTreeSet::new(),
             departed: BTreeMap::new(),
             store,

@@ -64,6 +64,15 @@ impl Image {
         first.min(second).1
     }
 
+    /// Where vm1's root lies, as the newer of its records says.
+    fn root(&self) -> u64 {
+        let newest = (REGISTRY..REGISTRY + 2)
+            .map(|block| self.block(block))
+            .max_by_key(|record| u64::from_le_bytes(record[..8].try_into().unwrap()))
+            .unwrap();
+        u64::from_le_bytes(newest[32..40].try_into().unwrap())
+    }
+
     fn bytes(&self) -> Vec<u8> {
         let mut bytes = vec![0; 64 << 20];
         self.0.read_exact_at(&mut bytes, 0).unwrap();
@@ -177,12 +186,7 @@ fn a_damaged_volume_is_not_served_and_all_others_are() {
     for (what, damage) in damages {
         let mut world = store(&format!("alone-{what}"));
         let image = Image::of(&world);
-        let newest = (REGISTRY..REGISTRY + 2)
-            .map(|block| image.block(block))
-            .max_by_key(|record| u64::from_le_bytes(record[..8].try_into().unwrap()))
-            .unwrap();
-        let root = u64::from_le_bytes(newest[32..40].try_into().unwrap());
-        damage(&image, &serde_json::json!({ "root": root }));
+        damage(&image, &serde_json::json!({ "root": image.root() }));
         let said = world.serve(TWO);
         assert!(!said.contains("volume vm1 "), "{what}: {said}");
         assert!(said.contains("volume vm2 ") && said.contains("volume clone "), "{what}: {said}");
@@ -197,4 +201,31 @@ fn a_damaged_volume_is_not_served_and_all_others_are() {
         let left = findings(&planned["report"]).iter().filter(|it| it["repairable"] == false);
         assert!(left.count() > 0, "{what}: {planned}");
     }
+}
+
+/// What kept a volume from being opened may go while the daemon runs. Then it is served as the
+/// configuration says, as if it had never been away.
+#[test]
+fn a_volume_that_was_mended_is_attached_where_it_was_to_be_served() {
+    let mut world = store("mended");
+    let image = Image::of(&world);
+    let root = image.root();
+    let whole = image.block(root);
+    image.zero(root);
+    let socket = world.path("elsewhere.sock");
+    world.serve(&format!(
+        "volumes:\n  - name: vm1\n    size: 1GiB\n    socket: {socket}\n    queues: 3\n    \
+         cache: writethrough\n"
+    ));
+    assert_eq!(world.json("volume show vm1")["state"], "unavailable");
+    assert!(world.refused("volume attach vm1").contains(&format!("block {root}")));
+    image.0.write_all_at(&whole, root * BLOCK).unwrap();
+    let attached = world.json("volume attach vm1");
+    assert_eq!(attached["state"], "online", "{attached}");
+    assert_eq!(attached["socket"], socket.as_str());
+    assert_eq!((&attached["queues"], &attached["cache"]), (&3.into(), &"writethrough".into()));
+    let detached = world.json("volume detach vm1");
+    assert_eq!(detached["socket"], socket.as_str());
+    assert_eq!(world.json("volume attach vm1")["socket"], socket.as_str());
+    world.end("-TERM");
 }

@@ -145,8 +145,10 @@ impl ControlPlane {
         }
         let command = Command::Open(Box::new(entry));
         let Some(Detached { home, service, .. }) = self.detached.get(&id) else {
-            let service = Service::by_default(&name, self.socket_directory());
+            let by_default = || Service::by_default(&name, self.socket_directory());
+            let service = self.unopened.get(&id).cloned().unwrap_or_else(by_default);
             let (home, handle) = self.open_at_home(command, service.queues)?;
+            self.unopened.remove(&id);
             return Ok((home, handle, service));
         };
         match self.homes[*home].port.command(command).reply {

@@ -6,6 +6,7 @@ use crate::api::{Refusal, RefusalKind};
 use crate::attach::VolumeHost;
 use crate::config::{QUEUES_DEFAULT, SOCKET_PATH_MAX, VolumeConfig, parent_of};
 use crate::places;
+use bessel_mapping::directory::VolumeSummary;
 use bessel_mapping::journal::Change;
 use bessel_mapping::request::{
     CacheChooser, CacheMode, CloneOrigin, Command, Reply, VolumeHandle, VolumeId,
@@ -102,7 +103,13 @@ impl ControlPlane {
     pub(crate) fn open(&mut self, id: VolumeId, service: Service) -> Answered<()> {
         let (home, handle) = match self.restored.remove(&id) {
             Some(open) => open,
-            None => self.open_unserved(id, service.queues)?,
+            None => match self.open_unserved(id, service.queues) {
+                Ok(open) => open,
+                Err(refusal) => {
+                    self.unopened.insert(id, service);
+                    return Err(refusal);
+                }
+            },
         };
         self.serve(id, home, handle, service)
     }
@@ -159,12 +166,12 @@ impl ControlPlane {
         }
     }
 
-    /// Names and identities of volumes that could be served and are not yet.
+    /// Names and identities of volumes that could be served and that nobody has tried to open yet.
     pub(crate) fn unserved(&self) -> Vec<(VolumeId, String)> {
         let volumes = self.directory.volumes();
-        let waiting = volumes.filter(|volume| {
-            let away = self.served.contains_key(&volume.id) || self.withheld.contains(&volume.id);
-            !volume.deleted && volume.fault.is_none() && !away
+        let waiting = volumes.filter(|VolumeSummary { id, deleted, fault, .. }| {
+            let tried = self.served.contains_key(id) || self.unopened.contains_key(id);
+            !deleted && fault.is_none() && !tried && !self.withheld.contains(id)
         });
         waiting.map(|volume| (volume.id, volume.name.clone())).collect()
     }
