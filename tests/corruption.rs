@@ -6,7 +6,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use bessel_mapping::check::{self, CheckReport, FINDINGS_MAX, Finding, Structure};
+use bessel_mapping::check::{self, CheckReport, FINDINGS_MAX, Finding, Severity, Structure};
 use bessel_mapping::format::{
     Bitmap, Entry, EntryKind, ExtentType, LOG_ENTRIES_PER_BLOCK, LogEntry, NODE_BITS, NODE_ENTRIES,
     Node, SUPERBLOCK_COPIES, VolumeRecord, encode_log_block, node_as_bytes, node_as_bytes_mut,
@@ -1287,4 +1287,134 @@ fn what_something_may_need_is_not_freed() {
     assert!(plan(&whole).blocks_freed > 0 && plan(&whole).leaks_kept.is_none());
     // A leaf maps 512 blocks: where places are is of no account to the store.
     const { assert!(NODE_ENTRIES == 1 << NODE_BITS) };
+}
+
+/// A damaged record beside a whole one may have been the newer: what only it led to is not freed, and
+/// nobody says that nothing is lost. The bytes that are left may tell that it was the older.
+#[test]
+fn what_a_lost_record_may_have_led_to_is_not_freed() {
+    let base = Base::new();
+    let (slot, record) = base.record("n3");
+    let [newest, older] =
+        [0, 1].map(|back| base.opened.geometry.registry_slot(slot, record.generation + back));
+    for how in [Damage::Zeroed, Damage::Random, Damage::Misplaced] {
+        for block in [newest, older] {
+            let disk = base.disk.fork(1);
+            assert!(damage(&base, &disk, block.get(), 512, how, 1));
+            let plan =
+                check::plan_repair(&mut disk.connect(), NOW, &mut |_, _| ()).expect("it opens");
+            assert_eq!(plan.blocks_freed, 0, "{how:?}: {:#?}", plan.steps);
+            let why = plan.leaks_kept.as_ref().expect("the deleted volume's blocks are leaks");
+            assert!(why.contains("n3"), "{why}");
+            let named = |it: &&Finding| it.block == Some(block) && it.severity == Severity::Corrupt;
+            assert!(plan.report.findings.iter().any(|it| named(&it)), "{:#?}", plan.report);
+        }
+    }
+    for (block, severity) in [(newest, Severity::Corrupt), (older, Severity::Warning)] {
+        let disk = base.disk.fork(1);
+        let mut bytes = disk.peek(block);
+        bytes[200] ^= 1;
+        disk.poke(block, &bytes);
+        let plan = check::plan_repair(&mut disk.connect(), NOW, &mut |_, _| ()).expect("it opens");
+        assert_eq!(plan.report.findings[0].severity, severity);
+        assert_eq!(plan.blocks_freed > 0, severity == Severity::Warning);
+    }
+}
+
+/// The record that knew a snapshot is lost, and the snapshot has a clone: by the record before it, the
+/// volume may write what the clone reads. It does not open, and the clone is served.
+#[test]
+fn a_record_older_than_a_clone_is_not_served() {
+    let mut world = World::new(WorldConfig { schedule: Schedule::AtOnce, ..WorldConfig::new(3) });
+    let origin = world.create(ByteCount::new(1 << 30)).expect("no power cut");
+    write_all(&mut world, origin);
+    world.flush(origin).expect("no power cut");
+    let snapshot = world.snapshot(origin).expect("no power cut");
+    let clone = world.clone_of(snapshot, "clone").expect("no power cut").expect("it is live");
+    world.flush(clone).expect("no power cut");
+    world.shut_down().expect("no power cut");
+    let disk = world.disk.fork(1);
+    disk.set_schedule(Schedule::AtOnce);
+    let whole = store::open(&mut disk.connect(), OpenMode::ReadOnly).expect("it is whole");
+    let entry = whole.directory.entry(origin).expect("it is whole");
+    let newest = whole.geometry.registry_slot(entry.slot, entry.record.generation);
+    let name = entry.record.name.clone();
+    let before = Served::start(&disk.fork(2)).expect("it is whole").read("clone");
+    disk.poke(newest, &[0x5a; BLOCK]);
+
+    let mut served = Served::start(&disk.fork(3)).expect("one volume's");
+    if served.open.contains_key(&name) {
+        served.use_it(&name, 7);
+    }
+    assert!(served.read("clone") == before, "the clone reads what its origin wrote");
+    assert!(served.refused[&name].contains("is a clone"), "{:?}", served.refused);
+    assert!(served.use_it("clone", 8));
+    served.shut_down();
+    let report = check(&disk).expect("one volume's");
+    let passed = |it: &Finding| it.what.contains("is a clone") && it.place.contains(&name);
+    assert!(report.findings.iter().any(passed), "{:#?}", report.findings);
+    repair_rest(&disk);
+    assert!(disk.peek(newest) == [0x5a; BLOCK], "what may be mended by hand is left");
+    let mut served = Served::start(&disk).expect("one volume's");
+    assert!(!served.open.contains_key(&name) && served.read("clone") == before);
+}
+
+/// What a repair frees, no older record may lead to: it counts when the newer one is lost.
+#[test]
+fn older_records_do_not_lead_to_what_a_repair_has_freed() {
+    let mut world = World::new(WorldConfig { schedule: Schedule::AtOnce, ..WorldConfig::new(4) });
+    let [kept, doomed] =
+        [(); 2].map(|()| world.create(ByteCount::new(1 << 30)).expect("no power cut"));
+    for volume in [kept, doomed] {
+        write_all(&mut world, volume);
+        world.flush(volume).expect("no power cut");
+    }
+    let snapshot = world.snapshot(kept).expect("no power cut");
+    write_all(&mut world, kept);
+    world.flush(kept).expect("no power cut");
+    world.perform(Action::DeleteSnapshot { snapshot }).expect("no power cut");
+    world.perform(Action::Delete { volume: doomed }).expect("no power cut");
+    world.settle().expect("no power cut");
+    world.shut_down().expect("no power cut");
+    let disk = world.disk.fork(1);
+    disk.set_schedule(Schedule::AtOnce);
+    let plan = check::plan_repair(&mut disk.connect(), NOW, &mut |_, _| ()).expect("it is whole");
+    assert!(plan.blocks_freed > 0);
+    let after = check::repair(&mut disk.connect(), &plan, &mut |_, _| ()).expect("the disk works");
+    assert!(after.is_clean(), "{:#?}", after.findings);
+    assert!(
+        check::plan_repair(&mut disk.connect(), NOW, &mut |_, _| ()).expect("as before").is_empty()
+    );
+    let whole = store::open(&mut disk.connect(), OpenMode::ReadOnly).expect("it is whole");
+    for entry in whole.directory.entries() {
+        let disk = disk.fork(2);
+        let newest = whole.geometry.registry_slot(entry.slot, entry.record.generation);
+        disk.poke(newest, &[0x5a; BLOCK]);
+        let report = check(&disk).expect("one volume's");
+        let freed = |it: &&Finding| it.structure != Structure::Record;
+        let freed: Vec<_> = report.findings.iter().filter(freed).collect();
+        assert!(freed.is_empty(), "{}: {freed:#?}", entry.record.name);
+        let found = store::open(&mut disk.connect(), OpenMode::ReadOnly).expect("one volume's");
+        let found = &found.directory.entry(entry.record.id).expect("the other record").record;
+        assert_eq!((found.root, found.deleted), (entry.record.root, entry.record.deleted));
+    }
+}
+
+/// Only who has the secret can put a whole record into the wrong slot; it is named all the same.
+#[test]
+fn a_record_in_the_wrong_slot_is_damage() {
+    let base = Base::new();
+    let (slot, record) = base.record("n3");
+    let place = |generation| base.opened.geometry.registry_slot(slot, generation);
+    let disk = base.disk.fork(1);
+    let wrong = place(record.generation + 1);
+    let mut block = [0; BLOCK];
+    let forged = VolumeRecord { generation: record.generation + 2, ..record.clone() };
+    forged.encode_block(&mut block, wrong, base.opened.secret);
+    disk.poke(wrong, &block);
+    assert!(damage(&base, &disk, place(record.generation).get(), 512, Damage::Random, 1));
+    let report = check(&disk).expect("one volume's");
+    assert_named(&report, Structure::Record, wrong.get());
+    serve_rest(&base, &disk.fork(1), &Cost::of(&["n3"]));
+    repair_rest(&disk);
 }

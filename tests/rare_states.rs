@@ -215,7 +215,7 @@ fn a_lost_record_brings_back_the_one_before() {
         let found = look();
         assert_eq!(found.faults, Vec::new());
         assert_eq!(found.directory.entry(volume).expect("the older one is").record.name, before);
-        assert!(found.findings.iter().any(|finding| finding.severity == Severity::Warning));
+        assert!(found.findings.iter().any(|finding| finding.severity == Severity::Corrupt));
     }
 }
 

@@ -167,6 +167,33 @@ impl Directory {
         }
     }
 
+    /// Volumes that are not deleted and do not know a snapshot of theirs that was cloned: each with
+    /// the last such snapshot and its clone's name. A clone is made when the record that knows the
+    /// snapshot is durable, so one later than theirs is lost.
+    pub(crate) fn passed_over(&self) -> Vec<(VolumeId, u64, String)> {
+        let mut last: BTreeMap<VolumeId, (u64, &str)> = BTreeMap::new();
+        for (origin, name) in self.volumes.values().filter_map(|it| Some((it.origin?, &it.name))) {
+            let found = last.entry(origin.volume).or_insert((origin.sequence, name));
+            if origin.sequence > found.0 {
+                *found = (origin.sequence, name);
+            }
+        }
+        let passed = |(id, (sequence, name)): (VolumeId, (u64, &str))| {
+            let record = &self.entries.get(&id)?.record;
+            let passed = !record.deleted && record.log_count <= sequence;
+            passed.then(|| (id, sequence, name.to_owned()))
+        };
+        last.into_iter().filter_map(passed).collect()
+    }
+
+    /// Notes that a volume that was read whole cannot be opened all the same.
+    pub(crate) fn take_out(&mut self, id: VolumeId, fault: String) {
+        self.entries.remove(&id);
+        if let Some(volume) = self.volumes.get_mut(&id) {
+            volume.fault = Some(fault);
+        }
+    }
+
     /// Notes a slot whose record cannot be read.
     pub(crate) fn add_unreadable(&mut self, slot: u32) {
         self.slots_taken.insert(slot);

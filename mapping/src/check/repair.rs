@@ -10,7 +10,7 @@
 //!   write, the store is no worse, and the next repair goes on.
 //! - A block is freed only when all trees were followed to their ends and the store was closed in
 //!   order: else a tree that could not be found, or a killed daemon's journal, may lead to it
-//!   (`docs/decisions/0007-journal-in-memory.md`).
+//!   (`docs/decisions/0007-journal-in-memory.md`). Nor may an older record still lead there.
 
 use bessel_reactor::clock::WallTime;
 use bessel_reactor::device::{Device, DeviceError};
@@ -19,9 +19,10 @@ use bessel_reactor::units::{BLOCK_SIZE, BlockAddr, ByteCount, SECTOR_SIZE, SECTO
 use super::marks::BitmapRead;
 use super::{CheckReport, FINDINGS_MAX, Finding, Look, Structure, check, look};
 use crate::blocking::{Blocking, Span};
+use crate::directory::VolumeEntry;
 use crate::format::{
     Bitmap, CATALOGUE_ENTRIES_PER_BLOCK, CATALOGUE_ENTRIES_PER_SECTOR, CatalogueEntry, ExtentType,
-    HostRecord, VolumeRecord, encode_catalogue_block,
+    HostRecord, LogEntry, VolumeRecord, encode_catalogue_block,
 };
 use crate::store::{HOST_LOCAL, Losses, OpenError, OpenedStore};
 
@@ -132,7 +133,9 @@ pub fn plan_repair<D: Device>(
     };
     plan_superblocks(&mut plan, &store, &losses);
     plan_host(&mut plan, &store, &losses, time);
-    plan_records(&mut plan, &store, &losses);
+    // Extents whose types are lost have no leaks that could be counted.
+    let frees = may_free && (leaked > 0 || !losses.catalogue.is_empty());
+    plan_records(&mut plan, &store, &losses, frees);
     let (marked, rebuilt) = plan_bitmaps(&mut plan, &store, &losses, &marks, may_free);
     plan.phase(marked);
     plan_catalogue(&mut Blocking::new(device), &mut plan, &store, &losses)
@@ -213,25 +216,48 @@ fn plan_host(plan: &mut RepairPlan, store: &OpenedStore, losses: &Losses, time: 
     }
 }
 
-/// A record that has lost the one beside it is written there too, as its own successor.
-fn plan_records(plan: &mut RepairPlan, store: &OpenedStore, losses: &Losses) {
-    /// Far below what a record's counters may be, and above what any writer reaches.
-    const GENERATION_MAX: u64 = 1 << 60;
+/// A record that has lost the one beside it is written there too, as its own successor. So is one
+/// whose older record names a tree that is freed (`frees`): should the newer be lost one day, the older
+/// would lead to what others have by then.
+fn plan_records(plan: &mut RepairPlan, store: &OpenedStore, losses: &Losses, frees: bool) {
     let mut writes = Vec::new();
     for (slot, record, lost) in &losses.records {
-        if record.generation > GENERATION_MAX {
-            continue;
+        let what = "written again from the one beside it";
+        if let Some(write) = plan_successor(plan, store, *slot, record, what) {
+            assert_eq!(write.0, *lost, "a record's successor lies in the other slot");
+            writes.push(write);
         }
-        let generation = record.generation + 1;
-        let block = store.geometry.registry_slot(*slot, generation);
-        assert_eq!(block, *lost, "a record's successor lies in the other slot");
-        let place = format!("volume {:?} (registry slot {slot})", record.name);
-        let what = format!("record at block {block} written again from the one beside it");
-        plan.step(Structure::Record, block, place, what);
-        let record = VolumeRecord { generation, ..record.clone() };
-        writes.push((block, block_of(|out| record.encode_block(out, block, store.secret))));
+    }
+    for (slot, record, root) in losses.older.iter().filter(|_| frees) {
+        let live = |it: &LogEntry| !it.deleted && it.root == *root;
+        let keeps = |entry: &VolumeEntry| *root == record.root || entry.log.iter().any(live);
+        if record.deleted || !store.directory.entry(record.id).is_some_and(keeps) {
+            let what = "of before, whose blocks are freed, written over with the current one";
+            writes.extend(plan_successor(plan, store, *slot, record, what));
+        }
     }
     plan.phase(writes);
+}
+
+/// The record once more, in its other slot.
+fn plan_successor(
+    plan: &mut RepairPlan,
+    store: &OpenedStore,
+    slot: u32,
+    record: &VolumeRecord,
+    what: &str,
+) -> Option<(BlockAddr, Box<BlockBytes>)> {
+    /// Far below what a record's counters may be, and above what any writer reaches.
+    const GENERATION_MAX: u64 = 1 << 60;
+    if record.generation > GENERATION_MAX {
+        return None;
+    }
+    let generation = record.generation + 1;
+    let block = store.geometry.registry_slot(slot, generation);
+    let place = format!("volume {:?} (registry slot {slot})", record.name);
+    plan.step(Structure::Record, block, place, format!("record at block {block} {what}"));
+    let record = VolumeRecord { generation, ..record.clone() };
+    Some((block, block_of(|out| record.encode_block(out, block, store.secret))))
 }
 
 type Writes = Vec<(BlockAddr, Box<BlockBytes>)>;

@@ -45,6 +45,9 @@ struct DiskHost {
 
 const _: () = assert!(size_of::<DiskHost>() == SECTOR);
 
+/// It is counted up from what is read, so what is read must leave room.
+const GENERATION_MAX: u64 = 1 << 62;
+
 /// A host that has attached to the store.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct HostRecord {
@@ -99,15 +102,17 @@ impl HostRecord {
         let place = Place::new(place, 0);
         unseal(bytes, place, Kind::Host, secret)?;
         let disk = DiskHost::ref_from_bytes(bytes).expect("a record is one sector");
+        let bad = |what| place.damage(Kind::Host, Fault::Field(what));
+        if disk.generation.get() > GENERATION_MAX {
+            return Err(bad("a counter is larger than counting ever makes it"));
+        }
         let name = decode_name(disk.name_length, &disk.name);
         Ok(Self {
             generation: disk.generation.get(),
             id: disk.id.get(),
             epoch: disk.epoch.get(),
             clean: disk.clean != 0,
-            name: name
-                .ok_or(place.damage(Kind::Host, Fault::Field("the name is no text")))?
-                .to_owned(),
+            name: name.ok_or(bad("the name is no text"))?.to_owned(),
             life: disk.life,
             time: WallTime::from_unix_nanos(disk.time.get()),
         })
@@ -151,6 +156,15 @@ mod tests {
             bytes[byte] ^= 4;
         }
         assert!(matches!(HostRecord::decode_slot(&bytes, ADDR.add(1), SECRET), Slot::Damaged(_)));
+    }
+
+    #[test]
+    fn a_generation_that_cannot_be_counted_up_is_refused() {
+        let whole = |generation| {
+            let slot = HostRecord::decode_slot(&block(generation, ADDR), ADDR, SECRET);
+            matches!(slot, Slot::Record(_))
+        };
+        assert!(whole(1 << 62) && !whole((1 << 62) + 2) && !whole(u64::MAX));
     }
 
     #[test]

@@ -41,7 +41,7 @@ pub use node::{
 };
 pub use registry::{VOLUME_SIZE_MAX, VOLUME_SIZE_MIN, VolumeRecord};
 pub use seal::Damage;
-pub use slots::{Slot, SlotPair, choose_slot, find_lost_slot};
+pub use slots::{Slot, SlotPair, choose_slot, find_lost_slot, refuse_wrong_slot};
 pub use snapshot_log::{
     LOG_ENTRIES_PER_BLOCK, LogBlock, LogEntry, decode_log_block, encode_log_block,
 };

@@ -222,6 +222,18 @@ impl VolumeRecord {
         }
     }
 
+    /// Whether what is left of a damaged slot still says that it held the record before this one.
+    ///
+    /// # Panics
+    /// When `remains` are fewer than 16 bytes.
+    pub fn follows(&self, remains: &[u8]) -> bool {
+        let number = |at: usize| {
+            let bytes = remains[at..at + 8].try_into().expect("the range is eight bytes");
+            u64::from_le_bytes(bytes)
+        };
+        number(0).checked_add(1) == Some(self.generation) && number(8) == self.id.0
+    }
+
     /// The rule a record breaks, if it does. Checked before bytes leave and after they return.
     fn fault(&self) -> Option<&'static str> {
         let size = self.size.get();

@@ -63,6 +63,20 @@ pub fn find_lost_slot<T>(
     }
 }
 
+/// A record whose generation belongs into the other slot was put there by no writer: its successor
+/// would go over it, and not beside it.
+pub fn refuse_wrong_slot<T>(
+    slots: &mut [Slot<T>; 2],
+    generation: impl Fn(&T) -> u64,
+    wrong: impl Fn(usize) -> Damage,
+) {
+    for (index, slot) in slots.iter_mut().enumerate() {
+        if matches!(slot, Slot::Record(record) if generation(record) % 2 != index as u64) {
+            *slot = Slot::Damaged(wrong(index));
+        }
+    }
+}
+
 /// Chooses between the two slots of a pair by `generation`.
 pub fn choose_slot<T>(slots: [Slot<T>; 2], generation: impl Fn(&T) -> u64) -> SlotPair<T> {
     match slots {

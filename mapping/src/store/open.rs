@@ -23,7 +23,7 @@ use crate::format::{
     FEATURES_INCOMPATIBLE_KNOWN, FEATURES_READ_ONLY_KNOWN, Geometry, HostRecord,
     LOG_ENTRIES_PER_BLOCK, LogEntry, SUPERBLOCK_COPIES, Slot, SlotPair, Superblock,
     SuperblockFault, TagKey, VolumeRecord, choose_slot, decode_catalogue_sector, decode_log_block,
-    find_lost_slot, seal, tree_blocks,
+    find_lost_slot, refuse_wrong_slot, seal, tree_blocks,
 };
 use crate::sync::AtomicU64;
 
@@ -169,6 +169,9 @@ pub(crate) struct Losses {
     pub(crate) extents: LostExtents,
     /// Damaged slots of volume records that have a good one: its slot and the damaged block.
     pub(crate) records: Vec<(u32, VolumeRecord, BlockAddr)>,
+    /// Volumes whose older record names another tree, or says that they are not deleted: the slot,
+    /// the record that counts, and the older one's root.
+    pub(crate) older: Vec<(u32, VolumeRecord, BlockAddr)>,
     /// Why trees may exist that cannot be found, the first reason.
     pub(crate) hidden: Option<String>,
 }
@@ -495,6 +498,8 @@ fn read_host<D: Device>(
     let mut slots = read_pair(&bytes, start, |block, addr| {
         HostRecord::decode_slot(block, addr, superblock.secret)
     });
+    let wrong = |index| wrong_slot(seal::Kind::Host, start.add(index as u64));
+    refuse_wrong_slot(&mut slots, |host| host.generation, wrong);
     let lost = |index| zero_block(seal::Kind::Host, start.add(index as u64));
     find_lost_slot(&mut slots, |host| host.generation > 1, lost);
     let damages = damages_of(&slots);
@@ -532,6 +537,12 @@ fn damages_of<T>(slots: &[Slot<T>; 2]) -> Vec<Damage> {
 /// The damage of a block that should hold something and holds zeroes.
 fn zero_block(kind: seal::Kind, block: BlockAddr) -> Damage {
     Damage { kind, block, sector: 0, fault: seal::Fault::Zero }
+}
+
+/// The damage of a block whose record belongs into the one beside it.
+pub(super) fn wrong_slot(kind: seal::Kind, block: BlockAddr) -> Damage {
+    let fault = seal::Fault::Field("its generation belongs into the other slot");
+    Damage { kind, block, sector: 0, fault }
 }
 
 /// The damage of a block that the device does not give.
@@ -605,18 +616,25 @@ fn read_registry<D: Device>(
     let mut pairs: Vec<[Slot<VolumeRecord>; 2]> = Vec::new();
     pairs.resize_with(geometry.registry_slots as usize, || [Slot::Empty, Slot::Empty]);
     let mut unreadable = BTreeMap::new();
+    // How damaged slots begin: what is left there of generation and identity.
+    let mut remains: BTreeMap<BlockAddr, [u8; 16]> = BTreeMap::new();
     let secret = store.secret;
     io.read_each(&[span], |addr, block| {
         let index = (addr.get() - span.start.get()) as usize;
         match block {
             Ok(block) => {
-                pairs[index / 2][index % 2] = VolumeRecord::decode_slot(block, addr, secret);
+                let slot = VolumeRecord::decode_slot(block, addr, secret);
+                if matches!(slot, Slot::Damaged(_)) {
+                    remains.insert(addr, block[..16].try_into().expect("it is longer"));
+                }
+                pairs[index / 2][index % 2] = slot;
             }
             Err(error) => {
                 unreadable.insert(index as u32 / 2, (addr, error));
             }
         }
     });
+    let mut lost_beside = Vec::new();
     let mut empty = None;
     for (slot, mut pair) in (0u32..).zip(pairs) {
         let place = format!("registry slot {slot}");
@@ -629,26 +647,22 @@ fn read_registry<D: Device>(
             losses.hide(|| format!("registry slot {slot} cannot be read"));
             continue;
         }
+        let wrong =
+            |index| wrong_slot(seal::Kind::Volume, geometry.registry_slot(slot, index as u64));
+        refuse_wrong_slot(&mut pair, |record| record.generation, wrong);
         let lost =
             |index| zero_block(seal::Kind::Volume, geometry.registry_slot(slot, index as u64));
         // A volume that is deleted stays so: whatever was beside its last record is of no use.
         find_lost_slot(&mut pair, |record| record.generation > 1 && !record.deleted, lost);
         let damages = damages_of(&pair);
+        losses.older.extend(older_of(slot, &pair));
         match choose_slot(pair, |record| record.generation) {
             SlotPair::Empty => {
                 empty.get_or_insert(slot);
                 continue;
             }
             SlotPair::Record(record, damage) => {
-                if let Some(damage) = damage {
-                    let place = format!("volume {:?} (registry slot {slot})", record.name);
-                    let what = format!("an older record is used: {damage}");
-                    let (severity, structure) = (Severity::Warning, Structure::Record);
-                    let block = Some(damage.block);
-                    let finding = Finding::new(severity, structure, block, place, what);
-                    findings.push(finding.repairable());
-                    losses.records.push((slot, record.clone(), damage.block));
-                }
+                lost_beside.extend(damage.map(|damage| (slot, record.clone(), damage)));
                 read_volume(io, store, losses, slot, record);
             }
             SlotPair::Damaged(_) => {
@@ -665,6 +679,69 @@ fn read_registry<D: Device>(
             losses.hide(|| format!("registry slot {empty} is empty and slot {slot} is not"));
         }
     }
+    find_passed_over(store, losses);
+    for (slot, record, damage) in lost_beside {
+        let before = remains.get(&damage.block).is_some_and(|remains| record.follows(remains));
+        // A volume that is deleted has no later record.
+        let older = record.deleted || before && damage.fault == seal::Fault::Checksum;
+        note_lost_record(store, losses, findings, slot, record, &damage, older);
+    }
+}
+
+/// See [`Losses::older`].
+fn older_of(slot: u32, pair: &[Slot<VolumeRecord>; 2]) -> Option<(u32, VolumeRecord, BlockAddr)> {
+    let [Slot::Record(a), Slot::Record(b)] = pair else { return None };
+    let (older, newer) = if a.generation < b.generation { (a, b) } else { (b, a) };
+    let differs = older.root != newer.root || older.deleted != newer.deleted;
+    differs.then(|| (slot, newer.clone(), older.root))
+}
+
+/// Takes out volumes whose record is older than a clone of theirs. The record that was lost froze the
+/// tree that the clone shares: who writes by this one writes into the clone.
+fn find_passed_over(store: &mut OpenedStore, losses: &mut Losses) {
+    for (id, sequence, clone) in store.directory.passed_over() {
+        let entry = store.directory.entry(id).expect("only what is whole is passed over");
+        let VolumeEntry { slot, record, .. } = entry;
+        let block = store.geometry.registry_slot(*slot, record.generation);
+        let what = format!(
+            "its record at block {block} is from before snapshot {sequence}, of which volume \
+             {clone:?} is a clone: a later record is lost"
+        );
+        let place = format!("volume {:?} (id {id}, registry slot {slot})", record.name);
+        losses.hide(|| format!("volume {:?} cannot be opened", record.name));
+        let (severity, structure) = (Severity::Corrupt, Structure::Record);
+        store.faults.push(Finding::new(severity, structure, Some(block), place, what.clone()));
+        store.directory.take_out(id, what);
+    }
+}
+
+/// Notes that the slot beside a record is damaged. `older`: it held the one before.
+fn note_lost_record(
+    store: &OpenedStore,
+    losses: &mut Losses,
+    findings: &mut Findings,
+    slot: u32,
+    record: VolumeRecord,
+    damage: &Damage,
+    older: bool,
+) {
+    let name = &record.name;
+    let (severity, what) = if older {
+        (Severity::Warning, format!("the record before the current one is lost: {damage}"))
+    } else {
+        losses.hide(|| format!("volume {name:?} has lost a record that may have been its newest"));
+        let what = "the record beside it is used, which may be the older: what was written since \
+                    a snapshot may be lost";
+        (Severity::Corrupt, format!("{damage}; {what}"))
+    };
+    let place = format!("volume {name:?} (registry slot {slot})");
+    let finding = Finding::new(severity, Structure::Record, Some(damage.block), place, what);
+    // Of one that does not open, whatever is left is left to whoever can make something of it.
+    let opens = store.directory.entry(record.id).is_some_and(|entry| entry.slot == slot);
+    findings.push(if opens { finding.repairable() } else { finding });
+    if opens {
+        losses.records.push((slot, record, damage.block));
+    }
 }
 
 impl Losses {
@@ -676,6 +753,7 @@ impl Losses {
             catalogue: BTreeSet::new(),
             extents: LostExtents { geometry, found: BTreeMap::new(), doubtful: BTreeSet::new() },
             records: Vec::new(),
+            older: Vec::new(),
             hidden: None,
         }
     }

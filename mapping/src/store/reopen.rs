@@ -5,10 +5,10 @@ use bessel_reactor::device::{Device, DeviceError};
 use bessel_reactor::units::BLOCK_SIZE;
 
 use super::OpenedStore;
-use super::open::{Losses, VolumeFault, check_root, read_log, read_pair};
+use super::open::{Losses, VolumeFault, check_root, read_log, read_pair, wrong_slot};
 use crate::blocking::Blocking;
 use crate::directory::VolumeEntry;
-use crate::format::{SlotPair, VolumeRecord, choose_slot};
+use crate::format::{SlotPair, VolumeRecord, choose_slot, refuse_wrong_slot, seal};
 use crate::request::VolumeId;
 
 /// Why a volume could not be read again.
@@ -51,9 +51,14 @@ pub fn reread<D: Device>(
     let start = store.geometry.registry_slot(slot, 0);
     let mut bytes = [0; 2 * BLOCK_SIZE as usize];
     io.read_into(start, &mut bytes).map_err(|source| ReopenError::Device { slot, source })?;
-    let pair = read_pair(&bytes, start, |block, addr| {
+    let mut pair = read_pair(&bytes, start, |block, addr| {
         VolumeRecord::decode_slot(block, addr, store.secret)
     });
+    refuse_wrong_slot(
+        &mut pair,
+        |record| record.generation,
+        |index| wrong_slot(seal::Kind::Volume, start.add(index as u64)),
+    );
     let wrong = |what| Err(ReopenError::Record { slot, what });
     let record = match choose_slot(pair, |record| record.generation) {
         SlotPair::Record(record, _) if record.id == id => record,

@@ -316,7 +316,7 @@ fn one_bad_slot_of_a_pair_leaves_the_other() {
     poke(&disk, newer, |block| block[0] ^= 1);
     let store = open_it(&disk).unwrap();
     assert!(store.faults.is_empty() && store.directory.find("older").is_some());
-    assert_eq!(store.findings[0].severity, Severity::Warning);
+    assert_eq!(store.findings[0].severity, Severity::Corrupt);
 }
 
 #[test]
