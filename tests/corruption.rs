@@ -682,14 +682,11 @@ fn what_the_store_hangs_on_is_refused_clearly_and_rebuilt() {
                         changed.push(host[index]);
                     }
                 }
-                let never = changed.len() == 2 && how == Damage::Zeroed;
                 let report = check(&disk).expect("trees hang on no host");
-                if !never {
-                    for block in &changed {
-                        assert_named(&report, Structure::Host, *block);
-                    }
+                for block in &changed {
+                    assert_named(&report, Structure::Host, *block);
                 }
-                if changed.len() == 2 && !never {
+                if changed.len() == 2 {
                     let error = Served::start(&disk).err().expect("the epoch is lost");
                     assert!(error.to_string().contains("host record at block"), "{error}");
                 } else {
@@ -1417,4 +1414,41 @@ fn a_record_in_the_wrong_slot_is_damage() {
     assert_named(&report, Structure::Record, wrong.get());
     serve_rest(&base, &disk.fork(1), &Cost::of(&["n3"]));
     repair_rest(&disk);
+}
+
+/// What keeps a volume from being opened does not hide what else is wrong with it.
+#[test]
+fn the_tree_of_a_volume_that_does_not_open_is_looked_at() {
+    let base = Base::new();
+    let disk = base.disk.fork(1);
+    let log = base.record("n1").1.log_tail.expect("it has snapshots").get();
+    let leaf = base.path("n1")[2];
+    for block in [log, leaf] {
+        assert!(damage(&base, &disk, block, 512, Damage::Random, 1));
+    }
+    let report = check(&disk).expect("one volume's");
+    assert_named(&report, Structure::Log, log);
+    assert_named(&report, Structure::Node, leaf);
+    assert!(report.findings.iter().all(|it| it.place.contains("n1")), "{:#?}", report.findings);
+}
+
+/// A check goes on when the device does not give a block that the whole store hangs on.
+#[test]
+fn unreadable_blocks_of_the_store_itself_are_named() {
+    let base = Base::new();
+    let geometry = base.opened.geometry;
+    let blocks = [
+        (Structure::Catalogue, geometry.catalogue_start),
+        (Structure::Host, geometry.host_slot(0, 0)),
+        (Structure::Host, geometry.host_slot(0, 1)),
+        (Structure::Group, geometry.group_start),
+    ];
+    for (structure, block) in blocks {
+        let disk = base.disk.fork(1);
+        make_unreadable(&disk, block);
+        let report = check(&disk).expect("something is left to look at");
+        assert_named(&report, structure, block.get());
+        let others = report.findings.iter().filter(|it| it.block != Some(block)).count();
+        assert_eq!(others, 0, "{:#?}", report.findings);
+    }
 }

@@ -25,11 +25,13 @@ mod walk;
 
 pub use repair::{RepairPlan, RepairReport, RepairStep, plan_repair, repair};
 
+use std::collections::BTreeMap;
+
 use bessel_reactor::device::Device;
-use bessel_reactor::units::{BLOCK_SIZE, BlockAddr};
+use bessel_reactor::units::BlockAddr;
 
 use crate::blocking::{Blocking, Span};
-use crate::format::{Damage, ExtentType, LOG_ENTRIES_PER_BLOCK};
+use crate::format::{Damage, ExtentType, LOG_ENTRIES_PER_BLOCK, VolumeRecord};
 use crate::store::{Losses, OpenError, OpenedStore, survey};
 use marks::Marks;
 use walk::{Tree, Walk};
@@ -157,7 +159,7 @@ pub struct CheckReport {
     pub findings: Vec<Finding>,
     /// How many more there are.
     pub findings_omitted: u64,
-    /// Volumes whose trees were walked.
+    /// Volumes that can be opened, whose trees were walked.
     pub volumes: u64,
     /// Snapshots whose trees were walked.
     pub snapshots: u64,
@@ -205,7 +207,7 @@ struct Look {
 }
 
 fn look<D: Device>(device: &mut D, progress: &mut dyn FnMut(u64, u64)) -> Result<Look, OpenError> {
-    let (mut store, losses) = survey(device)?;
+    let (mut store, mut losses) = survey(device)?;
     let mut report = CheckReport {
         findings: std::mem::take(&mut store.findings),
         findings_omitted: store.findings_omitted,
@@ -216,14 +218,20 @@ fn look<D: Device>(device: &mut D, progress: &mut dyn FnMut(u64, u64)) -> Result
     };
     std::mem::take(&mut store.faults).into_iter().for_each(|fault| report.report(fault));
     let mut io = Blocking::new(device);
-    check_groups(&mut io, &store, &mut report)?;
-    let mut walk = Walk::new(io, &store, losses, report, progress)?;
-    visit_all(&store, &mut walk);
+    check_groups(&mut io, &store, &mut report);
+    let unopened = std::mem::take(&mut losses.unopened);
+    let mut walk = Walk::new(io, &store, losses, report, progress);
+    visit_all(&store, &unopened, &mut walk);
     let (losses, marks, mut report) = walk.finish();
-    let (lost, unknown) =
-        (&losses, |finding: &&mut Finding| finding.structure == Structure::Catalogue);
-    for finding in report.findings.iter_mut().filter(unknown) {
-        finding.repairable = repair::is_derivable(lost, &store, finding);
+    for finding in &mut report.findings {
+        if finding.structure == Structure::Catalogue {
+            finding.repairable = repair::is_derivable(&losses, &store, finding);
+        }
+        // Whose bits would be rebuilt, if nobody knows what the extent holds?
+        let extent = finding.block.map(|block| store.geometry.extent_of(block));
+        if extent.is_some_and(|extent| losses.extents.doubtful.contains(&extent)) {
+            finding.repairable = false;
+        }
     }
     Ok(Look { store, losses, marks, report })
 }
@@ -233,29 +241,30 @@ fn check_groups<D: Device>(
     io: &mut Blocking<'_, D>,
     store: &OpenedStore,
     report: &mut CheckReport,
-) -> Result<(), OpenError> {
+) {
     let start = store.geometry.group_start;
     let blocks = 2 * u64::from(store.geometry.group_slots);
-    let mut used = Vec::new();
-    io.read([Span { start, blocks }], |addr, bytes| {
-        for (index, block) in (0..).zip(bytes.chunks_exact(BLOCK_SIZE as usize)) {
-            if block.iter().any(|&byte| byte != 0) {
-                used.push(addr.add(index));
-            }
-        }
-    })
-    .map_err(|source| OpenError::Device { doing: "reading the group table", source })?;
-    for addr in used {
-        let what = format!("block {addr} is reserved and not zero");
+    let mut wrong = BTreeMap::new();
+    io.read_each(&[Span { start, blocks }], |addr, block| {
+        match block {
+            Ok(block) if block.iter().all(|&byte| byte == 0) => wrong.remove(&addr),
+            Ok(_) => wrong.insert(addr, format!("block {addr} is reserved and not zero")),
+            Err(error) => wrong.insert(addr, format!("block {addr} cannot be read: {error}")),
+        };
+    });
+    for (addr, what) in wrong {
         let (severity, structure) = (Severity::Warning, Structure::Group);
         report.report(Finding::new(severity, structure, Some(addr), "group table", what));
     }
-    Ok(())
 }
 
 /// Current trees go first: a block they own that a snapshot reaches too is then reported for the
 /// snapshot, which is the one that reads wrong bytes.
-fn visit_all<D: Device>(store: &OpenedStore, walk: &mut Walk<'_, '_, D>) {
+fn visit_all<D: Device>(
+    store: &OpenedStore,
+    unopened: &[(String, VolumeRecord)],
+    walk: &mut Walk<'_, '_, D>,
+) {
     let live = || store.directory.entries().filter(|entry| !entry.record.deleted);
     // A deleted volume keeps its record, and that its log.
     for entry in store.directory.entries() {
@@ -278,6 +287,14 @@ fn visit_all<D: Device>(store: &OpenedStore, walk: &mut Walk<'_, '_, D>) {
             let (root, height) = (snapshot.root, snapshot.height);
             walk.tree(&Tree { name, root, height, writable: false });
             walk.report.snapshots += 1;
+        }
+    }
+    // What else is wrong with a volume that does not open, and which blocks it needs. Nobody writes by
+    // its tree as it is.
+    for (name, record) in unopened {
+        if store.extents.holds(record.root, ExtentType::Metadata) {
+            let (name, root, height) = (name.clone(), record.root, record.height);
+            walk.tree(&Tree { name, root, height, writable: false });
         }
     }
 }

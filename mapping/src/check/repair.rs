@@ -373,9 +373,12 @@ fn plan_catalogue<D: Device>(
         let Some(types) = derivable(store, losses, sector) else { continue };
         let addr = geometry.catalogue_start.add(sector / SECTORS_PER_BLOCK);
         if writes.last().is_none_or(|(last, _)| *last != addr) {
-            let mut block = [0; BLOCK_SIZE as usize];
-            io.read_into(addr, &mut block)?;
-            writes.push((addr, Box::new(block)));
+            let mut block = Box::new([0; BLOCK_SIZE as usize]);
+            // Of one that cannot be read all sectors are lost.
+            if io.read_into(addr, &mut block[..]).is_err() {
+                block.fill(0);
+            }
+            writes.push((addr, block));
         }
         let (_, image) = writes.last_mut().expect("just pushed");
         let first = sector / SECTORS_PER_BLOCK * CATALOGUE_ENTRIES_PER_BLOCK as u64;

@@ -11,7 +11,7 @@ use crate::format::{
     node_as_bytes_mut,
 };
 use crate::request::VolumeId;
-use crate::store::{Losses, OpenError, OpenedStore};
+use crate::store::{Losses, OpenedStore};
 
 /// Nodes read together. The stack then holds at most 3 levels × 64 × 512 nodes, 3 MiB.
 const BATCH: usize = 64;
@@ -55,13 +55,13 @@ impl<'a, 'd, D: Device> Walk<'a, 'd, D> {
         losses: Losses,
         report: CheckReport,
         progress: &'a mut dyn FnMut(u64, u64),
-    ) -> Result<Self, OpenError> {
+    ) -> Self {
         let marks = Marks::new(store.geometry);
         let mut walk = Self { io, store, losses, marks, progress, report };
         for extent in 0..store.geometry.extent_count {
             walk.read_bitmaps(extent);
         }
-        Ok(walk)
+        walk
     }
 
     /// Reads the bitmap of an extent, if it has one.

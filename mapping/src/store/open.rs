@@ -172,6 +172,8 @@ pub(crate) struct Losses {
     /// Volumes whose older record names another tree, or says that they are not deleted: the slot,
     /// the record that counts, and the older one's root.
     pub(crate) older: Vec<(u32, VolumeRecord, BlockAddr)>,
+    /// Volumes that cannot be opened and whose trees can be found, and what to call them.
+    pub(crate) unopened: Vec<(String, VolumeRecord)>,
     /// Why trees may exist that cannot be found, the first reason.
     pub(crate) hidden: Option<String>,
 }
@@ -286,6 +288,7 @@ fn read_store<D: Device>(
         flush_failures: Arc::default(),
         superblock,
     };
+    find_lost_host(&mut store, mode, &mut losses, &mut findings)?;
     read_registry(io, &mut store, &mut losses, &mut findings);
     store.findings = findings.kept;
     store.findings_omitted = findings.omitted;
@@ -447,9 +450,12 @@ fn read_catalogue<D: Device>(
     findings: &mut Findings,
 ) -> Result<Vec<CatalogueEntry>, OpenError> {
     let geometry = &superblock.geometry;
+    let start = geometry.catalogue_start;
     let mut bytes = vec![0; geometry.catalogue_blocks as usize * BLOCK];
-    io.read_into(geometry.catalogue_start, &mut bytes)
-        .map_err(failed("reading the extent catalogue"))?;
+    let unreadable = read_blocks(io, start, &mut bytes);
+    if let (Leniency::None, Some((_, source))) = (leniency, unreadable.iter().next()) {
+        return Err(failed("reading the extent catalogue")(*source));
+    }
     let count = geometry.extent_count as usize;
     let mut entries = Vec::with_capacity(count);
     let sectors = (0u8..8).cycle().zip(bytes.chunks_exact(SECTOR_SIZE as usize));
@@ -459,7 +465,10 @@ fn read_catalogue<D: Device>(
         let here = (count - first).min(CATALOGUE_ENTRIES_PER_SECTOR);
         let read =
             decode_catalogue_sector(bytes, addr, sector, here, superblock.secret, &mut entries);
-        let Err(damage) = read else { continue };
+        let Err(mut damage) = read else { continue };
+        if unreadable.contains_key(&addr) {
+            damage.fault = UNREADABLE;
+        }
         if leniency == Leniency::None {
             return Err(OpenError::Corrupt(damage.to_string()));
         }
@@ -494,9 +503,13 @@ fn read_host<D: Device>(
     let geometry = &superblock.geometry;
     let mut bytes = [0; 2 * BLOCK];
     let start = geometry.host_slot(HOST_LOCAL, 0);
-    io.read_into(start, &mut bytes).map_err(failed("reading the host table"))?;
-    let mut slots = read_pair(&bytes, start, |block, addr| {
-        HostRecord::decode_slot(block, addr, superblock.secret)
+    let unreadable = read_blocks(io, start, &mut bytes);
+    if let (true, Some((_, source))) = (mode != OpenMode::ReadOnly, unreadable.iter().next()) {
+        return Err(failed("reading the host table")(*source));
+    }
+    let mut slots = read_pair(&bytes, start, |block, addr| match unreadable.get(&addr) {
+        Some(_) => Slot::Damaged(unreadable_block(seal::Kind::Host, addr)),
+        None => HostRecord::decode_slot(block, addr, superblock.secret),
     });
     let wrong = |index| wrong_slot(seal::Kind::Host, start.add(index as u64));
     refuse_wrong_slot(&mut slots, |host| host.generation, wrong);
@@ -504,10 +517,7 @@ fn read_host<D: Device>(
     find_lost_slot(&mut slots, |host| host.generation > 1, lost);
     let damages = damages_of(&slots);
     losses.host.extend(damages.iter().map(|damage| damage.block));
-    let finding = |severity, damage| {
-        let place = format!("host {HOST_LOCAL}");
-        Finding::of(severity, Structure::Host, place, damage).repairable()
-    };
+    let finding = host_finding;
     match choose_slot(slots, |host| host.generation) {
         SlotPair::Empty => Ok(None),
         SlotPair::Record(host, None) => Ok(Some(host)),
@@ -524,6 +534,37 @@ fn read_host<D: Device>(
         }
         SlotPair::Damaged(damage) => Err(OpenError::Corrupt(damage.to_string())),
     }
+}
+
+fn host_finding(severity: Severity, damage: &Damage) -> Finding {
+    let place = format!("host {HOST_LOCAL}");
+    Finding::of(severity, Structure::Host, place, damage).repairable()
+}
+
+/// A host table of zeroes is that of a store that nobody has attached to, and nobody has put
+/// anything into one. When there is something, the table is lost, and with it how the store was
+/// closed and what was the last epoch.
+fn find_lost_host(
+    store: &mut OpenedStore,
+    mode: OpenMode,
+    losses: &mut Losses,
+    findings: &mut Findings,
+) -> Result<(), OpenError> {
+    let attached = store.catalogue.iter().any(|entry| entry.owner_epoch > 0);
+    if store.host.is_some() || !losses.host.is_empty() || !attached {
+        return Ok(());
+    }
+    for generation in 0..2 {
+        let block = store.geometry.host_slot(HOST_LOCAL, generation);
+        let damage = zero_block(seal::Kind::Host, block);
+        if mode != OpenMode::ReadOnly {
+            return Err(OpenError::Corrupt(damage.to_string()));
+        }
+        findings.push(host_finding(Severity::Corrupt, &damage));
+        losses.host.push(block);
+    }
+    store.was_clean = false;
+    Ok(())
 }
 
 fn damages_of<T>(slots: &[Slot<T>; 2]) -> Vec<Damage> {
@@ -547,8 +588,30 @@ pub(super) fn wrong_slot(kind: seal::Kind, block: BlockAddr) -> Damage {
 
 /// The damage of a block that the device does not give.
 fn unreadable_block(kind: seal::Kind, block: BlockAddr) -> Damage {
-    let fault = seal::Fault::Field("the device cannot read it");
-    Damage { kind, block, sector: 0, fault }
+    Damage { kind, block, sector: 0, fault: UNREADABLE }
+}
+
+const UNREADABLE: seal::Fault = seal::Fault::Field("the device cannot read it");
+
+/// Reads the blocks from `start` on into `target`. Those that cannot be read are zero there, and told.
+fn read_blocks<D: Device>(
+    io: &mut Blocking<'_, D>,
+    start: BlockAddr,
+    target: &mut [u8],
+) -> BTreeMap<BlockAddr, DeviceError> {
+    let mut unreadable = BTreeMap::new();
+    let span = Span { start, blocks: (target.len() / BLOCK) as u64 };
+    io.read_each(&[span], |addr, block| {
+        let at = (addr.get() - start.get()) as usize * BLOCK;
+        match block {
+            Ok(block) => target[at..at + BLOCK].copy_from_slice(block),
+            Err(error) => {
+                target[at..at + BLOCK].fill(0);
+                unreadable.insert(addr, error);
+            }
+        }
+    });
+    unreadable
 }
 
 pub(super) fn read_pair<T>(
@@ -709,6 +772,7 @@ fn find_passed_over(store: &mut OpenedStore, losses: &mut Losses) {
         );
         let place = format!("volume {:?} (id {id}, registry slot {slot})", record.name);
         losses.hide(|| format!("volume {:?} cannot be opened", record.name));
+        losses.unopened.push((format!("volume {:?}", record.name), record.clone()));
         let (severity, structure) = (Severity::Corrupt, Structure::Record);
         store.faults.push(Finding::new(severity, structure, Some(block), place, what.clone()));
         store.directory.take_out(id, what);
@@ -754,6 +818,7 @@ impl Losses {
             extents: LostExtents { geometry, found: BTreeMap::new(), doubtful: BTreeSet::new() },
             records: Vec::new(),
             older: Vec::new(),
+            unopened: Vec::new(),
             hidden: None,
         }
     }
@@ -798,6 +863,7 @@ fn read_volume<D: Device>(
         let place = format!("volume {name:?} (id {id}, registry slot {slot})");
         if !copy.deleted {
             losses.hide(|| format!("volume {name:?} cannot be opened"));
+            losses.unopened.push((format!("volume {name:?}"), copy.clone()));
         }
         let finding = Finding::new(Severity::Corrupt, structure, block, place, fault.clone());
         store.faults.push(finding);
