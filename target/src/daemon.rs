@@ -426,7 +426,16 @@ fn restore_volumes(
 ) -> Result<(), ConfigError> {
     let mut left = Vec::new();
     for (id, changes) in life.journals.take_outstanding() {
-        let Some(name) = plane.name_of_present(id) else { continue };
+        let Some(name) = plane.name_of_present(id) else {
+            if plane.may_be_unreadable(id) {
+                tracing::error!(
+                    "what the killed daemon had not made durable of volume {id} is kept: its record \
+                     cannot be read; mend that and start again"
+                );
+                left.push((id, changes));
+            }
+            continue;
+        };
         let configured = config.volumes.iter().find(|volume| volume.name == name);
         let queues = configured.map_or(QUEUES_DEFAULT, |volume| volume.queues);
         tracing::info!(volume = name, changes = changes.len(), "restoring what was not durable");

@@ -8,6 +8,7 @@
 mod support;
 
 use bessel_tests::guest::{BaseAfterReconnect, Guest, Options, block};
+use std::os::unix::fs::FileExt as _;
 use std::path::Path;
 use support::World;
 
@@ -176,6 +177,46 @@ fn starts_that_fail_do_not_void_what_a_killed_daemon_left() {
     let names = left.map(|entry| entry.unwrap().file_name().into_string().unwrap());
     let journals: Vec<_> = names.filter(|name| name.ends_with(".journal")).collect();
     assert!(journals.is_empty(), "an orderly end removes them: {journals:?}");
+}
+
+/// A record that cannot be read may come back: what a killed daemon had answered waits for it.
+#[test]
+fn changes_of_a_volume_whose_record_cannot_be_read_are_kept() {
+    /// Where the registry of a store of 64 MiB lies: the first volume's two slots.
+    const REGISTRY: [u64; 2] = [97 * 4096, 98 * 4096];
+    let mut world = World::new("unread");
+    let config = volumes(&["vm1", "vm2"]);
+    world.serve(&config);
+    let mut guest = connect(&world, "vm1", Options::default());
+    for block in 0..30 {
+        write(&mut guest, block, 1);
+    }
+    drop(guest);
+    world.end("-KILL");
+    let image = std::fs::File::options().write(true).read(true).open(world.path("store.img"));
+    let image = image.unwrap();
+    let flip = || {
+        for offset in REGISTRY {
+            let mut byte = [0];
+            image.read_exact_at(&mut byte, offset + 300).unwrap();
+            image.write_all_at(&[byte[0] ^ 1], offset + 300).unwrap();
+        }
+    };
+    flip();
+    for _ in 0..2 {
+        let said = world.serve(&config);
+        assert!(said.contains("volume vm2 ") && !said.contains("volume vm1 "), "{said}");
+        world.end("-TERM");
+    }
+    flip();
+    world.serve(&config);
+    let mut guest = connect(&world, "vm1", Options::default());
+    for block in 0..30 {
+        holds(&mut guest, block, &pattern(block, 1));
+    }
+    drop(guest);
+    world.end("-TERM");
+    assert_eq!(world.json(&format!("check {}", world.path("store.img")))["clean"], true);
 }
 
 /// A store that was put back from a copy knows nothing of what its successor's journal says.

@@ -126,6 +126,11 @@ impl ControlPlane {
         (!volume.deleted).then(|| volume.name.clone())
     }
 
+    /// True when nobody knows the volume, and its record may be one that cannot be read.
+    pub(crate) fn may_be_unreadable(&self, id: VolumeId) -> bool {
+        self.directory.get(id).is_none() && self.directory.unreadable().is_some()
+    }
+
     /// Keeps a volume from being served.
     pub(crate) fn withhold(&mut self, id: VolumeId) {
         self.withheld.insert(id);
