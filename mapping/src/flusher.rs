@@ -7,7 +7,9 @@
 //!
 //! Shards share the device's cache and not their flushes. When another shard's flush has failed, the
 //! device may have dropped what this one has written, and a flush that succeeds afterwards does not
-//! bring it back: so it counts as failed as well, once.
+//! bring it back: so it counts as failed as well, once. Nor is it known who will hear first: a flush
+//! that has ended well is believed only when all flushes of others that were under way at its end
+//! have been heard of as well ([`Flusher::judge`]).
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -32,6 +34,36 @@ pub(crate) enum FlushWaiter {
     Close(VolumeHandle),
 }
 
+/// Most shards of a store: as many as Linux' set of processors has places.
+const SHARDS_MAX: usize = 1024;
+
+/// What the shards of a store know of each other's flushes of the device.
+#[derive(Debug)]
+pub struct SharedFlushes {
+    /// Flushes that failed, whoever started them.
+    failures: AtomicU64,
+    /// Of each shard, how often a flush of it has started or ended: odd while one is under way.
+    turns: Box<[AtomicU64]>,
+    /// Shards there are.
+    shards: AtomicU64,
+}
+
+impl Default for SharedFlushes {
+    fn default() -> Self {
+        Self::with_room_for(SHARDS_MAX)
+    }
+}
+
+impl SharedFlushes {
+    fn with_room_for(shards: usize) -> Self {
+        Self {
+            failures: AtomicU64::new(0),
+            turns: (0..shards).map(|_| AtomicU64::new(0)).collect(),
+            shards: AtomicU64::new(0),
+        }
+    }
+}
+
 #[derive(Debug)]
 pub(crate) struct Flusher {
     pub(crate) volatile: bool,
@@ -41,22 +73,41 @@ pub(crate) struct Flusher {
     done: u64,
     in_flight: bool,
     waiters: VecDeque<(u64, FlushWaiter)>,
-    /// Flushes of the device that failed, whoever started them.
-    failures: Arc<AtomicU64>,
-    /// How many of those this shard has taken note of.
+    shared: Arc<SharedFlushes>,
+    /// This shard's number.
+    shard: usize,
+    /// How the flush in flight ended, once it has and is not judged.
+    ended: Option<bool>,
+    /// Shards with a flush under way when that one ended, and their turns.
+    overlapping: Vec<(usize, u64)>,
+    /// How many of the failures this shard has taken note of.
     failures_seen: u64,
 }
 
 impl Flusher {
-    pub(crate) fn new(volatile: bool, waiters_max: usize, failures: Arc<AtomicU64>) -> Self {
+    /// That of a shard. It joins the others in `shared`.
+    ///
+    /// # Panics
+    /// When there are more shards than processors can be.
+    pub(crate) fn new(
+        volatile: bool,
+        waiters_max: usize,
+        shard: usize,
+        shared: Arc<SharedFlushes>,
+    ) -> Self {
+        assert!(shard < shared.turns.len(), "shard {shard} is more than there can be");
+        shared.shards.fetch_max(shard as u64 + 1, Ordering::AcqRel);
         Self {
             volatile,
             started: 0,
             done: 0,
             in_flight: false,
             waiters: VecDeque::with_capacity(waiters_max),
-            failures_seen: failures.load(Ordering::Acquire),
-            failures,
+            shard,
+            ended: None,
+            overlapping: Vec::with_capacity(shared.turns.len()),
+            failures_seen: shared.failures.load(Ordering::Acquire),
+            shared,
         }
     }
 
@@ -85,7 +136,7 @@ impl Flusher {
     /// True when a flush has failed that this shard has not taken note of: volumes that it concerns are
     /// latched by the next flush here.
     pub(crate) fn is_in_doubt(&self) -> bool {
-        self.failures.load(Ordering::Acquire) != self.failures_seen
+        self.shared.failures.load(Ordering::Acquire) != self.failures_seen
     }
 
     /// True when a flush should be submitted now; it counts as started from here on.
@@ -95,25 +146,55 @@ impl Flusher {
         }
         self.in_flight = true;
         self.started += 1;
+        // Before the device gets it: who hears of a flush that began later finds it there.
+        self.shared.turns[self.shard].fetch_add(1, Ordering::SeqCst);
         true
     }
 
-    /// Takes in the end of the flush in flight; its waiters come out of [`Flusher::served`]. False
-    /// when what it should have made durable is unknown.
-    pub(crate) fn completed(&mut self, success: bool) -> bool {
-        assert!(self.in_flight, "a flush completed that nobody started");
-        self.in_flight = false;
+    /// Takes in the end of the flush in flight on the device. It is over when it is judged.
+    pub(crate) fn end(&mut self, success: bool) {
+        assert!(self.in_flight && self.ended.is_none(), "a flush ended that nobody started");
         if !success {
-            self.failures.fetch_add(1, Ordering::AcqRel);
+            self.shared.failures.fetch_add(1, Ordering::SeqCst);
         }
-        let failures = self.failures.load(Ordering::Acquire);
+        self.shared.turns[self.shard].fetch_add(1, Ordering::SeqCst);
+        self.ended = Some(success);
+        if success && !planted::is(Bug::OverlappingFlushTrusted) {
+            let shards = self.shared.shards.load(Ordering::SeqCst) as usize;
+            for (shard, turns) in self.shared.turns[..shards].iter().enumerate() {
+                let turn = turns.load(Ordering::SeqCst);
+                if turn % 2 == 1 {
+                    self.overlapping.push((shard, turn));
+                }
+            }
+        }
+    }
+
+    /// True when a flush has ended well and waits for what is heard of others'.
+    pub(crate) fn is_held(&self) -> bool {
+        self.ended.is_some()
+    }
+
+    /// How the flush that has ended is to be taken; its waiters come out of [`Flusher::served`]. False
+    /// when what it should have made durable is unknown. None while there is none, or another shard's
+    /// that overlapped it has not been heard of: that may have failed before this one began.
+    pub(crate) fn judge(&mut self) -> Option<bool> {
+        let success = self.ended?;
+        let turns = &self.shared.turns;
+        self.overlapping.retain(|(shard, turn)| turns[*shard].load(Ordering::SeqCst) == *turn);
+        if !self.overlapping.is_empty() {
+            return None;
+        }
+        self.ended = None;
+        self.in_flight = false;
+        let failures = self.shared.failures.load(Ordering::SeqCst);
         let here_only = planted::is(Bug::FailureElsewhereIgnored);
         let good = success && (here_only || failures == self.failures_seen);
         self.failures_seen = failures;
         if good {
             self.done = self.started;
         }
-        good
+        Some(good)
     }
 
     /// The next waiter whose flush has ended, whichever way.
@@ -135,51 +216,80 @@ mod tests {
     const B: FlushWaiter = FlushWaiter::Request(2);
     const C: FlushWaiter = FlushWaiter::Request(3);
 
+    fn completed(flusher: &mut Flusher, success: bool) -> Option<bool> {
+        flusher.end(success);
+        flusher.judge()
+    }
+
+    fn two_shards() -> [Flusher; 2] {
+        let shared = Arc::<SharedFlushes>::default();
+        [0, 1].map(|shard| Flusher::new(true, 8, shard, Arc::clone(&shared)))
+    }
+
     #[test]
     fn a_write_that_completes_during_a_flush_needs_the_next_one() {
-        let mut flusher = Flusher::new(true, 8, Arc::default());
+        let mut flusher = Flusher::new(true, 8, 0, Arc::default());
         flusher.want(flusher.mark(), A);
         assert!(flusher.start());
         let mark = flusher.mark();
         flusher.want(mark, B);
         flusher.want(mark, C);
         assert!(!flusher.start(), "one at a time");
-        flusher.completed(true);
+        assert_eq!(completed(&mut flusher, true), Some(true));
         assert_eq!(flusher.served(), Some(A));
         assert_eq!(flusher.served(), None);
         assert!(!flusher.covers(mark));
         assert!(flusher.start());
-        flusher.completed(true);
+        assert_eq!(completed(&mut flusher, true), Some(true));
         assert_eq!((flusher.served(), flusher.served()), (Some(B), Some(C)));
         assert!(flusher.covers(mark));
     }
 
     #[test]
     fn another_shards_failed_flush_spoils_the_next_one_here() {
-        let failures = Arc::new(AtomicU64::new(0));
-        let mut here = Flusher::new(true, 8, Arc::clone(&failures));
-        let mut there = Flusher::new(true, 8, failures);
+        let [mut here, mut there] = two_shards();
         let mark = here.mark();
         there.want(there.mark(), A);
         there.start();
-        assert!(!there.completed(false));
+        assert_eq!(completed(&mut there, false), Some(false));
         here.want(mark, B);
         here.start();
-        assert!(!here.completed(true));
+        assert_eq!(completed(&mut here, true), Some(false));
         assert!(!here.covers(mark));
         here.want(here.mark(), C);
         assert_eq!(here.served(), Some(B));
         here.start();
-        assert!(here.completed(true), "once is enough");
+        assert_eq!(completed(&mut here, true), Some(true), "once is enough");
+    }
+
+    /// The other's may have failed before this one began, though it is heard of later.
+    #[test]
+    fn a_flush_is_not_believed_before_others_that_overlap_it_have_been_heard_of() {
+        for success in [true, false] {
+            let [mut here, mut there] = two_shards();
+            let mark = here.mark();
+            there.want(there.mark(), A);
+            here.want(mark, B);
+            there.start();
+            here.start();
+            assert_eq!(completed(&mut here, true), None);
+            assert!(here.is_held() && !here.covers(mark) && !here.start());
+            assert_eq!(here.served(), None);
+            assert_eq!(completed(&mut there, success), Some(success));
+            there.want(there.mark(), C);
+            there.start(); // That one does not matter any more.
+            assert_eq!(here.judge(), Some(success));
+            assert_eq!((here.covers(mark), here.served()), (success, Some(B)));
+        }
     }
 
     #[test]
     fn a_failed_flush_covers_nothing() {
-        let mut flusher = Flusher::new(true, 8, Arc::default());
+        let mut flusher = Flusher::new(true, 8, 0, Arc::default());
         let mark = flusher.mark();
         flusher.want(mark, A);
         flusher.start();
-        flusher.completed(false);
+        assert_eq!(completed(&mut flusher, false), Some(false));
         assert_eq!(flusher.served(), Some(A));
         assert!(!flusher.covers(mark));
     }
@@ -187,10 +297,9 @@ mod tests {
 
 /// Two shards whose flushes end at the same time: `make loom`.
 ///
-/// All that the shards share is one counter. Any ordering of its accesses does: what counts is that
-/// it is read once for each flush, so that the failures a flush is judged by are those that are
-/// noted as seen. `completed` that reads it a second time to note it loses a failure in between;
-/// `reading_twice_loses_a_failure` shows that the model would see it.
+/// What counts is that the failures are read once for each flush, so that those it is judged by are
+/// those that are noted as seen. A `judge` that reads them a second time to note them loses one in
+/// between; `reading_twice_loses_a_failure` shows that the model would see it.
 #[cfg(all(test, loom))]
 mod models {
     use super::*;
@@ -200,7 +309,13 @@ mod models {
     fn flush(flusher: &mut Flusher, success: bool) -> bool {
         flusher.want(flusher.mark(), FlushWaiter::Authority);
         assert!(flusher.start());
-        let good = flusher.completed(success);
+        flusher.end(success);
+        let good = loop {
+            match flusher.judge() {
+                Some(good) => break good,
+                None => thread::yield_now(),
+            }
+        };
         assert_eq!(flusher.served(), Some(FlushWaiter::Authority));
         good
     }
@@ -209,10 +324,10 @@ mod models {
     /// them ended. Exactly one flush of the other counts as failed, that which comes after the
     /// failure is known at the latest.
     fn meet(ended: fn(&mut Flusher) -> bool) {
-        let failures = Arc::new(AtomicU64::new(0));
+        let shared = Arc::new(SharedFlushes::with_room_for(2));
         let told = Arc::new(AtomicBool::new(false));
-        let mut here = Flusher::new(true, 4, Arc::clone(&failures));
-        let mut there = Flusher::new(true, 4, failures);
+        let mut here = Flusher::new(true, 4, 0, Arc::clone(&shared));
+        let mut there = Flusher::new(true, 4, 1, shared);
         let other = {
             let told = Arc::clone(&told);
             thread::spawn(move || {
@@ -243,7 +358,7 @@ mod models {
         loom::model(|| {
             meet(|flusher| {
                 let good = flush(flusher, true);
-                flusher.failures_seen = flusher.failures.load(Ordering::Acquire);
+                flusher.failures_seen = flusher.shared.failures.load(Ordering::Acquire);
                 good
             });
         });

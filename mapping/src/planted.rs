@@ -105,6 +105,8 @@ bugs! {
     LatchNotKept,
     /// A flush that succeeds unlatches the volumes that a failed one has latched.
     LatchClearedByFlush,
+    /// A flush is believed before others that overlap it have been heard of.
+    OverlappingFlushTrusted,
     /// A volume is closed without a flush of what was written in place.
     ClosedUnflushed,
     /// What waits for durability when its volume is latched completes well.

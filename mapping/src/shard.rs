@@ -33,6 +33,9 @@ use crate::volume::Volume;
 
 /// How long a change may wait in writeback mode before a round takes it to the device.
 const COMMIT_INTERVAL: Duration = Duration::from_millis(200);
+/// How soon to look again whether another shard has heard of its flush, when one here waits for that:
+/// after as long as it has waited, within these bounds.
+const HELD_FLUSH_LOOK: [Duration; 2] = [Duration::from_micros(20), Duration::from_millis(10)];
 /// Least time between two log lines about failing I/O.
 const LOG_INTERVAL: Duration = Duration::from_secs(1);
 /// Node reads in flight.
@@ -122,6 +125,9 @@ pub struct Shard<D: Device> {
     pub(crate) claims: Claims,
     pub(crate) authority: Option<Authority>,
     pub(crate) flusher: Flusher,
+    /// What the device said of the flush that is to be judged.
+    flush_result: Result<(), DeviceError>,
+    flush_ended: Instant,
     pub(crate) journal: Option<Journal>,
 
     pub(crate) requests: Slab<Request>,
@@ -204,8 +210,11 @@ impl<D: Device> Shard<D> {
             flusher: Flusher::new(
                 properties.volatile_cache,
                 config.requests_max + 64,
-                Arc::clone(&store.flush_failures),
+                config.index,
+                Arc::clone(&store.flushes),
             ),
+            flush_result: Ok(()),
+            flush_ended: Instant::default(),
             journal: None,
             requests: Slab::new(config.requests_max),
             segments: (0..config.requests_max)
@@ -267,6 +276,9 @@ impl<D: Device> Shard<D> {
     pub fn poll(&mut self, now: Instant) -> bool {
         self.now = now;
         let mut progress = self.take_completions();
+        if self.flusher.is_held() {
+            self.judge_flush();
+        }
         self.runnable.extend(self.deferred.drain(..));
         progress |= self.run_all();
         if self.commands_ready {
@@ -296,7 +308,11 @@ impl<D: Device> Shard<D> {
 
     /// When [`Shard::poll`] must be called at the latest, if nothing else happens.
     pub fn deadline(&self) -> Option<Instant> {
-        self.background_at
+        let held = self.flusher.is_held().then(|| {
+            let [least, most] = HELD_FLUSH_LOOK;
+            self.now.after(self.now.since(self.flush_ended).clamp(least, most))
+        });
+        held.into_iter().chain(self.background_at).min()
     }
 
     /// A guest request that has ended.
@@ -396,15 +412,22 @@ impl<D: Device> Shard<D> {
         }
     }
 
-    /// Serves everyone whose flush has ended. After a failed one, what any volume has written since
-    /// the last good one is unknown (DESIGN §4).
     fn flush_completed(&mut self, result: Result<(), DeviceError>) {
         if planted::is(Bug::FlushRetried) && result.is_err() {
             return self.device.flush(TokenKind::Flush.token(0));
         }
-        let this_one = result;
-        let good = self.flusher.completed(result.is_ok());
-        let result = match result {
+        self.flusher.end(result.is_ok());
+        self.flush_result = result;
+        self.flush_ended = self.now;
+        self.judge_flush();
+    }
+
+    /// Serves everyone whose flush has ended. After a failed one, what any volume has written since
+    /// the last good one is unknown (DESIGN §4).
+    fn judge_flush(&mut self) {
+        let Some(good) = self.flusher.judge() else { return };
+        let this_one = std::mem::replace(&mut self.flush_result, Ok(()));
+        let result = match this_one {
             Ok(()) if !good => Err(DeviceError::FlushFailedElsewhere),
             result => result,
         };

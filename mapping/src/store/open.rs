@@ -18,6 +18,7 @@ use super::{FreeCounts, HOST_LOCAL, write_superblock};
 use crate::blocking::{Blocking, Span};
 use crate::check::{FINDINGS_MAX, Finding, Severity, Structure};
 use crate::directory::{Directory, VolumeEntry};
+use crate::flusher::SharedFlushes;
 use crate::format::{
     Bitmap, CATALOGUE_ENTRIES_PER_SECTOR, CatalogueEntry, Damage, ExtentMap, ExtentType,
     FEATURES_INCOMPATIBLE_KNOWN, FEATURES_READ_ONLY_KNOWN, Geometry, HostRecord,
@@ -25,7 +26,6 @@ use crate::format::{
     SuperblockFault, TagKey, VolumeRecord, choose_slot, decode_catalogue_sector, decode_log_block,
     find_lost_slot, refuse_wrong_slot, seal, tree_blocks,
 };
-use crate::sync::AtomicU64;
 
 const BLOCK: usize = BLOCK_SIZE as usize;
 
@@ -72,8 +72,8 @@ pub struct OpenedStore {
     pub findings: Vec<Finding>,
     /// How many more there are.
     pub findings_omitted: u64,
-    /// Device flushes that failed since, of whichever shard: all shards write to one cache.
-    pub flush_failures: Arc<AtomicU64>,
+    /// What shards know of each other's flushes: they all write to one cache.
+    pub flushes: Arc<SharedFlushes>,
 }
 
 impl OpenedStore {
@@ -285,7 +285,7 @@ fn read_store<D: Device>(
         faults: Vec::new(),
         findings: Vec::new(),
         findings_omitted: 0,
-        flush_failures: Arc::default(),
+        flushes: Arc::default(),
         superblock,
     };
     find_lost_host(&mut store, mode, &mut losses, &mut findings)?;
