@@ -5,7 +5,9 @@
 
 use bessel_mapping::check::{self, Severity};
 use bessel_mapping::format::ExtentType;
-use bessel_mapping::request::{CacheMode, CommandError, IoKind, IoStatus, Reply, VolumeId};
+use bessel_mapping::request::{
+    CacheMode, CommandError, IoKind, IoStatus, Reply, SnapshotId, VolumeId,
+};
 use bessel_mapping::store::{self, FormatOptions, OpenError, OpenMode};
 use bessel_reactor::clock::WallTime;
 use bessel_reactor::device::sim::{Fault, Keep, OpKind, Schedule, SimConfig, SimDisk};
@@ -178,6 +180,31 @@ fn a_rollback_is_refused_while_requests_are_in_flight() {
     world.read(volume, 0, 8).unwrap();
     world.crash(Keep::Nothing);
     world.recover();
+}
+
+/// Who thins has looked at the labels some time before.
+#[test]
+fn a_batch_of_deletions_passes_over_what_has_a_label_by_then() {
+    let (mut world, volume) = written(at_once(1));
+    for _ in 0..30 {
+        world.snapshot(volume).unwrap();
+    }
+    let snapshot = |sequence| SnapshotId { volume, sequence };
+    world.perform(Action::DeleteSnapshot { snapshot: snapshot(4) }).unwrap();
+    let label = Some(world.fresh_name());
+    let labelled = world.start(Action::Label { snapshot: snapshot(25), label });
+    let sequences = vec![3, 4, 25, 26];
+    let deleted = world.start(Action::DeleteSnapshots { volume, sequences });
+    assert_eq!(world.wait(labelled).unwrap(), Outcome::Reply(Reply::Done));
+    assert_eq!(world.wait(deleted).unwrap(), Outcome::Reply(Reply::Deleted(vec![3, 26])));
+    let beyond = world.ask(Action::DeleteSnapshots { volume, sequences: vec![] }).unwrap();
+    assert_eq!(beyond, Reply::Deleted(vec![]));
+    world.crash(Keep::Nothing);
+    world.recover();
+    let there = world.show(volume).unwrap().snapshots;
+    let gone = there.iter().filter(|it| it.deleted).map(|it| it.id.sequence);
+    assert_eq!(gone.collect::<Vec<_>>(), [3, 4, 26]);
+    assert_eq!(there[25].label.as_deref(), Some("n2"));
 }
 
 /// The journal must not forget what the old tree owes before the new one is there.

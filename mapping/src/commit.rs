@@ -66,6 +66,13 @@ pub(crate) enum After {
     },
 }
 
+/// Most images of a round that are taken when it is sealed: a snapshot has two, a batch of deletions
+/// has a log block in each.
+pub(crate) const SEALED_IMAGES_MAX: usize = 8;
+
+/// Images taken when a round is sealed.
+pub(crate) type SealedImages = [Option<(BlockAddr, Buffer)>; SEALED_IMAGES_MAX];
+
 /// A round whose contents are fixed and that waits for its turn.
 #[derive(Debug)]
 pub(crate) struct Sealed {
@@ -76,7 +83,7 @@ pub(crate) struct Sealed {
     /// A new root, whose image is among `images`.
     pub(crate) root: Option<FrameId>,
     /// Images taken already, of blocks that nothing reaches yet.
-    pub(crate) images: [Option<(BlockAddr, Buffer)>; 2],
+    pub(crate) images: SealedImages,
     /// The volume's record and the slot it goes to.
     pub(crate) record: Option<(BlockAddr, Buffer)>,
     pub(crate) after: After,
@@ -212,7 +219,7 @@ impl<D: Device> Shard<D> {
             round,
             frozen: std::mem::replace(&mut volume.dirty, spare),
             root: None,
-            images: [None, None],
+            images: SealedImages::default(),
             record: None,
             after: After::Nothing,
         })

@@ -151,10 +151,15 @@ impl<D: Device> Shard<D> {
                 self.label(ticket, *volume, *sequence, label.as_deref())
             }
             Command::DeleteSnapshot { volume, sequence } => {
-                self.delete_snapshot(ticket, *volume, *sequence)
+                self.live_snapshot(*volume, *sequence)?;
+                self.delete_snapshots(ticket, *volume, &[*sequence], Reply::Done)
             }
-            Command::Rollback { volume, sequence, time } => {
-                self.rollback(ticket, *volume, *sequence, *time)
+            Command::DeleteSnapshots { volume, spare_labelled, sequences } => {
+                let going = self.deletable(*volume, *spare_labelled, sequences)?;
+                self.delete_snapshots(ticket, *volume, &going, Reply::Deleted(going.clone()))
+            }
+            Command::Rollback { volume, sequence, label, time } => {
+                self.rollback(ticket, *volume, *sequence, label.as_deref(), *time)
             }
             Command::Rename { volume, name } => self.rename(ticket, *volume, name),
             Command::Grow { volume, size } => self.grow(ticket, *volume, *size),
@@ -330,6 +335,7 @@ impl Command {
             | Self::Restore { volume, .. }
             | Self::Label { volume, .. }
             | Self::DeleteSnapshot { volume, .. }
+            | Self::DeleteSnapshots { volume, .. }
             | Self::Rollback { volume, .. }
             | Self::Rename { volume, .. }
             | Self::Grow { volume, .. }

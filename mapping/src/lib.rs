@@ -27,6 +27,7 @@ pub mod nodes;
 mod pipeline;
 mod planted;
 mod radix;
+pub mod schedule;
 pub mod shard;
 mod slab;
 mod snapshot_log;

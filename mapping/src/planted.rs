@@ -71,6 +71,12 @@ bugs! {
     TallCloneWritable,
     /// A record is written over the slot that counts instead of the other one.
     LiveSlotReused,
+    /// Of a batch of delete marks only those in the first log block are written.
+    BatchWritesOneBlock,
+    /// A batch of deletions that spares labelled snapshots does not.
+    BatchDeletesLabelled,
+    /// Thinning does not care for labels.
+    ThinsLabelled,
     /// Of two whole slots the older one is chosen.
     OlderSlotChosen,
     /// A rollback does not wait until changes of the tree it leaves are durable.

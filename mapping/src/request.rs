@@ -4,6 +4,8 @@ use bessel_reactor::buffer::Segment;
 use bessel_reactor::clock::WallTime;
 use bessel_reactor::units::{BlockAddr, ByteCount, Sector};
 
+use crate::format::LOG_ENTRIES_PER_BLOCK;
+
 /// A volume that is open on a shard. Small and dense, so the hot path can index with it.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub struct VolumeHandle(pub u32);
@@ -162,6 +164,27 @@ pub struct CloneOrigin {
     pub size: ByteCount,
 }
 
+/// Most log blocks in which [`Command::DeleteSnapshots`] marks snapshots: what a round writes at once.
+pub const DELETED_BLOCKS_MAX: usize = crate::commit::SEALED_IMAGES_MAX;
+
+/// Cuts positions in a log, in order, into pieces that [`Command::DeleteSnapshots`] takes.
+pub fn deletions(sequences: &[u64]) -> impl Iterator<Item = &[u64]> {
+    let block = |sequence: &u64| sequence / LOG_ENTRIES_PER_BLOCK as u64;
+    let mut rest = sequences;
+    std::iter::from_fn(move || {
+        let mut blocks = 0;
+        let mut last = None;
+        let fits = rest.iter().take_while(|sequence| {
+            blocks += usize::from(last != Some(block(sequence)));
+            last = Some(block(sequence));
+            blocks <= DELETED_BLOCKS_MAX
+        });
+        let (piece, after) = rest.split_at(fits.count());
+        rest = after;
+        (!piece.is_empty()).then_some(piece)
+    })
+}
+
 /// A control-path request to the home shard of a volume.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Command {
@@ -202,6 +225,17 @@ pub enum Command {
         /// Position in its log.
         sequence: u64,
     },
+    /// Marks several snapshots deleted, in one round, and answers which: those that are already are
+    /// passed over.
+    DeleteSnapshots {
+        /// Which volume.
+        volume: VolumeHandle,
+        /// Pass over those that have a label by now, too.
+        spare_labelled: bool,
+        /// Positions in its log, in at most [`DELETED_BLOCKS_MAX`] blocks of
+        /// [`LOG_ENTRIES_PER_BLOCK`](crate::format::LOG_ENTRIES_PER_BLOCK).
+        sequences: Vec<u64>,
+    },
     /// Makes the volume read as the snapshot does. What it held is kept as a new snapshot, which is
     /// the answer. The caller has made sure that no guest is connected.
     Rollback {
@@ -209,6 +243,8 @@ pub enum Command {
         volume: VolumeHandle,
         /// Position in its log.
         sequence: u64,
+        /// Label of the snapshot that keeps what the volume held, unique in the volume.
+        label: Option<String>,
         /// For the log.
         time: WallTime,
     },
@@ -280,6 +316,8 @@ pub enum Reply {
     },
     /// The snapshot is durable.
     Snapshot(SnapshotInfo),
+    /// These snapshots are marked deleted, durably. The answer to [`Command::DeleteSnapshots`].
+    Deleted(Vec<u64>),
     /// The answer to [`Command::Show`].
     Volume(Box<VolumeInfo>),
     /// The answer to [`Command::Stats`].
@@ -421,6 +459,22 @@ pub struct VolumeInfo {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn deletions_are_cut_where_a_round_is_full_and_none_is_lost() {
+        let every_tenth: Vec<u64> = (0..1000).step_by(10).collect();
+        for sequences in
+            [vec![], vec![5], (0..1000).collect(), every_tenth, vec![0, 10_000, 50_000]]
+        {
+            let pieces: Vec<&[u64]> = deletions(&sequences).collect();
+            assert_eq!(pieces.concat(), sequences);
+            for piece in pieces {
+                let blocks: std::collections::BTreeSet<u64> =
+                    piece.iter().map(|it| it / LOG_ENTRIES_PER_BLOCK as u64).collect();
+                assert!((1..=DELETED_BLOCKS_MAX).contains(&blocks.len()), "{piece:?}");
+            }
+        }
+    }
 
     #[test]
     fn a_full_store_is_told_what_helps_today() {

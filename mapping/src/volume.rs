@@ -147,7 +147,8 @@ impl Volume {
             flight: None,
             queued_for_round: false,
             committing: Vec::with_capacity(256),
-            unlinked: VecDeque::with_capacity(4096),
+            // Room for a few rounds of a busy volume; there may be thousands of idle ones.
+            unlinked: VecDeque::with_capacity(256),
             active_head: NO_REQUEST,
             active_tail: NO_REQUEST,
             last_stamp: 0,

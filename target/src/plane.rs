@@ -191,7 +191,7 @@ impl ControlPlane {
         let time = self.clock.wall();
         let sequence = snapshot.id.sequence;
         let kept = self.without_front_ends(id, name, |plane| {
-            match plane.ask(home, Command::Rollback { volume: handle, sequence, time })? {
+            match plane.ask(home, Command::Rollback { volume: handle, sequence, label: None, time })? {
                 Reply::Snapshot(kept) => Ok(view::snapshot(&kept, name)),
                 reply => unreachable!("a rollback was answered with {reply:?}"),
             }

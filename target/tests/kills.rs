@@ -313,7 +313,7 @@ impl Arena {
             }
             Request::Rollback { snapshot, time } => {
                 let at = self.at(snapshot.volume);
-                self.model.begin_rollback(*snapshot, *time);
+                self.model.begin_rollback(*snapshot, *time, None);
                 self.disks[at].rolling_back = Some(*time);
                 format!("volume rollback {} {snapshot} --json", self.disks[at].name)
             }

@@ -12,6 +12,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::rc::Rc;
 
 use bessel_mapping::request::{IoKind, IoStatus, SnapshotId, VolumeId, VolumeInfo};
+use bessel_reactor::clock::WallTime;
 use bessel_reactor::units::{SECTOR_SIZE, SECTORS_PER_BLOCK};
 
 /// What a sector holds: the number of the write that filled it, or [`ZERO`].
@@ -375,10 +376,10 @@ impl Model {
 
     /// A rollback is asked for: a snapshot of what is there now, and with it the volume reads as
     /// `target` does. Nothing else of the volume is in flight.
-    pub fn begin_rollback(&mut self, target: SnapshotId, time: u64) {
+    pub fn begin_rollback(&mut self, target: SnapshotId, time: u64, label: Option<String>) {
         let base = Some(self.snapshot(target).image);
         let then = Content { base, ..Content::default() };
-        self.begin_cut(target.volume, time, None, Some(then));
+        self.begin_cut(target.volume, time, label, Some(then));
     }
 
     fn begin_cut(&mut self, id: VolumeId, time: u64, label: Option<String>, then: Option<Content>) {
@@ -437,6 +438,33 @@ impl Model {
             Some(label) => settle(&mut model.labels, &label),
             None => model.deleted = vec![true],
         }
+    }
+
+    /// A batch of deletions that spares labelled snapshots has ended, durably; it has deleted this
+    /// one, or passed it over.
+    ///
+    /// # Panics
+    /// When it has deleted a snapshot that had a label and nothing else.
+    pub fn end_thinning(&mut self, snapshot: SnapshotId, gone: bool) {
+        let model = self.snapshot(snapshot);
+        if gone {
+            let labels = &model.labels;
+            assert!(labels.contains(&None), "snapshot {snapshot} is thinned, and has {labels:?}");
+            model.deleted = vec![true];
+        } else if model.deleted.contains(&false) {
+            let at = model.deleted.iter().position(|deleted| *deleted);
+            model.deleted.remove(at.expect("its deletion has begun"));
+        }
+    }
+
+    /// Snapshots of a volume that are certainly there, not deleted, and without a label, and when
+    /// they were taken.
+    pub fn unlabelled(&self, id: VolumeId) -> Vec<(u64, WallTime)> {
+        let plain = |model: &SnapshotModel| {
+            !model.deleted.contains(&true) && model.labels.iter().all(Option::is_none)
+        };
+        let all = self.volumes[&id].snapshots.iter().filter(|(_, model)| plain(model));
+        all.map(|(sequence, model)| (*sequence, WallTime::from_unix_nanos(model.time))).collect()
     }
 
     fn snapshot(&mut self, snapshot: SnapshotId) -> &mut SnapshotModel {

@@ -507,6 +507,25 @@ operations! {
         Some(snapshot) => a.ask(Action::DeleteSnapshot { snapshot }),
         None => Ok(()),
     };
+    delete_many_snapshots: |w| {
+        written(w)?;
+        for round in 0..27 {
+            if round % 9 == 0 {
+                write(w, round * 8, 8)?;
+            }
+            let label = (round == 25).then(|| w.fresh_name());
+            w.perform(Action::Snapshot { volume: first(w), label })?;
+        }
+        Ok(())
+    }, |a| match a.first() {
+        Some(volume) => {
+            // In two blocks of the log, and one of them has a label.
+            let there = a.world.model.snapshots(volume).into_iter();
+            let sequences = there.filter(|sequence| *sequence > 20).collect();
+            a.ask(Action::DeleteSnapshots { volume, sequences })
+        }
+        None => Ok(()),
+    };
     delete_a_volume: cloned, |a| a.ask_alone(|a| Some(Action::Delete { volume: a.first()? }));
     delete_a_volume_with_changes(false): cloned, |a| {
         a.write(0, 24)?;

@@ -47,6 +47,7 @@ impl Workload {
             let _ = world.settle();
             return;
         }
+        world.run_schedules();
         if world.random.below(1000) < self.commands {
             self.command(world);
         } else if world.requests_in_flight() < self.concurrency {
@@ -149,7 +150,8 @@ impl Workload {
                 let size = ByteCount::new(world.size(volume).get() + (1 << 20));
                 world.start(Action::Grow { volume, size });
             }
-            93..95 => {
+            93 => world.change_schedule(volume),
+            94 => {
                 let name = world.fresh_name();
                 world.start(Action::Rename { volume, name });
             }

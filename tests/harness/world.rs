@@ -29,6 +29,7 @@ mod faulty;
 mod memory;
 mod observer;
 mod recovery;
+mod schedules;
 
 pub use faulty::Faults;
 use memory::{JournalMemory, Memory};
@@ -122,6 +123,13 @@ pub enum Action {
     DeleteSnapshot {
         /// Which.
         snapshot: SnapshotId,
+    },
+    /// Mark those of these snapshots deleted that have no label by then.
+    DeleteSnapshots {
+        /// Of which volume.
+        volume: VolumeId,
+        /// Positions in its log.
+        sequences: Vec<u64>,
     },
     /// Make the volume read as the snapshot does. Nothing of it may be in flight.
     Rollback {
@@ -233,6 +241,7 @@ pub struct World {
     volumes: BTreeMap<VolumeId, OpenVolume>,
     /// Volumes that are being deleted. When that fails they stay.
     deleting: BTreeMap<VolumeId, OpenVolume>,
+    schedules: BTreeMap<VolumeId, schedules::Running>,
     /// Volumes that were detached, with the shard that had them.
     detached: BTreeMap<VolumeId, usize>,
     requests: BTreeMap<Ticket, Request>,
@@ -291,6 +300,7 @@ impl World {
             tickets: 0,
             volumes: BTreeMap::new(),
             deleting: BTreeMap::new(),
+            schedules: BTreeMap::new(),
             detached: BTreeMap::new(),
             requests: BTreeMap::new(),
             waiting: VecDeque::new(),
@@ -638,9 +648,17 @@ impl World {
                 self.model.begin_mark(snapshot, None);
                 Command::DeleteSnapshot { volume, sequence: snapshot.sequence }
             }
+            Action::DeleteSnapshots { volume: id, sequences } => {
+                for sequence in &sequences {
+                    self.model.begin_mark(SnapshotId { volume: id, sequence: *sequence }, None);
+                }
+                Command::DeleteSnapshots { volume, spare_labelled: true, sequences }
+            }
             Action::Rollback { snapshot } => {
-                self.model.begin_rollback(snapshot, time_ns);
-                Command::Rollback { volume, sequence: snapshot.sequence, time }
+                // Labelled as the daemon does it.
+                let label = Some(format!("before-rollback-{time_ns}"));
+                self.model.begin_rollback(snapshot, time_ns, label.clone());
+                Command::Rollback { volume, sequence: snapshot.sequence, label, time }
             }
             Action::Grow { size, .. } => {
                 self.model.begin_grow(id, size.get());
@@ -700,6 +718,7 @@ impl World {
     }
 
     fn acted(&mut self, action: Action, time: u64, reply: &Reply) {
+        self.note_for_schedule(&action, reply);
         match (action, reply) {
             (Action::Snapshot { .. } | Action::Rollback { .. }, Reply::Snapshot(info)) => {
                 self.model.end_snapshot(info.id, time);
@@ -709,6 +728,12 @@ impl World {
             }
             (Action::DeleteSnapshot { snapshot }, Reply::Done) => {
                 self.model.end_mark(snapshot, None);
+            }
+            (Action::DeleteSnapshots { volume, sequences }, Reply::Deleted(gone)) => {
+                for sequence in sequences {
+                    let snapshot = SnapshotId { volume, sequence };
+                    self.model.end_thinning(snapshot, gone.contains(&sequence));
+                }
             }
             (Action::Grow { volume, size }, Reply::Done) => {
                 self.store.directory.grown(volume, size);
@@ -945,6 +970,7 @@ fn subject(action: &Action) -> VolumeId {
         | Action::Grow { volume, .. }
         | Action::Rename { volume, .. }
         | Action::Delete { volume }
+        | Action::DeleteSnapshots { volume, .. }
         | Action::SetCache { volume, .. } => *volume,
         Action::Label { snapshot, .. }
         | Action::DeleteSnapshot { snapshot }

@@ -4,7 +4,7 @@ use bessel_reactor::buffer::Buffer;
 use bessel_reactor::device::Device;
 use bessel_reactor::units::BlockAddr;
 
-use crate::commit::{After, Sealed};
+use crate::commit::{After, Sealed, SealedImages};
 use crate::nodes::cache::FrameId;
 use crate::planted::{self, Bug};
 use crate::request::VolumeHandle;
@@ -42,24 +42,24 @@ impl<D: Device> Shard<D> {
         let frame = self.cache.frame_mut(root);
         frame.change_round = round;
         let record = Some(self.record_image(handle));
-        let images = [Some(image), log];
+        let mut images = SealedImages::default();
+        (images[0], images[1]) = (Some(image), log);
         let sealed = Sealed { round, frozen, root: Some(root), images, record, after };
         self.push_sealed(handle, sealed);
     }
 
-    /// Seals a round that only writes the record, a log block, or both. It has no nodes, so it
+    /// Seals a round that only writes the record, log blocks, or both. It has no nodes, so it
     /// shares the number of the round before it.
     pub(super) fn seal_plain(
         &mut self,
         handle: VolumeHandle,
-        log: Option<(BlockAddr, Buffer)>,
+        images: SealedImages,
         with_record: bool,
         after: After,
     ) {
         let record = with_record.then(|| self.record_image(handle));
         let round = self.volume(handle).next_round - 1;
         let frozen = self.frame_lists.pop().unwrap_or_default();
-        let images = [log, None];
         self.push_sealed(handle, Sealed { round, frozen, root: None, images, record, after });
     }
 

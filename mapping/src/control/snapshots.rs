@@ -1,17 +1,21 @@
 //! Snapshots: the cut, labels and delete marks, and rolling back, which is a cut to another root.
 
+use std::collections::BTreeMap;
+
 use bessel_reactor::clock::WallTime;
 use bessel_reactor::device::Device;
 
 use super::{NotNow, Tried};
 use crate::claims::Taken;
-use crate::commit::After;
-use crate::format::LogEntry;
+use crate::commit::{After, SealedImages};
+use crate::format::{LOG_ENTRIES_PER_BLOCK, LogEntry};
 use crate::journal::Entry as JournalEntry;
 use crate::message::BlockKind;
 use crate::nodes::cache::FrameId;
 use crate::planted::{self, Bug};
-use crate::request::{CloneOrigin, CommandError, Reply, SnapshotId, VolumeHandle};
+use crate::request::{
+    CloneOrigin, CommandError, DELETED_BLOCKS_MAX, Reply, SnapshotId, VolumeHandle,
+};
 use crate::shard::Shard;
 use crate::volume::NO_REQUEST;
 
@@ -24,12 +28,8 @@ impl<D: Device> Shard<D> {
         label: Option<&str>,
         time: WallTime,
     ) -> Tried {
+        self.check_label_free(handle, label)?;
         let volume = self.volume(handle);
-        if let Some(label) = label
-            && volume.log.by_label(label).is_some()
-        {
-            return Err(CommandError::LabelTaken(label.to_owned()).into());
-        }
         let old_root = volume.root;
         self.needs_for_cut(handle)?;
         let root = self.new_root(self.cache.frame(old_root).level)?;
@@ -37,6 +37,14 @@ impl<D: Device> Shard<D> {
         self.fill_read_only(root, &entries);
         self.cut(ticket, handle, root, label, time);
         Ok(())
+    }
+
+    fn check_label_free(&self, handle: VolumeHandle, label: Option<&str>) -> Tried {
+        let taken = |label: &&str| self.volume(handle).log.by_label(label).is_some();
+        match label.filter(taken) {
+            Some(label) => Err(CommandError::LabelTaken(label.to_owned()).into()),
+            None => Ok(()),
+        }
     }
 
     /// Makes sure of what [`Shard::cut`] takes, and a root.
@@ -118,22 +126,59 @@ impl<D: Device> Shard<D> {
         Ok(())
     }
 
-    pub(super) fn delete_snapshot(
+    /// Those of these snapshots that [`Command::DeleteSnapshots`](crate::request::Command) marks.
+    pub(super) fn deletable(
+        &self,
+        handle: VolumeHandle,
+        spare_labelled: bool,
+        sequences: &[u64],
+    ) -> Result<Vec<u64>, NotNow> {
+        let spare_labelled = spare_labelled && !planted::is(Bug::BatchDeletesLabelled);
+        let entries = &self.volume(handle).log.entries;
+        let mut going = Vec::with_capacity(sequences.len());
+        for sequence in sequences {
+            let entry = entries.get(*sequence as usize).ok_or(CommandError::NoSuchSnapshot)?;
+            let spared = spare_labelled && entry.label.is_some();
+            if !(entry.deleted || spared) {
+                going.push(*sequence);
+            }
+        }
+        Ok(going)
+    }
+
+    /// Marks snapshots deleted, all in one round. After a crash any of them may be; each stands for
+    /// itself.
+    pub(super) fn delete_snapshots(
         &mut self,
         ticket: u64,
         handle: VolumeHandle,
-        sequence: u64,
+        sequences: &[u64],
+        reply: Reply,
     ) -> Tried {
-        self.live_snapshot(handle, sequence)?;
-        self.needs(1, 0)?;
-        self.volume_mut(handle).log.entries[sequence as usize].deleted = true;
-        self.rewrite_log(ticket, handle, sequence);
+        // One entry of each log block, by which the block is found.
+        let blocks: BTreeMap<u64, u64> =
+            sequences.iter().map(|it| (it / LOG_ENTRIES_PER_BLOCK as u64, *it)).collect();
+        if blocks.len() > DELETED_BLOCKS_MAX {
+            let what = format!("{} log blocks are more than one round writes", blocks.len());
+            return Err(CommandError::Limit(what).into());
+        }
+        self.needs(blocks.len(), 0)?;
+        for sequence in sequences {
+            self.volume_mut(handle).log.entries[*sequence as usize].deleted = true;
+        }
+        let mut images = SealedImages::default();
+        let written = if planted::is(Bug::BatchWritesOneBlock) { 1 } else { blocks.len() };
+        for (image, sequence) in images.iter_mut().zip(blocks.values().take(written)) {
+            *image = Some(self.log_image(handle, *sequence));
+        }
+        self.seal_plain(handle, images, false, After::Reply(ticket, reply));
         Ok(())
     }
 
-    pub(super) fn rewrite_log(&mut self, ticket: u64, handle: VolumeHandle, sequence: u64) {
-        let log = self.log_image(handle, sequence);
-        self.seal_plain(handle, Some(log), false, After::Reply(ticket, Reply::Done));
+    fn rewrite_log(&mut self, ticket: u64, handle: VolumeHandle, sequence: u64) {
+        let mut images = SealedImages::default();
+        images[0] = Some(self.log_image(handle, sequence));
+        self.seal_plain(handle, images, false, After::Reply(ticket, Reply::Done));
     }
 
     /// Keeps what the volume holds now as a snapshot, then lets it read as snapshot `sequence`.
@@ -142,8 +187,10 @@ impl<D: Device> Shard<D> {
         ticket: u64,
         handle: VolumeHandle,
         sequence: u64,
+        label: Option<&str>,
         time: WallTime,
     ) -> Tried {
+        self.check_label_free(handle, label)?;
         let volume = self.volume(handle);
         if volume.active_head != NO_REQUEST && !planted::is(Bug::RollbackUnderRequests) {
             return Err(CommandError::InUse.into());
@@ -177,7 +224,7 @@ impl<D: Device> Shard<D> {
         }
         self.needs_for_cut(handle)?;
         let root = self.make_root(height, Some(&origin), source)?;
-        self.cut(ticket, handle, root, None, time);
+        self.cut(ticket, handle, root, label, time);
         let round = self.volume(handle).next_round - 1;
         if let Some(journal) = &mut self.journal
             && !planted::is(Bug::RollbackNotJournaled)

@@ -5,7 +5,7 @@ use bessel_reactor::units::{BlockAddr, ByteCount};
 
 use super::{NotNow, Tried};
 use crate::claims::Taken;
-use crate::commit::After;
+use crate::commit::{After, SealedImages};
 use crate::directory::VolumeEntry;
 use crate::flusher::FlushWaiter;
 use crate::format::{Entry, ExtentType, VolumeRecord, height_for};
@@ -218,7 +218,7 @@ impl<D: Device> Shard<D> {
         self.needs(1, 0)?;
         let name = name.to_owned();
         self.volume_mut(handle).record.name.clone_from(&name);
-        self.seal_plain(handle, None, true, After::Rename { ticket, name });
+        self.seal_plain(handle, SealedImages::default(), true, After::Rename { ticket, name });
         Ok(())
     }
 
@@ -255,7 +255,7 @@ impl<D: Device> Shard<D> {
         let record = &mut self.volume_mut(handle).record;
         record.cache = cache;
         record.cache_by_guest = by_guest;
-        self.seal_plain(handle, None, true, After::Reply(ticket, Reply::Done));
+        self.seal_plain(handle, SealedImages::default(), true, After::Reply(ticket, Reply::Done));
         Ok(())
     }
 
@@ -275,7 +275,7 @@ impl<D: Device> Shard<D> {
         let height = height_for(size).max(old_height);
         if height == old_height {
             self.volume_mut(handle).record.size = size;
-            self.seal_plain(handle, None, true, After::Grow { ticket });
+            self.seal_plain(handle, SealedImages::default(), true, After::Grow { ticket });
             return Ok(());
         }
         // A taller root above the old one, which stays as it is: dirty or not, it is linked.
@@ -333,7 +333,7 @@ impl<D: Device> Shard<D> {
         }
         self.needs(1, 0)?;
         self.volume_mut(handle).record.deleted = true;
-        self.seal_plain(handle, None, true, After::Close { ticket });
+        self.seal_plain(handle, SealedImages::default(), true, After::Close { ticket });
         Ok(())
     }
 }

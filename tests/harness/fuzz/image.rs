@@ -330,7 +330,7 @@ fn act(rig: &mut Rig, volume: Volume, size: u64, input: &mut Input<'_>) {
             let command = match way {
                 6 => Command::Snapshot { volume: handle, label: None, time },
                 7 => Command::DeleteSnapshot { volume: handle, sequence },
-                8 => Command::Rollback { volume: handle, sequence, time },
+                8 => Command::Rollback { volume: handle, sequence, label: None, time },
                 _ => {
                     let label = Some(format!("label{sectors}"));
                     Command::Label { volume: handle, sequence, label }

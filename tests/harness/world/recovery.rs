@@ -109,6 +109,7 @@ impl World {
         self.outcomes.clear();
         self.volumes.clear();
         self.deleting.clear();
+        self.schedules.clear();
         self.detached.clear();
     }
 
@@ -438,6 +439,7 @@ impl Outage {
             wall: self.wall + 1,
             names: self.names,
             tickets: self.tickets,
+            schedules: BTreeMap::new(),
             volumes: BTreeMap::new(),
             deleting: BTreeMap::new(),
             detached: BTreeMap::new(),
