@@ -10,7 +10,7 @@ use crate::load::{self, Options};
 use crate::plan::Workload;
 use crate::queue::DEPTH_MAX;
 use crate::server::Poll;
-use crate::{report::Report, size};
+use crate::{report::Report, size, snapshots};
 
 #[derive(Parser)]
 #[command(version, about = "Loads and measures vhost-user-blk servers")]
@@ -27,6 +27,8 @@ enum Command {
     Fill(FillArguments),
     /// Measure Bessel and qemu-storage-daemon in turns, on the same directories
     Compare(CompareArguments),
+    /// Measure what snapshots cost on Bessel: latencies, the rate that a guest keeps, bytes written
+    Snapshots(SnapshotsArguments),
 }
 
 /// How to reach a server, and how to print.
@@ -152,6 +154,58 @@ struct CompareArguments {
     json: Option<PathBuf>,
 }
 
+#[derive(Args)]
+struct SnapshotsArguments {
+    /// The `bessel` program
+    #[arg(long)]
+    bessel: PathBuf,
+    /// Directory for the scratch files
+    #[arg(long, default_value = "/dev/shm")]
+    dir: PathBuf,
+    /// Size of the disk
+    #[arg(long, default_value = "1GiB", value_parser = size::parse)]
+    size: u64,
+    /// Size of the store, a sparse file: random writes under many snapshots fill it
+    #[arg(long, default_value = "64GiB", value_parser = size::parse)]
+    store_size: u64,
+    /// Length of one measurement
+    #[arg(long, default_value_t = 2.0, value_parser = seconds)]
+    seconds: f64,
+    /// How often each rate is measured; the medians are shown
+    #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    rounds: u32,
+    /// Read with 1, 10 and so on up to so many snapshots behind
+    #[arg(long, default_value_t = 10_000)]
+    behind: u64,
+    /// Core of the load generator
+    #[arg(long, default_value_t = 0)]
+    client_core: usize,
+    /// Core of the server
+    #[arg(long, default_value_t = 1)]
+    server_core: usize,
+    /// Write everything measured to this file
+    #[arg(long)]
+    json: Option<PathBuf>,
+}
+
+impl SnapshotsArguments {
+    fn plan(self) -> Result<snapshots::Plan, String> {
+        snapshots::check_dir(&self.dir)?;
+        Ok(snapshots::Plan {
+            bessel: self.bessel,
+            dir: self.dir,
+            size_bytes: self.size,
+            store_bytes: self.store_size,
+            duration: Duration::from_secs_f64(self.seconds),
+            rounds: self.rounds,
+            behind_max: self.behind,
+            client_core: self.client_core,
+            server_core: self.server_core,
+            json: self.json,
+        })
+    }
+}
+
 /// Parses the arguments and does what they say. An error is one line for the terminal.
 pub(crate) fn run() -> Result<(), String> {
     match Cli::parse().command {
@@ -163,6 +217,7 @@ pub(crate) fn run() -> Result<(), String> {
             print(&measure(&arguments.options(), arguments.target.core)?, arguments.target.json)
         }
         Command::Compare(arguments) => compare::run(&arguments.comparison()?),
+        Command::Snapshots(arguments) => snapshots::run(&arguments.plan()?),
     }
 }
 

@@ -292,6 +292,7 @@ fn measure_bare(comparison: &Comparison, site: &Site, cell: &Cell) -> Result<Sam
 fn fio_name(workload: Workload) -> &'static str {
     match workload {
         Workload::Mix => "randrw",
+        Workload::Stride => "write:60k",
         other => other.name(),
     }
 }
@@ -320,7 +321,7 @@ fn parse_fio(output: &[u8], workload: Workload) -> Result<Sample, String> {
 }
 
 /// Processor and kernel, for a reader of the figures.
-fn machine() -> String {
+pub(crate) fn machine() -> String {
     let read = |path: &str| std::fs::read_to_string(path).unwrap_or_default();
     let cpu_info = read("/proc/cpuinfo");
     let model = cpu_info

@@ -8,12 +8,14 @@
 //! cli ──► load ──► queue ──► memory      rings and buffers, shared with the server
 //!   │       └────► frontend ──► message  the vhost-user conversation that sets them up
 //!   └──► compare ──► server              the processes measured, and their scratch files
+//!        snapshots ──┴──► api            what snapshots cost, on Bessel alone
 //! ```
 //!
 //! Whatever this program waits for has a bound, and whatever it starts it stops.
 
 #![deny(unsafe_code)] // Allowed in `memory` only.
 
+mod api;
 mod cli;
 mod clock;
 mod compare;
@@ -31,6 +33,7 @@ mod queue;
 mod report;
 mod server;
 mod size;
+mod snapshots;
 
 use std::process::ExitCode;
 

@@ -25,7 +25,12 @@ pub(crate) enum Workload {
     Write,
     /// Reads and writes at random places.
     Mix,
+    /// One write at the start of each 64 KiB, in order.
+    Stride,
 }
+
+/// From one write of [`Workload::Stride`] to the next.
+const STRIDE_BYTES: u64 = 64 << 10;
 
 impl Workload {
     /// True when requests of this load change the disk.
@@ -34,7 +39,7 @@ impl Workload {
     }
 
     fn is_sequential(self) -> bool {
-        matches!(self, Self::Read | Self::Write)
+        matches!(self, Self::Read | Self::Write | Self::Stride)
     }
 
     /// Its name, as on the command line.
@@ -45,6 +50,7 @@ impl Workload {
             Self::Read => "read",
             Self::Write => "write",
             Self::Mix => "mix",
+            Self::Stride => "stride",
         }
     }
 }
@@ -102,7 +108,7 @@ impl Plan {
     fn draw_kind(&mut self) -> Kind {
         let reads = match self.settings.workload {
             Workload::RandRead | Workload::Read => true,
-            Workload::RandWrite | Workload::Write => false,
+            Workload::RandWrite | Workload::Write | Workload::Stride => false,
             Workload::Mix => self.random_below(100) < u64::from(self.settings.read_percent),
         };
         if reads { Kind::Read } else { Kind::Write }
@@ -113,7 +119,9 @@ impl Plan {
         let offset = self.cursor;
         let left = self.settings.region_bytes - offset;
         let bytes = left.min(u64::from(self.settings.block_bytes)) as u32;
-        self.cursor = (offset + u64::from(bytes)) % self.settings.region_bytes;
+        let step = step(&self.settings).max(u64::from(bytes));
+        let next = offset + step;
+        self.cursor = if next < self.settings.region_bytes { next } else { 0 };
         (offset, bytes)
     }
 
@@ -126,7 +134,13 @@ impl Plan {
 
 /// Requests in order that one pass over the region takes.
 pub(crate) fn requests_of_a_pass(settings: &Settings) -> u64 {
-    settings.region_bytes.div_ceil(u64::from(settings.block_bytes))
+    settings.region_bytes.div_ceil(step(settings))
+}
+
+/// From the start of one request in order to that of the next.
+fn step(settings: &Settings) -> u64 {
+    let block_bytes = u64::from(settings.block_bytes);
+    if settings.workload == Workload::Stride { block_bytes.max(STRIDE_BYTES) } else { block_bytes }
 }
 
 /// Where requests come from: drawn by a plan, or reading back all that a ledger has.
@@ -197,6 +211,17 @@ mod tests {
         }
         assert_eq!(end, settings.region_bytes);
         assert_eq!(plan.draw().offset, 0, "and starts again");
+    }
+
+    #[test]
+    fn a_stride_writes_once_in_each_64_kib() {
+        let settings = Settings { region_bytes: 200 << 10, ..settings(Workload::Stride) };
+        let mut plan = Plan::new(settings);
+        assert_eq!(requests_of_a_pass(&settings), 4);
+        let drawn: Vec<_> = (0..5).map(|_| plan.draw()).collect();
+        let offsets: Vec<u64> = drawn.iter().map(|it| it.offset >> 10).collect();
+        assert_eq!(offsets, [0, 64, 128, 192, 0]);
+        assert!(drawn.iter().all(|it| it.kind == Kind::Write));
     }
 
     #[test]
