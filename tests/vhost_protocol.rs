@@ -572,6 +572,11 @@ fn a_live_resize_reaches_front_end_and_requests() {
     assert_eq!(guest.front_end.config(0, 8).unwrap(), (SECTORS / 2).to_le_bytes());
     assert_eq!(guest.read(0, SECTORS / 2 - 1, 512).0, block::DONE);
     assert_eq!(guest.read(0, SECTORS / 2, 512).0, block::IO_ERROR);
+    // Also when the disk has changed and its size has not.
+    world.server.notify_changed();
+    io::Read::read_exact(&mut &ours, &mut news).unwrap();
+    assert_eq!(news[..4], [2, 0, 0, 0]);
+    assert_eq!(guest.front_end.config(0, 8).unwrap(), (SECTORS / 2).to_le_bytes());
 }
 
 #[test]

@@ -18,4 +18,4 @@ mod port;
 pub(crate) use self::core::{Core, CoreSeat};
 pub(crate) use counters::CoreCounters;
 pub(crate) use host::VolumeHost;
-pub(crate) use port::{CoreMessage, CorePort};
+pub(crate) use port::{Answer, CoreMessage, CorePort};

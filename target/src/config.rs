@@ -12,18 +12,22 @@
 mod locate;
 
 use crate::api::types::Cache;
+use crate::keep::parse_keep;
 use crate::places;
 use crate::reference;
 use crate::size::parse_size;
+use crate::span::parse_span;
+use bessel_mapping::schedule::{Age, Keep, Schedule};
 use bessel_reactor::reactor::usable_cores;
 use bessel_reactor::units::{ByteCount, SECTOR_SIZE};
 use serde::Deserialize;
-use serde::de::{Deserializer, Visitor};
+use serde::de::{Deserializer, SeqAccess, Visitor};
 use std::fmt;
 use std::net::{SocketAddr, TcpListener};
 use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 pub(crate) use locate::Step;
 use locate::Step::{Index, Key};
@@ -129,6 +133,8 @@ pub(crate) struct VolumeConfig {
     pub(crate) cache: Cache,
     /// Request queues offered, 1 to 64.
     pub(crate) queues: u16,
+    /// When snapshots are taken by themselves, if they are.
+    pub(crate) snapshots: Option<Schedule>,
 }
 
 #[derive(Debug)]
@@ -221,6 +227,76 @@ struct RawVolume {
     cache: Cache,
     #[serde(default)]
     queues: Option<u16>,
+    #[serde(default)]
+    snapshots: Option<RawSnapshots>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RawSnapshots {
+    every: Span,
+    keep: RawKeep,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RawAge {
+    #[serde(rename = "for")]
+    up_to: Span,
+    #[serde(default)]
+    every: Option<Span>,
+}
+
+struct Span(Duration);
+
+impl<'de> Deserialize<'de> for Span {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct SpanVisitor;
+        impl Visitor<'_> for SpanVisitor {
+            type Value = Span;
+
+            fn expecting(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+                formatter.write_str("a span of time such as 10ms, 1s, 5m, 2h or 1d")
+            }
+
+            fn visit_str<E: serde::de::Error>(self, text: &str) -> Result<Span, E> {
+                parse_span(text).map(Span).map_err(E::custom)
+            }
+        }
+        deserializer.deserialize_str(SpanVisitor)
+    }
+}
+
+struct RawKeep(Keep);
+
+impl<'de> Deserialize<'de> for RawKeep {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct KeepVisitor;
+        impl<'de> Visitor<'de> for KeepVisitor {
+            type Value = RawKeep;
+
+            fn expecting(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+                formatter.write_str("a number of snapshots, `all`, or a list of ages")
+            }
+
+            fn visit_u64<E: serde::de::Error>(self, count: u64) -> Result<RawKeep, E> {
+                Ok(RawKeep(Keep::Newest(count)))
+            }
+
+            fn visit_str<E: serde::de::Error>(self, text: &str) -> Result<RawKeep, E> {
+                parse_keep(text).map(RawKeep).map_err(E::custom)
+            }
+
+            fn visit_seq<A: SeqAccess<'de>>(self, mut ages: A) -> Result<RawKeep, A::Error> {
+                let mut kept = Vec::new();
+                while let Some(RawAge { up_to, every }) = ages.next_element()? {
+                    kept.push(Age { up_to: up_to.0, spacing: every.map(|it| it.0) });
+                }
+                Ok(RawKeep(Keep::Ages(kept)))
+            }
+        }
+        deserializer.deserialize_any(KeepVisitor)
+    }
 }
 
 struct Size(ByteCount);
@@ -539,12 +615,17 @@ fn checked_volumes(
             let message = format!("socket {} is given twice; choose another", socket.display());
             return Err(source.error(&at("socket"), message));
         }
+        let snapshots = raw.snapshots.map(|raw| Schedule { every: raw.every.0, keep: raw.keep.0 });
+        if let Some(Err(error)) = snapshots.as_ref().map(Schedule::check) {
+            return Err(source.error(&at("snapshots"), error.to_string()));
+        }
         volumes.push(VolumeConfig {
             name: raw.name,
             size: raw.size.0,
             socket,
             cache: raw.cache,
             queues,
+            snapshots,
         });
     }
     Ok(volumes)
@@ -589,8 +670,12 @@ volumes:
     socket: /run/bessel/vm1.sock
     cache: writethrough
     queues: 2
+    snapshots: { every: 1s, keep: 60 }
   - name: vm2
     size: 4294967296
+    snapshots:
+      every: 10ms
+      keep: [ { for: 1m }, { for: 1h, every: 1s } ]
 ";
 
     fn parse(text: &str) -> Result<Config, ConfigError> {
@@ -619,6 +704,10 @@ volumes:
         assert_eq!((vm1.name.as_str(), vm1.size, vm1.queues), ("vm1", ByteCount::new(4 << 30), 2));
         assert_eq!(vm1.cache, Cache::Writethrough);
         assert_eq!((vm2.size, vm2.queues), (vm1.size, QUEUES_DEFAULT));
+        let every = Duration::from_secs(1);
+        assert_eq!(vm1.snapshots, Some(Schedule { every, keep: Keep::Newest(60) }));
+        let by_age = parse_keep("1m, 1h every 1s").unwrap();
+        assert_eq!(vm2.snapshots.as_ref().map(|it| &it.keep), Some(&by_age));
         assert_eq!(vm2.cache, Cache::Writeback);
         assert_eq!(vm2.socket, Path::new("/run/bessel/vm2.sock"));
     }
@@ -671,15 +760,28 @@ volumes:
             (15, "    cache: none", "unknown variant `none`"),
             (16, "    queues: 0", "0 queues will not do; give 1 to 64"),
             (16, "    queues: 65", "65 queues will not do; give 1 to 64"),
-            (16, "    snapshots: { every: 1s, keep: 60 }", "unknown field `snapshots`"),
+            (17, "    snapshot: { every: 1s, keep: 60 }", "unknown field `snapshot`"),
+            (17, "    snapshots: { every: 1s }", "missing field `keep`"),
+            (17, "    snapshots: { every: 1, keep: 60 }", "\"1\" is not a span of time; write"),
+            (17, "    snapshots: { every: 0ms, keep: 60 }", "0ns will not do; give 1ms to 365d"),
+            (17, "    snapshots: { every: 1s, keep: 0 }", "keeping no snapshot will not do; give"),
+            (17, "    snapshots: { every: 1s, keep: some }", "\"some\" does not say which"),
+            (17, "    snapshots: { every: 1s, keep: -1 }", "invalid type: integer `-1`"),
+            (17, "    snapshots: { every: 1s, keep: [] }", "0 ages to keep will not do; give 1"),
+            (17, "    snapshots: { every: 1s, keep: [ { every: 1s } ] }", "missing field `for`"),
+            (
+                17,
+                "    snapshots: { every: 1s, keep: [ { for: 1m }, { for: 1s } ] }",
+                "go from young",
+            ),
             (16, "    queues: [2]", "volumes[0].queues: invalid type: sequence"),
             (16, "   queues: 2", "did not find expected"),
         ] {
             let error = refusal(line, replacement);
             // The second of two equal values is the one to blame.
             let blamed = match replacement.trim_start() {
-                "- name: vm2" => 17,
-                "socket: /run/bessel/vm2.sock" => 17,
+                "- name: vm2" => 18,
+                "socket: /run/bessel/vm2.sock" => 18,
                 _ => line,
             };
             assert!(error.starts_with(&format!("bessel.yaml:{blamed}: ")), "{error}");

@@ -41,6 +41,17 @@ impl Control {
         Ok((Self { jobs }, ControlThread { thread }))
     }
 
+    /// Runs `operation` after those that were sent before it, and does not wait for it.
+    ///
+    /// # Errors
+    /// When the control plane has ended.
+    pub(crate) fn send(
+        &self,
+        operation: impl FnOnce(&mut ControlPlane) + Send + 'static,
+    ) -> Result<(), Refusal> {
+        self.jobs.send(Box::new(operation)).map_err(|_| Refusal::stopping())
+    }
+
     /// Runs `operation` after those that were sent before it. It is carried out also when the
     /// asker has gone away meanwhile.
     pub(crate) async fn call<T: Send + 'static>(

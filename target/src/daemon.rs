@@ -24,7 +24,8 @@ use crate::config::{Config, ConfigError, Poll, QUEUES_DEFAULT};
 use crate::control::Control;
 use crate::journals::Journals;
 use crate::plane::{ControlPlane, Home, Service, StoreFacts};
-use crate::{entropy, one_line};
+use crate::scheduler::{Scheduler, Schedules, Seat};
+use crate::{entropy, one_line, scheduler};
 use bessel_mapping::format::HostRecord;
 use bessel_mapping::shard::{Shard, ShardConfig};
 use bessel_mapping::store::{self, FormatOptions, OpenMode, OpenedStore};
@@ -126,7 +127,12 @@ impl Life {
     }
 }
 
-fn control_plane(config: &Config, life: &Life, homes: Vec<Home>) -> ControlPlane {
+fn control_plane(
+    config: &Config,
+    life: &Life,
+    homes: Vec<Home>,
+    schedules: Schedules,
+) -> ControlPlane {
     let store = &life.store;
     let facts = StoreFacts {
         device: config.store.device.clone(),
@@ -136,7 +142,7 @@ fn control_plane(config: &Config, life: &Life, homes: Vec<Home>) -> ControlPlane
         opened: Arc::clone(store),
     };
     let api = config.api.socket.clone();
-    ControlPlane::new(store.directory.clone(), homes, facts, api, life.clock)
+    ControlPlane::new(store.directory.clone(), homes, schedules, facts, api, life.clock)
 }
 
 /// Runs reactors, volumes and API over an open store, and has all of them ended when it returns.
@@ -144,11 +150,12 @@ fn serve_store(config: &Config, life: &mut Life, signals: &SigSet) -> Outcome {
     let (store, clock) = (Arc::clone(&life.store), life.clock);
     let reactors = Reactors::start(config, &store, clock, &mut life.journals)?;
     let Reactors { homes, handles } = reactors;
-    let mut plane = control_plane(config, life, homes);
+    let (schedules, seat) = scheduler::schedules();
+    let mut plane = control_plane(config, life, homes, schedules.clone());
     let opened =
         restore_volumes(config, &mut plane, life).and_then(|()| open_volumes(config, &mut plane));
     let served = match opened {
-        Ok(()) => serve_plane(config, plane, signals),
+        Ok(()) => serve_plane(config, plane, (schedules, seat), clock, signals),
         Err(error) => {
             plane.shut_down();
             Err(error.into())
@@ -159,18 +166,30 @@ fn serve_store(config: &Config, life: &mut Life, signals: &SigSet) -> Outcome {
 }
 
 /// Serves the API until a signal comes, then shuts the control plane down.
-fn serve_plane(config: &Config, plane: ControlPlane, signals: &SigSet) -> Outcome {
+fn serve_plane(
+    config: &Config,
+    plane: ControlPlane,
+    (schedules, seat): (Schedules, Seat),
+    clock: SystemClock,
+    signals: &SigSet,
+) -> Outcome {
     let greeting = greeting(config, &plane);
     let (control, thread) = Control::start(plane)?;
+    let scheduler = Scheduler::start(schedules, seat, control.clone(), clock);
     let outcome = match ApiServer::start(&config.api, control) {
-        Ok(api) => {
+        Ok(api) if scheduler.is_ok() => {
             let waited = output::print(&greeting).and_then(|()| wait(signals));
             drop(api);
             waited
         }
+        Ok(_) => Ok(()), // Not served without the scheduler, as is said below.
         Err(error) => Err(error.into()),
     };
-    // The API held the last `Control`, so the thread ends.
+    let outcome = scheduler.map_err(Into::into).and_then(|scheduler| {
+        drop(scheduler);
+        outcome
+    });
+    // API and scheduler held the last `Control`, so the thread ends.
     thread.join().shut_down();
     tracing::info!("stopped");
     outcome

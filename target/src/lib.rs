@@ -13,11 +13,14 @@ mod entropy;
 #[cfg(any(test, feature = "fuzz"))]
 pub mod fuzz;
 mod journals;
+mod keep;
 mod placement;
 mod places;
 mod plane;
 mod reference;
+mod scheduler;
 mod size;
+mod span;
 mod time;
 
 use std::process::ExitCode;

@@ -7,25 +7,30 @@
 
 mod attachment;
 mod open;
+mod schedule;
 mod tree;
 mod view;
 
 use crate::api::types::{
-    LatencyView, RolledBack, SnapshotCreated, SnapshotView, StatsView, StoreView, VolumeView,
+    LatencyView, RolledBack, SnapshotCreated, SnapshotDeleted, SnapshotView, StatsView, StoreView,
+    VolumeView,
 };
 use crate::api::{Refusal, RefusalKind};
 use crate::attach::{CoreCounters, CoreMessage, CorePort, VolumeHost};
 use crate::placement::Placement;
-use crate::reference::SnapshotReference;
+use crate::reference::{Moment, SnapshotReference};
+use crate::scheduler::Schedules;
+use crate::time::rfc3339;
 use bessel_mapping::directory::{Directory, DirectoryError, VolumeSummary};
 use bessel_mapping::format::{ExtentMap, ExtentType, Geometry};
 use bessel_mapping::request::{
     CacheMode, CloneOrigin, Command, CommandError, Reply, ShardStats, SnapshotId, SnapshotInfo,
-    VolumeHandle, VolumeId, VolumeInfo,
+    VolumeHandle, VolumeId, VolumeInfo, deletions,
 };
+use bessel_mapping::schedule::ScheduleCounters;
 use bessel_mapping::store::OpenedStore;
 use bessel_mapping::volume::VolumeCounters;
-use bessel_reactor::clock::{Instant, SystemClock};
+use bessel_reactor::clock::{Instant, SystemClock, WallTime};
 use bessel_reactor::units::{BLOCK_SIZE, ByteCount};
 use bessel_vhost::ServerHandle;
 use std::collections::{BTreeMap, BTreeSet};
@@ -35,6 +40,7 @@ use std::time::Duration;
 
 use attachment::{Condition, Detached};
 pub(crate) use open::Service;
+use schedule::Scheduled;
 pub(crate) use view::uuid;
 
 /// A clone waits for its snapshot to settle: for writes that were in flight when it was taken.
@@ -67,8 +73,11 @@ struct Served {
     home: usize,
     queues: u16,
     socket: PathBuf,
+    /// The socket's path in its one spelling.
+    place: PathBuf,
     /// As the configuration wants it, if it does.
     cache: Option<CacheMode>,
+    schedule: Option<Scheduled>,
     host: Arc<VolumeHost>,
     /// None only while an operation keeps front-ends away, or when the socket could not be bound.
     server: Option<ServerHandle>,
@@ -79,6 +88,7 @@ pub(crate) struct ControlPlane {
     directory: Directory,
     homes: Vec<Home>,
     placement: Placement,
+    schedules: Schedules,
     served: BTreeMap<VolumeId, Served>,
     /// Volumes that are open on a reactor and not served yet.
     restored: BTreeMap<VolumeId, (usize, VolumeHandle)>,
@@ -104,6 +114,7 @@ impl ControlPlane {
     pub(crate) fn new(
         directory: Directory,
         homes: Vec<Home>,
+        schedules: Schedules,
         store: StoreFacts,
         api_socket: PathBuf,
         clock: SystemClock,
@@ -112,6 +123,7 @@ impl ControlPlane {
             directory,
             placement: Placement::new(homes.len()),
             homes,
+            schedules,
             served: BTreeMap::new(),
             restored: BTreeMap::new(),
             detached: BTreeMap::new(),
@@ -154,6 +166,20 @@ impl ControlPlane {
         self.show_volume(name)
     }
 
+    /// Makes clones of one snapshot, `prefix-1` to `prefix-count`, all at once: their commits share
+    /// the device's flushes.
+    pub(crate) fn create_clones(
+        &mut self,
+        from: &SnapshotReference,
+        prefix: &str,
+        count: u32,
+    ) -> Answered<Vec<VolumeView>> {
+        let origin = self.settled_origin(from)?;
+        let made = self.create_many(&origin, prefix, count)?;
+        let volumes = made.into_iter().filter_map(|id| self.directory.get(id));
+        volumes.map(|volume| self.view(volume)).collect()
+    }
+
     pub(crate) fn rename_volume(&mut self, name: &str, new_name: &str) -> Answered<VolumeView> {
         let (id, handle, home) = self.find_served(name)?;
         self.directory.plan_rename(id, new_name).map_err(refuse_plan)?;
@@ -178,6 +204,8 @@ impl ControlPlane {
         &mut self,
         name: &str,
         snapshot: &SnapshotReference,
+        label: Option<String>,
+        force: bool,
     ) -> Answered<RolledBack> {
         let (id, handle, home) = self.find_served(name)?;
         let snapshot = self.find_snapshot(snapshot)?;
@@ -188,23 +216,53 @@ impl ControlPlane {
                 snapshot.id, snapshot.id
             )));
         }
-        let time = self.clock.wall();
         let sequence = snapshot.id.sequence;
-        let kept = self.without_front_ends(id, name, |plane| {
-            match plane.ask(home, Command::Rollback { volume: handle, sequence, label: None, time })? {
-                Reply::Snapshot(kept) => Ok(view::snapshot(&kept, name)),
+        let roll_back = |plane: &mut Self| {
+            let label = match &label {
+                Some(label) => label.clone(),
+                None => plane.label_of_abandoned(id)?,
+            };
+            let label = Some(label);
+            let time = plane.clock.wall();
+            let command = Command::Rollback { volume: handle, sequence, label, time };
+            match plane.ask(home, command)? {
+                Reply::Snapshot(kept) => Ok(kept),
                 reply => unreachable!("a rollback was answered with {reply:?}"),
             }
-        })?;
-        Ok(RolledBack { volume: self.show_volume(name)?, kept })
+        };
+        let attached = self.served[&id].host.is_connected();
+        let kept: SnapshotInfo = if attached && force {
+            self.under_front_end(id, roll_back)?
+        } else {
+            let remedy = "stop the guest first, or give --force if nothing in it uses the disk";
+            self.without_front_ends(id, name, remedy, roll_back)?
+        };
+        self.note_snapshot(&kept);
+        let snapshot = view::snapshot(&snapshot, name);
+        let kept = view::snapshot(&kept, name);
+        Ok(RolledBack { volume: self.show_volume(name)?, snapshot, kept })
+    }
+
+    /// A label for what a rollback leaves, so that nothing thins it and everybody sees what it is.
+    fn label_of_abandoned(&self, id: VolumeId) -> Answered<String> {
+        let snapshots = self.info(id)?.snapshots;
+        let live = snapshots.iter().filter(|snapshot| !snapshot.deleted);
+        let taken: BTreeSet<&str> = live.filter_map(|it| it.label.as_deref()).collect();
+        let mut candidates = (snapshots.len()..).map(|at| format!("before-rollback-{at}"));
+        Ok(candidates.find(|label| !taken.contains(&**label)).expect("labels are finite"))
     }
 
     pub(crate) fn delete_volume(&mut self, name: &str) -> Answered<VolumeView> {
         let (id, handle, home) = self.find_served(name)?;
         let view = self.show_volume(name)?;
         let snapshots = self.info(id)?.snapshots;
-        self.without_front_ends(id, name, |plane| {
-            plane.ask(home, Command::Delete { volume: handle })?;
+        self.without_front_ends(id, name, "stop the guest first", |plane| {
+            plane.schedules.end(id);
+            let deleted = plane.ask(home, Command::Delete { volume: handle });
+            if let Err(refusal) = deleted {
+                plane.begin_schedule(id);
+                return Err(refusal);
+            }
             let served = plane.served.remove(&id).expect("it was found above");
             plane.placement.remove(served.home, served.queues);
             plane.directory.removed(id);
@@ -232,10 +290,13 @@ impl ControlPlane {
         let answer =
             self.homes[home].port.command(Command::Snapshot { volume: handle, label, time });
         match answer.reply {
-            Reply::Snapshot(snapshot) => Ok(SnapshotCreated {
-                snapshot: view::snapshot(&snapshot, name),
-                latency_ns: answer.latency.as_nanos() as u64,
-            }),
+            Reply::Snapshot(snapshot) => {
+                self.note_snapshot(&snapshot);
+                Ok(SnapshotCreated {
+                    snapshot: view::snapshot(&snapshot, name),
+                    latency_ns: answer.latency.as_nanos() as u64,
+                })
+            }
             Reply::Failed(error) => Err(refuse_command(error)),
             reply => unreachable!("a snapshot command was answered with {reply:?}"),
         }
@@ -249,25 +310,50 @@ impl ControlPlane {
         let found = self.find_snapshot(snapshot)?.id;
         let (handle, home) = self.handle_of(found.volume)?;
         self.ask(home, Command::Label { volume: handle, sequence: found.sequence, label })?;
-        self.view_of_snapshot(&SnapshotReference::Id(found))
+        let labelled = self.find_snapshot(&SnapshotReference::Id(found))?;
+        self.note_snapshot(&labelled);
+        self.view_of_snapshot(&labelled)
     }
 
     pub(crate) fn delete_snapshot(
         &mut self,
         snapshot: &SnapshotReference,
-    ) -> Answered<SnapshotView> {
-        let found = self.find_snapshot(snapshot)?.id;
-        let view = self.view_of_snapshot(&SnapshotReference::Id(found))?;
-        let (volume, home) = self.handle_of(found.volume)?;
-        self.ask(home, Command::DeleteSnapshot { volume, sequence: found.sequence })?;
-        Ok(view)
+    ) -> Answered<SnapshotDeleted> {
+        let found = self.find_snapshot(snapshot)?;
+        let SnapshotId { volume: id, sequence } = found.id;
+        let (volume, home) = self.handle_of(id)?;
+        self.ask(home, Command::DeleteSnapshot { volume, sequence })?;
+        self.schedules.deleted(id, sequence);
+        let clones =
+            self.directory.volumes().filter(|it| !it.deleted && it.origin == Some(found.id));
+        let clones = clones.map(|clone| clone.name.clone()).collect();
+        Ok(SnapshotDeleted { snapshot: self.view_of_snapshot(&found)?, clones })
     }
 
-    fn view_of_snapshot(&self, reference: &SnapshotReference) -> Answered<SnapshotView> {
-        let snapshot = self.find_snapshot(reference)?;
+    /// Deletes those of a volume's snapshots that have no label: what thinning asks for. Returns which
+    /// are deleted.
+    pub(crate) fn delete_snapshots_of(
+        &mut self,
+        id: VolumeId,
+        sequences: &[u64],
+    ) -> Answered<Vec<u64>> {
+        let (volume, home) = self.handle_of(id)?;
+        let mut deleted = Vec::with_capacity(sequences.len());
+        for piece in deletions(sequences) {
+            let sequences = piece.to_vec();
+            let command = Command::DeleteSnapshots { volume, spare_labelled: true, sequences };
+            match self.ask(home, command)? {
+                Reply::Deleted(gone) => deleted.extend(gone),
+                reply => unreachable!("a batch of deletions was answered with {reply:?}"),
+            }
+        }
+        Ok(deleted)
+    }
+
+    fn view_of_snapshot(&self, snapshot: &SnapshotInfo) -> Answered<SnapshotView> {
         let volume = self.directory.get(snapshot.id.volume);
         let name = &volume.expect("its snapshot was found").name;
-        Ok(view::snapshot(&snapshot, name))
+        Ok(view::snapshot(snapshot, name))
     }
 
     // Counters.
@@ -283,7 +369,8 @@ impl ControlPlane {
                 let failed = shards.iter().any(|shard| shard.latched.contains(id));
                 let latched = failed.then_some("");
                 let Condition { state, .. } = self.condition_of_open(*id, &volume.name, latched);
-                Some(view::volume_stats(&volume.name, state, counters))
+                let scheduled = self.scheduled_of(*id);
+                Some(view::volume_stats(&volume.name, state, counters, scheduled))
             })
             .collect();
         let closed = self
@@ -292,7 +379,8 @@ impl ControlPlane {
             .filter(|volume| !volume.deleted && !self.served.contains_key(&volume.id));
         volumes.extend(closed.map(|volume| {
             let Condition { state, .. } = self.condition_of_closed(volume.id, &volume.name);
-            view::volume_stats(&volume.name, state, &VolumeCounters::default())
+            let counters = (VolumeCounters::default(), ScheduleCounters::default());
+            view::volume_stats(&volume.name, state, &counters.0, counters.1)
         }));
         volumes.sort_by(|one, other| one.name.cmp(&other.name));
         Ok(StatsView {
@@ -431,17 +519,24 @@ impl ControlPlane {
         let missing = || Refusal::not_found(format!("there is no snapshot {reference}"));
         let volume = match reference {
             SnapshotReference::Id(SnapshotId { volume, .. }) => *volume,
-            SnapshotReference::Label { volume, .. } => self.find(volume)?.id,
+            SnapshotReference::Label { volume, .. } | SnapshotReference::Time { volume, .. } => {
+                self.find(volume)?.id
+            }
         };
         if self.directory.get(volume).is_none_or(|volume| volume.deleted) {
             return Err(missing());
         }
+        let now = self.clock.wall();
         let snapshots = self.info(volume)?.snapshots.into_iter();
         let mut live = snapshots.filter(|snapshot| !snapshot.deleted);
         let found = match reference {
             SnapshotReference::Id(id) => live.find(|snapshot| snapshot.id == *id),
             SnapshotReference::Label { label, .. } => {
                 live.find(|snapshot| snapshot.label.as_ref() == Some(label))
+            }
+            SnapshotReference::Time { volume, moment } => {
+                let live: Vec<SnapshotInfo> = live.collect();
+                return newest_at(live, moment, volume, now).map_err(Refusal::not_found);
             }
         };
         found.ok_or_else(missing)
@@ -478,12 +573,13 @@ impl ControlPlane {
         &mut self,
         id: VolumeId,
         name: &str,
+        remedy: &str,
         operation: impl FnOnce(&mut Self) -> Answered<T>,
     ) -> Answered<T> {
         let served = self.served.get_mut(&id).expect("the caller found it");
         if served.host.is_connected() {
             return Err(Refusal::conflict(format!(
-                "volume {name:?} is in use by a front-end; stop the guest first"
+                "volume {name:?} is in use by a front-end; {remedy}"
             )));
         }
         // From here on there is no socket to connect to. A front-end that came between the look
@@ -492,6 +588,26 @@ impl ControlPlane {
         let done = operation(self);
         if self.served.contains_key(&id) {
             self.start_server(id)?;
+        }
+        done
+    }
+
+    /// Runs `operation` on a volume between two requests of its guest, then tells the front-end to
+    /// look at its disk again.
+    fn under_front_end<T>(
+        &mut self,
+        id: VolumeId,
+        operation: impl FnOnce(&mut Self) -> Answered<T>,
+    ) -> Answered<T> {
+        let served = &self.served[&id];
+        let (home, volume) = (served.home, served.handle);
+        self.homes[home].port.ask(|answer| CoreMessage::Hold { volume, answer });
+        let done = operation(self);
+        self.homes[home].port.send(CoreMessage::Release { volume });
+        if done.is_ok()
+            && let Some(server) = &self.served[&id].server
+        {
+            server.notify_changed();
         }
         done
     }
@@ -513,6 +629,37 @@ impl ControlPlane {
             }
         }
     }
+}
+
+/// The newest of a volume's snapshots that had been taken by `moment`; else a line that says which
+/// there are.
+fn newest_at(
+    live: Vec<SnapshotInfo>,
+    moment: &Moment,
+    volume: &str,
+    now: WallTime,
+) -> Result<SnapshotInfo, String> {
+    // A clock that was set back has given a later snapshot an earlier time.
+    let age = |snapshot: &SnapshotInfo| (snapshot.time, snapshot.id.sequence);
+    let text = moment.to_string();
+    if let Some(labelled) = live.iter().find(|it| it.label.as_ref() == Some(&text)) {
+        return Err(format!(
+            "{volume}@{text} may be the label of snapshot {id} or a time; write {id}, or the time \
+             another way",
+            id = labelled.id
+        ));
+    }
+    let then = moment.seen_from(now);
+    let Some(oldest) = live.iter().min_by_key(|it| age(it)) else {
+        return Err(format!("volume {volume:?} has no snapshot at all"));
+    };
+    let none = format!(
+        "volume {volume:?} has no snapshot at or before {}; its oldest is {} of {}",
+        rfc3339(then),
+        oldest.id,
+        rfc3339(oldest.time)
+    );
+    live.into_iter().filter(|snapshot| snapshot.time <= then).max_by_key(age).ok_or(none)
 }
 
 /// The API's word for what the directory refused.

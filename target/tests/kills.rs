@@ -313,9 +313,9 @@ impl Arena {
             }
             Request::Rollback { snapshot, time } => {
                 let at = self.at(snapshot.volume);
-                self.model.begin_rollback(*snapshot, *time, None);
+                self.model.begin_rollback(*snapshot, *time, Some(format!("s{time}")));
                 self.disks[at].rolling_back = Some(*time);
-                format!("volume rollback {} {snapshot} --json", self.disks[at].name)
+                format!("volume rollback {} {snapshot} --label s{time} --json", self.disks[at].name)
             }
             Request::Clone { snapshot, name } => {
                 format!("volume create {name} --from {snapshot} --json")
@@ -341,7 +341,7 @@ impl Arena {
             Request::Rollback { snapshot, time } => {
                 let kept = id(&answer["kept"]["id"]);
                 self.model.end_snapshot(kept, *time);
-                self.snapshots.insert(kept, (*time, None));
+                self.snapshots.insert(kept, (*time, Some(format!("s{time}"))));
                 let at = self.at(snapshot.volume);
                 self.disks[at].rolling_back = None;
             }

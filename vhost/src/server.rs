@@ -365,6 +365,13 @@ impl ServerHandle {
         fds::signal(self.shared.news.as_fd());
     }
 
+    /// Tells the front-end, if it wants to know, that the disk is another one under its guest: that its
+    /// configuration, unchanged as it may be, is to be read again.
+    pub fn notify_changed(&self) {
+        self.disk.set_capacity(self.disk.capacity());
+        fds::signal(self.shared.news.as_fd());
+    }
+
     fn stop_and_join(&mut self) {
         fds::signal(self.shared.stop.as_fd());
         if let Some(thread) = self.thread.take()

@@ -87,6 +87,23 @@ pub(super) fn prometheus(stats: &StatsView) -> String {
         it.allocated_bytes
     });
 
+    by_volume("bessel_volume_snapshots_scheduled_total", "Snapshots taken by schedule.", |it| {
+        it.snapshots_scheduled
+    });
+    by_volume(
+        "bessel_volume_snapshots_skipped_total",
+        "Scheduled and not taken, since the one before had not ended.",
+        |it| it.snapshots_skipped,
+    );
+    by_volume("bessel_volume_snapshots_thinned_total", "Deleted by the schedule.", |it| {
+        it.snapshots_thinned
+    });
+    by_volume(
+        "bessel_volume_snapshots_failed_total",
+        "Snapshots by schedule, and deletions, that failed.",
+        |it| it.snapshots_failed,
+    );
+
     let mut by_reactor = |name, help, value: fn(&super::types::ReactorView) -> f64| {
         let samples = stats
             .reactors

@@ -37,6 +37,10 @@ fn paths() -> Value {
         "/v1/volumes/{name}/rollback": {
             "post": operation("Make a volume read as one of its snapshots does", &[VOLUME], Some("Rollback"), reference("RolledBack")),
         },
+        "/v1/volumes/{name}/schedule": {
+            "put": operation("Take snapshots of a volume by schedule, until the daemon ends", &[VOLUME], Some("SetSchedule"), reference("Volume")),
+            "delete": operation("Take no more snapshots of a volume by schedule", &[VOLUME], None, reference("Volume")),
+        },
         "/v1/volumes/{name}/detach": {
             "post": operation("Stop serving a volume until it is attached or the daemon starts again", &[VOLUME], None, reference("Volume")),
         },
@@ -49,7 +53,10 @@ fn paths() -> Value {
         },
         "/v1/snapshots/{snapshot}": {
             "patch": operation("Label a snapshot", &[SNAPSHOT], Some("ChangeSnapshot"), reference("Snapshot")),
-            "delete": operation("Mark a snapshot deleted", &[SNAPSHOT], None, reference("Snapshot")),
+            "delete": operation("Mark a snapshot deleted", &[SNAPSHOT], None, reference("SnapshotDeleted")),
+        },
+        "/v1/snapshots/{snapshot}/clones": {
+            "post": operation("Make many clones of a snapshot at once", &[SNAPSHOT], Some("CreateClones"), array("Volume")),
         },
         "/v1/tree": {
             "get": operation("Volumes and snapshots by descent", &[], None, reference("Tree")),
@@ -100,7 +107,9 @@ fn operation(summary: &str, parameters: &[&str], request: Option<&str>, answer: 
 
 fn parameter(name: &str) -> Value {
     let description = match name {
-        SNAPSHOT => "An id such as 3.17, or volume@label",
+        SNAPSHOT => {
+            "An id such as 3.17, volume@label, or volume@time: RFC 3339 or an age such as 10s ago"
+        }
         _ => "The volume's name",
     };
     json!({
@@ -144,11 +153,14 @@ fn object(fields: &[(&str, &str)]) -> Value {
 }
 
 fn field(kind: &str) -> Value {
-    if let Some(schema) = kind.strip_suffix("[]") {
-        return array(schema);
+    if let Some(element) = kind.strip_suffix("[]") {
+        return json!({ "type": "array", "items": field(element) });
     }
     if let Some(kind) = kind.strip_suffix('?') {
-        return json!({ "type": [kind, "null"] });
+        return match kind {
+            "integer" | "string" | "boolean" => json!({ "type": [kind, "null"] }),
+            kind => json!({ "anyOf": [field(kind), { "type": "null" }] }),
+        };
     }
     match kind {
         "cache" => json!({ "type": "string", "enum": ["writeback", "writethrough"] }),
@@ -170,6 +182,7 @@ const SNAPSHOT_FIELDS: &[(&str, &str)] = &[
     ("allocated_bytes", "integer"),
     ("settling", "boolean"),
     ("deleted", "boolean"),
+    ("parent", "string?"),
 ];
 
 const VOLUME_FIELDS: &[(&str, &str)] = &[
@@ -188,23 +201,44 @@ const VOLUME_FIELDS: &[(&str, &str)] = &[
     ("remedy", "string?"),
     ("allocated_bytes", "integer"),
     ("snapshots", "integer"),
+    ("schedule", "Schedule?"),
 ];
 
 fn schemas() -> Value {
-    let rolled_back: Vec<_> = VOLUME_FIELDS.iter().copied().chain([("kept", "Snapshot")]).collect();
+    let rolled_back: Vec<_> = VOLUME_FIELDS
+        .iter()
+        .copied()
+        .chain([("snapshot", "Snapshot"), ("kept", "Snapshot")])
+        .collect();
     let created: Vec<_> =
         SNAPSHOT_FIELDS.iter().copied().chain([("latency_ns", "integer")]).collect();
+    let deleted: Vec<_> = SNAPSHOT_FIELDS.iter().copied().chain([("clones", "string[]")]).collect();
     json!({
         "Error": object(&[("error", "string")]),
         "CreateVolume": object(&[("name", "string"), ("size_bytes?", "integer"), ("from?", "string")]),
+        "CreateClones": object(&[("prefix", "string"), ("count", "integer")]),
         "ChangeVolume": object(&[("name?", "string"), ("size_bytes?", "integer")]),
-        "Rollback": object(&[("snapshot", "string")]),
+        "Rollback": object(&[("snapshot", "string"), ("label?", "string"), ("force?", "boolean")]),
+        "SetSchedule": object(&[("every_ns", "integer"), ("keep", "Keep")]),
+        "Keep": object(&[("newest?", "integer?"), ("ages?", "Age[]?")]),
+        "Age": object(&[("for_ns", "integer"), ("every_ns?", "integer?")]),
+        "Schedule": object(&[
+            ("every_ns", "integer"),
+            ("keep", "Keep"),
+            ("paused", "boolean"),
+            ("reason", "string?"),
+            ("taken", "integer"),
+            ("skipped", "integer"),
+            ("thinned", "integer"),
+            ("failed", "integer"),
+        ]),
         "CreateSnapshot": object(&[("label?", "string")]),
         "ChangeSnapshot": object(&[("label", "string?")]),
         "Volume": object(VOLUME_FIELDS),
         "RolledBack": object(&rolled_back),
         "Snapshot": object(SNAPSHOT_FIELDS),
         "SnapshotCreated": object(&created),
+        "SnapshotDeleted": object(&deleted),
         "Tree": object(&[("volumes", "TreeVolume[]")]),
         "TreeVolume": object(&[
             ("id", "integer"),
@@ -212,6 +246,7 @@ fn schemas() -> Value {
             ("size_bytes", "integer"),
             ("origin", "string?"),
             ("deleted", "boolean"),
+            ("parent", "string?"),
             ("snapshots", "Snapshot[]"),
         ]),
         "Stats": object(&[
@@ -257,6 +292,10 @@ fn schemas() -> Value {
             ("written_bytes", "integer"),
             ("errors", "integer"),
             ("allocated_bytes", "integer"),
+            ("snapshots_scheduled", "integer"),
+            ("snapshots_skipped", "integer"),
+            ("snapshots_thinned", "integer"),
+            ("snapshots_failed", "integer"),
         ]),
         "Latency": object(&[
             ("count", "integer"),
@@ -304,6 +343,7 @@ mod tests {
             allocated_bytes: 0,
             settling: false,
             deleted: false,
+            parent: None,
         }
     }
 
@@ -324,7 +364,12 @@ mod tests {
             remedy: None,
             allocated_bytes: 0,
             snapshots: 0,
+            schedule: None,
         }
+    }
+
+    fn keep() -> KeepView {
+        KeepView { newest: Some(1), ages: Some(Vec::new()) }
     }
 
     #[test]
@@ -334,14 +379,35 @@ mod tests {
             "CreateVolume",
             CreateVolume { name: String::new(), size_bytes: Some(0), from: Some(String::new()) },
         );
+        describes("CreateClones", CreateClones { prefix: String::new(), count: 1 });
         describes("ChangeVolume", ChangeVolume { name: Some(String::new()), size_bytes: Some(0) });
-        describes("Rollback", Rollback { snapshot: String::new() });
+        let label = Some(String::new());
+        describes("Rollback", Rollback { snapshot: String::new(), label, force: false });
         describes("CreateSnapshot", CreateSnapshot { label: Some(String::new()) });
         describes("ChangeSnapshot", ChangeSnapshot { label: None });
         describes("Snapshot", snapshot());
         describes("SnapshotCreated", SnapshotCreated { snapshot: snapshot(), latency_ns: 0 });
+        describes("SnapshotDeleted", SnapshotDeleted { snapshot: snapshot(), clones: Vec::new() });
+        describes("SetSchedule", SetSchedule { every_ns: 1, keep: keep() });
+        describes("Keep", keep());
+        describes("Age", AgeView { for_ns: 1, every_ns: Some(1) });
+        let schedule = ScheduleView {
+            every_ns: 1,
+            keep: keep(),
+            paused: false,
+            reason: None,
+            taken: 0,
+            skipped: 0,
+            thinned: 0,
+            failed: 0,
+        };
+        describes("Schedule", schedule.clone());
+        describes("Volume", VolumeView { schedule: Some(schedule), ..volume() });
         describes("Volume", volume());
-        describes("RolledBack", RolledBack { volume: volume(), kept: snapshot() });
+        describes(
+            "RolledBack",
+            RolledBack { volume: volume(), snapshot: snapshot(), kept: snapshot() },
+        );
         describes("Tree", TreeView { volumes: Vec::new() });
         describes(
             "TreeVolume",
@@ -351,6 +417,7 @@ mod tests {
                 size_bytes: 0,
                 origin: None,
                 deleted: false,
+                parent: None,
                 snapshots: Vec::new(),
             },
         );

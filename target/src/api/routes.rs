@@ -4,8 +4,9 @@
 //! extractors, bodies by [`parse`], their length by the server.
 
 use super::types::{
-    ChangeSnapshot, ChangeVolume, CreateSnapshot, CreateVolume, Rollback, RolledBack,
-    SnapshotCreated, SnapshotView, StatsView, TreeView, VolumeView,
+    CLONES_MAX, ChangeSnapshot, ChangeVolume, CreateClones, CreateSnapshot, CreateVolume, Rollback,
+    RolledBack, SetSchedule, SnapshotCreated, SnapshotDeleted, SnapshotView, StatsView, TreeView,
+    VolumeView,
 };
 use super::{Refusal, RefusalKind, metrics, openapi};
 use crate::control::Control;
@@ -16,10 +17,12 @@ use axum::extract::{DefaultBodyLimit, FromRequestParts, Path, State};
 use axum::http::header::CONTENT_TYPE;
 use axum::http::request::Parts;
 use axum::response::IntoResponse;
-use axum::routing::{MethodRouter, get, patch, post};
+use axum::routing::{MethodRouter, get, patch, post, put};
 use axum::{Json, Router};
+use bessel_mapping::schedule::Schedule;
 use bessel_reactor::units::ByteCount;
 use serde::de::DeserializeOwned;
+use std::time::Duration;
 
 /// Longest request body: the largest request is a name and a label of 64 bytes each.
 pub(super) const BODY_BYTES_MAX: usize = 16 << 10;
@@ -32,10 +35,12 @@ fn table() -> Vec<(&'static str, MethodRouter<Control>)> {
         ("/v1/volumes", get(list_volumes).post(create_volume)),
         ("/v1/volumes/{name}", get(show_volume).patch(change_volume).delete(delete_volume)),
         ("/v1/volumes/{name}/rollback", post(rollback_volume)),
+        ("/v1/volumes/{name}/schedule", put(set_schedule).delete(end_schedule)),
         ("/v1/volumes/{name}/detach", post(detach_volume)),
         ("/v1/volumes/{name}/attach", post(attach_volume)),
         ("/v1/volumes/{name}/snapshots", get(list_snapshots).post(create_snapshot)),
         ("/v1/snapshots/{snapshot}", patch(change_snapshot).delete(delete_snapshot)),
+        ("/v1/snapshots/{snapshot}/clones", post(create_clones)),
         ("/v1/tree", get(show_tree)),
         ("/v1/stats", get(show_stats)),
         ("/metrics", get(show_metrics)),
@@ -164,7 +169,30 @@ async fn rollback_volume(
 ) -> Answer<RolledBack> {
     let request: Rollback = parse(body)?;
     let snapshot: SnapshotReference = request.snapshot.parse().map_err(Refusal::malformed)?;
-    control.call(move |plane| plane.rollback_volume(&name, &snapshot)).await.map(Json)
+    let kept = request.label.as_deref().map(label).transpose().map_err(Refusal::malformed)?;
+    let force = request.force;
+    control.call(move |plane| plane.rollback_volume(&name, &snapshot, kept, force)).await.map(Json)
+}
+
+async fn set_schedule(
+    State(control): State<Control>,
+    VolumeName(name): VolumeName,
+    body: Result<Bytes, BytesRejection>,
+) -> Answer<VolumeView> {
+    let SetSchedule { every_ns, keep } = parse(body)?;
+    let keep = keep.keep().ok_or_else(|| {
+        Refusal::malformed("keep says both newest and ages; give one of them, or none to keep all")
+    })?;
+    let schedule = Schedule { every: Duration::from_nanos(every_ns), keep };
+    schedule.check().map_err(Refusal::malformed)?;
+    control.call(move |plane| plane.set_schedule(&name, Some(schedule))).await.map(Json)
+}
+
+async fn end_schedule(
+    State(control): State<Control>,
+    VolumeName(name): VolumeName,
+) -> Answer<VolumeView> {
+    control.call(move |plane| plane.set_schedule(&name, None)).await.map(Json)
 }
 
 async fn detach_volume(
@@ -211,8 +239,23 @@ async fn change_snapshot(
 async fn delete_snapshot(
     State(control): State<Control>,
     SnapshotName(snapshot): SnapshotName,
-) -> Answer<SnapshotView> {
+) -> Answer<SnapshotDeleted> {
     control.call(move |plane| plane.delete_snapshot(&snapshot)).await.map(Json)
+}
+
+async fn create_clones(
+    State(control): State<Control>,
+    SnapshotName(snapshot): SnapshotName,
+    body: Result<Bytes, BytesRejection>,
+) -> Answer<Vec<VolumeView>> {
+    let CreateClones { prefix, count } = parse(body)?;
+    if !(1..=CLONES_MAX).contains(&count) {
+        let what = format!("{count} clones at once will not do; give 1 to {CLONES_MAX}");
+        return Err(Refusal::malformed(what));
+    }
+    // The longest of the names stands for all.
+    volume_name(&format!("{prefix}-{count}")).map_err(Refusal::malformed)?;
+    control.call(move |plane| plane.create_clones(&snapshot, &prefix, count)).await.map(Json)
 }
 
 async fn show_tree(State(control): State<Control>) -> Answer<TreeView> {

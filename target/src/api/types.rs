@@ -3,7 +3,9 @@
 //! Units are in the field names. Unknown fields in requests are refused, so that a misspelt option
 //! is an error rather than a default. Fields are only ever added to responses.
 
+use bessel_mapping::schedule::{Age, Keep};
 use serde::{Deserialize, Serialize};
+use std::time::Duration;
 
 /// When a write counts as done.
 #[derive(Clone, Copy, PartialEq, Eq, Default, Debug, Serialize, Deserialize)]
@@ -37,6 +39,19 @@ pub(crate) struct CreateVolume {
     pub(crate) from: Option<String>,
 }
 
+/// Most clones made by one request: the most volumes that a store has room for.
+pub(crate) const CLONES_MAX: u32 = 4096;
+
+/// `POST /v1/snapshots/{snapshot}/clones`
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct CreateClones {
+    /// They are called so, with `-1`, `-2` and so on behind it.
+    pub(crate) prefix: String,
+    /// How many, 1 to 4096.
+    pub(crate) count: u32,
+}
+
 /// `PATCH /v1/volumes/{name}`: one change at a time.
 #[derive(Clone, Default, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -55,6 +70,100 @@ pub(crate) struct ChangeVolume {
 pub(crate) struct Rollback {
     /// A snapshot of this volume.
     pub(crate) snapshot: String,
+    /// For the snapshot that keeps what the volume holds; a label is made up when none is given.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) label: Option<String>,
+    /// Also while a front-end is connected, whose guest then has another disk under it.
+    #[serde(default)]
+    pub(crate) force: bool,
+}
+
+/// Which of a volume's snapshots stay: all when neither is given. Those with a label always do.
+#[derive(Clone, PartialEq, Eq, Default, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct KeepView {
+    /// So many without a label, the newest.
+    #[serde(default)]
+    pub(crate) newest: Option<u64>,
+    /// By age, from young to old; what is older than the last goes.
+    #[serde(default)]
+    pub(crate) ages: Option<Vec<AgeView>>,
+}
+
+/// What stays up to some age.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct AgeView {
+    /// For snapshots up to this old.
+    pub(crate) for_ns: u64,
+    /// Of each period of this length the oldest stays; null: all do.
+    #[serde(default)]
+    pub(crate) every_ns: Option<u64>,
+}
+
+/// `PUT /v1/volumes/{name}/schedule`
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct SetSchedule {
+    /// Time between two snapshots.
+    pub(crate) every_ns: u64,
+    /// Which of the volume's snapshots stay.
+    pub(crate) keep: KeepView,
+}
+
+/// A volume's schedule of snapshots, and what it has come to since it was set or the volume attached.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub(crate) struct ScheduleView {
+    /// Time between two snapshots.
+    pub(crate) every_ns: u64,
+    /// Which of the volume's snapshots stay.
+    pub(crate) keep: KeepView,
+    /// Nothing is taken until the volume is attached again.
+    pub(crate) paused: bool,
+    /// Why it pauses, or why the last snapshot or deletion failed.
+    pub(crate) reason: Option<String>,
+    /// Snapshots taken.
+    pub(crate) taken: u64,
+    /// Due and not taken: the one before had not ended.
+    pub(crate) skipped: u64,
+    /// Snapshots deleted since they were not to be kept.
+    pub(crate) thinned: u64,
+    /// Snapshots that could not be taken, and failed deletions.
+    pub(crate) failed: u64,
+}
+
+pub(crate) fn nanoseconds(span: Duration) -> u64 {
+    u64::try_from(span.as_nanos()).unwrap_or(u64::MAX)
+}
+
+impl From<&Keep> for KeepView {
+    fn from(keep: &Keep) -> Self {
+        let age = |Age { up_to, spacing }: &Age| AgeView {
+            for_ns: nanoseconds(*up_to),
+            every_ns: spacing.map(nanoseconds),
+        };
+        match keep {
+            Keep::All => Self::default(),
+            Keep::Newest(count) => Self { newest: Some(*count), ages: None },
+            Keep::Ages(ages) => Self { newest: None, ages: Some(ages.iter().map(age).collect()) },
+        }
+    }
+}
+
+impl KeepView {
+    /// What it says; none when it says two things.
+    pub(crate) fn keep(&self) -> Option<Keep> {
+        let age = |AgeView { for_ns, every_ns }: &AgeView| Age {
+            up_to: Duration::from_nanos(*for_ns),
+            spacing: every_ns.map(Duration::from_nanos),
+        };
+        match (self.newest, &self.ages) {
+            (None, None) => Some(Keep::All),
+            (Some(count), None) => Some(Keep::Newest(count)),
+            (None, Some(ages)) => Some(Keep::Ages(ages.iter().map(age).collect())),
+            (Some(_), Some(_)) => None,
+        }
+    }
 }
 
 /// `POST /v1/volumes/{name}/snapshots`
@@ -122,6 +231,9 @@ pub(crate) struct VolumeView {
     pub(crate) allocated_bytes: u64,
     /// Snapshots there are, deleted ones not counted.
     pub(crate) snapshots: usize,
+    /// When snapshots are taken by themselves, if they are.
+    #[serde(default)]
+    pub(crate) schedule: Option<ScheduleView>,
 }
 
 /// A volume after a rollback.
@@ -130,6 +242,8 @@ pub(crate) struct RolledBack {
     /// As it is now.
     #[serde(flatten)]
     pub(crate) volume: VolumeView,
+    /// The snapshot that it reads as.
+    pub(crate) snapshot: SnapshotView,
     /// The snapshot that keeps what the volume held before.
     pub(crate) kept: SnapshotView,
 }
@@ -153,6 +267,9 @@ pub(crate) struct SnapshotView {
     pub(crate) settling: bool,
     /// Marked deleted; shown only where something descends from it.
     pub(crate) deleted: bool,
+    /// Id of the snapshot that its contents were first a copy of; null when it goes back to the
+    /// volume's beginning. In a tree the nearest one of those shown.
+    pub(crate) parent: Option<String>,
 }
 
 /// A snapshot that has just become durable.
@@ -163,6 +280,16 @@ pub(crate) struct SnapshotCreated {
     pub(crate) snapshot: SnapshotView,
     /// From the moment the command reached the reactor until the snapshot was durable.
     pub(crate) latency_ns: u64,
+}
+
+/// A snapshot that has just been deleted.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub(crate) struct SnapshotDeleted {
+    /// As it was.
+    #[serde(flatten)]
+    pub(crate) snapshot: SnapshotView,
+    /// Names of volumes that were cloned from it: what they need of it lives on.
+    pub(crate) clones: Vec<String>,
 }
 
 /// `GET /v1/tree`: volumes, each with its snapshots, oldest first. Edges are `origin`.
@@ -185,6 +312,9 @@ pub(crate) struct TreeVolume {
     pub(crate) origin: Option<String>,
     /// Deleted; only its snapshots live on, in clones.
     pub(crate) deleted: bool,
+    /// Id of the nearest snapshot of those shown that what the volume holds was first a copy of: its
+    /// newest, unless it was rolled back; null when it goes back to the volume's beginning.
+    pub(crate) parent: Option<String>,
     /// Its snapshots, oldest first.
     pub(crate) snapshots: Vec<SnapshotView>,
 }
@@ -279,6 +409,14 @@ pub(crate) struct VolumeStatsView {
     pub(crate) errors: u64,
     /// Data and metadata given to it.
     pub(crate) allocated_bytes: u64,
+    /// Snapshots taken by its schedule.
+    pub(crate) snapshots_scheduled: u64,
+    /// Scheduled and not taken: the one before had not ended.
+    pub(crate) snapshots_skipped: u64,
+    /// Snapshots that its schedule has deleted.
+    pub(crate) snapshots_thinned: u64,
+    /// Snapshots by schedule that failed, and failed deletions.
+    pub(crate) snapshots_failed: u64,
 }
 
 /// A distribution of times.

@@ -47,6 +47,14 @@ struct Attached {
     broken: bool,
     /// Somebody waits for the queue to drain.
     stopping: Option<SyncSender<Queue>>,
+    /// Its volume is held.
+    held: bool,
+}
+
+/// A volume whose queues are not popped from, and who waits for what they had in flight.
+struct Hold {
+    volume: VolumeHandle,
+    answer: Option<SyncSender<()>>,
 }
 
 /// A command that the shard has not answered.
@@ -78,6 +86,8 @@ pub(crate) struct Core {
     queues: Vec<Option<Attached>>,
     /// The slot whose turn it is to be first.
     first: usize,
+    /// Few and short: operations of the control plane.
+    holds: Vec<Hold>,
     /// By ticket.
     commands: Vec<Option<Pending>>,
     memory: RegisteredMemory,
@@ -102,6 +112,7 @@ impl Core {
             outgoing: VecDeque::new(),
             queues: Vec::new(),
             first: 0,
+            holds: Vec::new(),
             commands: Vec::new(),
             memory: RegisteredMemory::new(seat.pin_guest_memory),
             counters: seat.counters,
@@ -121,6 +132,14 @@ impl Core {
                 CoreMessage::Start(start) => self.attach(*start),
                 CoreMessage::Stop { slot, answer } => {
                     self.attached(slot.0 as usize).stopping = Some(answer);
+                }
+                CoreMessage::Hold { volume, answer } => {
+                    self.holds.push(Hold { volume, answer: Some(answer) });
+                    self.mark_held();
+                }
+                CoreMessage::Release { volume } => {
+                    self.holds.retain(|hold| hold.volume != volume);
+                    self.mark_held();
                 }
                 CoreMessage::Shard(message) => self.shard.deliver(message),
                 CoreMessage::Finish => self.finished = true,
@@ -143,10 +162,41 @@ impl Core {
         self.memory.attach(&mut queue, self.shard.device_mut());
         let kick = std::os::fd::AsRawFd::as_raw_fd(&queue.kick_fd());
         self.shard.device_mut().watch(kick, queue_watch(slot));
-        self.queues[slot] =
-            Some(Attached { queue, volume, parked: false, broken: false, stopping: None });
+        self.queues[slot] = Some(Attached {
+            queue,
+            volume,
+            parked: false,
+            broken: false,
+            stopping: None,
+            held: false,
+        });
+        self.mark_held();
         // The asker waits for the answer, so there is someone to take it and room for it.
         let _ = answer.send(QueueSlot(slot as u32));
+    }
+
+    fn mark_held(&mut self) {
+        for attached in self.queues.iter_mut().flatten() {
+            attached.held = self.holds.iter().any(|hold| hold.volume == attached.volume);
+        }
+    }
+
+    /// Tells who has a volume held that it is quiet.
+    fn answer_holds(&mut self) -> bool {
+        let mut progress = false;
+        for hold in &mut self.holds {
+            let busy = |attached: &Attached| {
+                attached.volume == hold.volume
+                    && (attached.parked || attached.queue.in_flight() > 0)
+            };
+            if hold.answer.is_some() && !self.queues.iter().flatten().any(busy) {
+                let answer = hold.answer.take().expect("just looked");
+                // The asker waits for the answer, so there is someone to take it and room for it.
+                let _ = answer.send(());
+                progress = true;
+            }
+        }
+        progress
     }
 
     fn attached(&mut self, slot: usize) -> &mut Attached {
@@ -260,6 +310,7 @@ impl Poller for Core {
         progress |= self.pass_messages_on();
         progress |= self.answer_commands();
         progress |= self.hand_back_queues();
+        progress |= !self.holds.is_empty() && self.answer_holds();
         progress
     }
 
@@ -320,7 +371,7 @@ enum Admitted {
 impl Attached {
     /// Still pops from its ring.
     fn serves(&self) -> bool {
-        !self.broken && self.stopping.is_none()
+        !self.broken && !self.held && self.stopping.is_none()
     }
 
     /// Hands requests of the queue to the shard. One that is stopping gives only what it parked.

@@ -25,6 +25,10 @@ pub(crate) enum CoreMessage {
     Start(Box<Start>),
     /// Drain this queue and hand it back.
     Stop { slot: QueueSlot, answer: SyncSender<Queue> },
+    /// Pop nothing more from the volume's queues, and say when all that was popped has ended.
+    Hold { volume: VolumeHandle, answer: SyncSender<()> },
+    /// Go on with the volume's queues.
+    Release { volume: VolumeHandle },
     /// From another core's shard.
     Shard(Message),
     /// End the loop. Sent last, when no queue is attached.
@@ -37,6 +41,10 @@ pub(crate) struct Start {
     pub(crate) volume: VolumeHandle,
     pub(crate) answer: SyncSender<QueueSlot>,
 }
+
+/// The core has more messages waiting than it takes.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) struct InboxFull;
 
 /// A reply of the shard.
 #[derive(Debug)]
@@ -63,6 +71,14 @@ impl CorePort {
             message = returned;
             std::thread::sleep(FULL_PAUSE);
         }
+    }
+
+    /// Sends, unless there is no room now.
+    ///
+    /// # Errors
+    /// When there is none: nothing is sent.
+    pub(crate) fn try_send(&self, message: CoreMessage) -> Result<(), InboxFull> {
+        self.sender.send(message).map_err(|_| InboxFull)
     }
 
     /// Sends a message that carries a channel for its answer, and waits for that.

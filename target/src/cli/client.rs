@@ -55,6 +55,14 @@ impl Client {
         self.exchange("POST", path, &to_json(body))
     }
 
+    pub(crate) fn put<B: Serialize, T: DeserializeOwned>(
+        &self,
+        path: &str,
+        body: &B,
+    ) -> Result<T, ClientError> {
+        self.exchange("PUT", path, &to_json(body))
+    }
+
     pub(crate) fn patch<B: Serialize, T: DeserializeOwned>(
         &self,
         path: &str,

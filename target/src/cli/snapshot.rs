@@ -2,7 +2,9 @@
 
 use super::output::{Table, duration, or_dash, print_either};
 use super::{ApiArgs, Outcome};
-use crate::api::types::{ChangeSnapshot, CreateSnapshot, SnapshotCreated, SnapshotView};
+use crate::api::types::{
+    ChangeSnapshot, CreateSnapshot, SnapshotCreated, SnapshotDeleted, SnapshotView,
+};
 use crate::reference::{SnapshotReference, label, volume_name};
 use bessel_reactor::units::ByteCount;
 use clap::{Args, Subcommand};
@@ -35,7 +37,7 @@ enum SnapshotCommand {
     },
     /// Give a snapshot a label, or another one
     Label {
-        /// An id such as 3.17, or volume@label
+        /// An id such as 3.17, volume@label, volume@2026-11-20T11:40:00Z or "volume@10s ago"
         snapshot: SnapshotReference,
         /// The label, unique in the volume
         #[arg(value_parser = label)]
@@ -43,7 +45,7 @@ enum SnapshotCommand {
     },
     /// Mark a snapshot deleted
     Delete {
-        /// An id such as 3.17, or volume@label
+        /// An id such as 3.17, volume@label, volume@2026-11-20T11:40:00Z or "volume@10s ago"
         snapshot: SnapshotReference,
     },
 }
@@ -69,19 +71,26 @@ pub(crate) fn run(arguments: &SnapshotArgs) -> Outcome {
         }
         SnapshotCommand::Label { snapshot, label } => {
             let request = ChangeSnapshot { label: Some(label.clone()) };
-            let path = format!("/v1/snapshots/{snapshot}");
+            let path = format!("/v1/snapshots/{}", snapshot.in_path());
             let snapshot: SnapshotView = client.patch(&path, &request)?;
             print_either(json, &snapshot, |snapshot| format!("snapshot {}", name(snapshot)))
         }
         SnapshotCommand::Delete { snapshot } => {
-            let snapshot: SnapshotView = client.delete(&format!("/v1/snapshots/{snapshot}"))?;
-            print_either(json, &snapshot, |snapshot| format!("deleted snapshot {}", snapshot.id))
+            let path = format!("/v1/snapshots/{}", snapshot.in_path());
+            let deleted: SnapshotDeleted = client.delete(&path)?;
+            print_either(json, &deleted, |SnapshotDeleted { snapshot, clones }| {
+                let lives = match &clones[..] {
+                    [] => String::new(),
+                    clones => format!("; what its clones need lives on: {}", clones.join(", ")),
+                };
+                format!("deleted snapshot {}{lives}", snapshot.id)
+            })
         }
     }
 }
 
 /// `1.3 (vm1@base)`, or `1.3 of vm1`.
-fn name(snapshot: &SnapshotView) -> String {
+pub(super) fn name(snapshot: &SnapshotView) -> String {
     match &snapshot.label {
         Some(label) => format!("{} ({}@{label})", snapshot.id, snapshot.volume),
         None => format!("{} of {}", snapshot.id, snapshot.volume),

@@ -1,15 +1,20 @@
-//! `bessel volume`: create, list, show, resize, rename, rollback, detach, attach, delete.
+//! `bessel volume`: create, list, show, resize, rename, rollback, schedule, detach, attach, delete.
 
 use super::output::{Table, or_dash, print_either};
 use super::{ApiArgs, Outcome};
 use crate::api::types::{
-    Cache, ChangeVolume, CreateVolume, Rollback, RolledBack, SnapshotView, State, VolumeView,
+    CLONES_MAX, Cache, ChangeVolume, CreateClones, CreateVolume, KeepView, Rollback, RolledBack,
+    ScheduleView, SetSchedule, SnapshotView, State, VolumeView, nanoseconds,
 };
-use crate::reference::{SnapshotReference, volume_name};
+use crate::keep::{keep_text, parse_keep};
+use crate::reference::{SnapshotReference, label, volume_name};
 use crate::size::parse_size;
+use crate::span::{parse_span, span_text};
+use bessel_mapping::schedule::Keep;
 use bessel_reactor::units::ByteCount;
-use clap::{Args, Subcommand};
+use clap::{ArgGroup, Args, Subcommand};
 use serde::{Deserialize, Serialize};
+use std::time::Duration;
 
 /// `bessel volume`
 #[derive(Args, Debug)]
@@ -30,9 +35,18 @@ enum VolumeCommand {
         /// Its size, such as 4GiB; a clone is by default as large as its snapshot
         #[arg(long, value_parser = parse_size, required_unless_present = "from")]
         size: Option<ByteCount>,
-        /// The snapshot it starts from: an id such as 3.17, or volume@label
+        /// The snapshot it starts from: an id such as 3.17, volume@label, volume@2026-11-20T11:40:00Z
+        /// or "volume@10s ago" (the newest at or before that time)
         #[arg(long, value_name = "SNAPSHOT")]
         from: Option<SnapshotReference>,
+        /// So many clones at once, called NAME-1, NAME-2 and so on, as large as the snapshot
+        #[arg(
+            long,
+            requires = "from",
+            conflicts_with = "size",
+            value_parser = clap::value_parser!(u32).range(1..=CLONES_MAX as i64)
+        )]
+        count: Option<u32>,
     },
     /// List the volumes
     List,
@@ -65,8 +79,34 @@ enum VolumeCommand {
         /// The volume's name
         #[arg(value_parser = volume_name)]
         volume: String,
-        /// An id such as 3.17, or volume@label
+        /// An id such as 3.17, volume@label, volume@2026-11-20T11:40:00Z or "volume@10s ago"
         snapshot: SnapshotReference,
+        /// Label of the snapshot that keeps what the volume holds [default: before-rollback-N]
+        #[arg(long, value_parser = label)]
+        label: Option<String>,
+        /// Also under a connected front-end: its guest's requests pause, then reach the other contents.
+        /// Virtio has no word for that, so a guest that has the disk mounted or cached damages it;
+        /// unmount it first, and have the guest read it anew (`blockdev --flushbufs`)
+        #[arg(long)]
+        force: bool,
+    },
+    /// Take snapshots of a volume by schedule until the daemon ends, and delete old ones; the
+    /// configuration has a key for what shall last
+    #[command(group = ArgGroup::new("change").required(true).args(["every", "off"]))]
+    Schedule {
+        /// The volume's name
+        #[arg(value_parser = volume_name)]
+        volume: String,
+        /// Time between two snapshots, such as 10ms, 1s or 1h
+        #[arg(long, value_parser = parse_span, requires = "keep")]
+        every: Option<Duration>,
+        /// Which snapshots without a label stay: a number of the newest, all, or ages from young to
+        /// old as in "1m, 1h every 1s, 1d every 1m"
+        #[arg(long, value_parser = parse_keep, requires = "every")]
+        keep: Option<Keep>,
+        /// Take no more
+        #[arg(long)]
+        off: bool,
     },
     /// Stop serving a volume until it is attached or the daemon starts again; guests lose their disk
     Detach {
@@ -101,7 +141,19 @@ pub(crate) fn run(arguments: &VolumeArgs) -> Outcome {
     let client = arguments.api.client();
     let json = arguments.api.json;
     match &arguments.command {
-        VolumeCommand::Create { name, size, from } => {
+        VolumeCommand::Create { name, from: Some(from), count: Some(count), .. } => {
+            let request = CreateClones { prefix: name.clone(), count: *count };
+            let path = format!("/v1/snapshots/{}/clones", from.in_path());
+            let volumes: Vec<VolumeView> = client.post(&path, &request)?;
+            print_either(json, &volumes, |volumes| {
+                let origin = volumes.first().and_then(|volume| volume.origin.as_ref());
+                let origin = origin.map_or("-", |origin| &**origin);
+                format!(
+                    "created {count} volumes from snapshot {origin}: {name}-1 to {name}-{count}"
+                )
+            })
+        }
+        VolumeCommand::Create { name, size, from, .. } => {
             let request = CreateVolume {
                 name: name.clone(),
                 size_bytes: size.map(ByteCount::get),
@@ -110,7 +162,12 @@ pub(crate) fn run(arguments: &VolumeArgs) -> Outcome {
             let volume: VolumeView = client.post("/v1/volumes", &request)?;
             print_either(json, &volume, |volume| {
                 let size = ByteCount::new(volume.size_bytes).human();
-                format!("created volume {} of {size}, served at {}", volume.name, volume.socket)
+                let from = volume.origin.as_ref();
+                let from = from.map_or(String::new(), |origin| format!(" from snapshot {origin}"));
+                format!(
+                    "created volume {} of {size}{from}, served at {}",
+                    volume.name, volume.socket
+                )
             })
         }
         VolumeCommand::List => {
@@ -140,15 +197,39 @@ pub(crate) fn run(arguments: &VolumeArgs) -> Outcome {
                 format!("volume {volume} is called {name} now; rename it in the configuration too")
             })
         }
-        VolumeCommand::Rollback { volume, snapshot } => {
-            let request = Rollback { snapshot: snapshot.to_string() };
+        VolumeCommand::Rollback { volume, snapshot, label, force } => {
+            let (snapshot, label) = (snapshot.to_string(), label.clone());
+            let request = Rollback { snapshot, label, force: *force };
             let path = format!("/v1/volumes/{volume}/rollback");
             let done: RolledBack = client.post(&path, &request)?;
-            print_either(json, &done, |RolledBack { volume, kept }| {
+            print_either(json, &done, |RolledBack { volume, snapshot, kept }| {
                 format!(
-                    "volume {} reads as snapshot {snapshot} now; what it held is kept as snapshot {}",
-                    volume.name, kept.id
+                    "volume {name} reads as snapshot {} of {} now; what it held is kept as snapshot {}: \
+                     `bessel volume rollback {name} {}` undoes this",
+                    super::snapshot::name(snapshot),
+                    snapshot.time,
+                    super::snapshot::name(kept),
+                    kept.id,
+                    name = volume.name,
                 )
+            })
+        }
+        VolumeCommand::Schedule { volume, every, keep, .. } => {
+            let path = format!("/v1/volumes/{volume}/schedule");
+            let volume: VolumeView = match every.zip(keep.as_ref()) {
+                Some((every, keep)) => {
+                    let (every_ns, keep) = (nanoseconds(every), KeepView::from(keep));
+                    client.put(&path, &SetSchedule { every_ns, keep })?
+                }
+                None => client.delete(&path)?,
+            };
+            print_either(json, &volume, |volume| match &volume.schedule {
+                Some(schedule) => format!(
+                    "volume {}: {}, until the daemon ends; `snapshots:` in the configuration lasts",
+                    volume.name,
+                    schedule_text(schedule)
+                ),
+                None => format!("volume {}: no more snapshots by schedule", volume.name),
             })
         }
         VolumeCommand::Detach { volume } => {
@@ -217,6 +298,17 @@ fn show(shown: &VolumeWithSnapshots) -> String {
     ] {
         table.row(vec![key.to_owned(), value]);
     }
+    if let Some(schedule) = &volume.schedule {
+        let ScheduleView { taken, skipped, thinned, failed, .. } = schedule;
+        let counts =
+            format!("{taken} taken, {skipped} skipped, {thinned} thinned, {failed} failed");
+        table.row(vec!["schedule".to_owned(), schedule_text(schedule)]);
+        table.row(vec!["scheduled".to_owned(), counts]);
+        if let Some(reason) = &schedule.reason {
+            let what = if schedule.paused { "paused" } else { "trouble" };
+            table.row(vec![what.to_owned(), reason.clone()]);
+        }
+    }
     for (key, value) in [("reason", &volume.reason), ("remedy", &volume.remedy)] {
         if let Some(value) = value {
             table.row(vec![key.to_owned(), value.clone()]);
@@ -228,6 +320,14 @@ fn show(shown: &VolumeWithSnapshots) -> String {
         text.push_str(&super::snapshot::list(&shown.snapshot_list));
     }
     text
+}
+
+/// `a snapshot every 1s, kept: 60`
+fn schedule_text(schedule: &ScheduleView) -> String {
+    let every = span_text(Duration::from_nanos(schedule.every_ns));
+    let keep = schedule.keep.keep();
+    let keep = keep.map_or_else(|| "-".to_owned(), |keep| keep_text(&keep));
+    format!("a snapshot every {every}, kept: {keep}")
 }
 
 fn cache_name(cache: Cache) -> &'static str {

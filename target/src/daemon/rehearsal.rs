@@ -5,6 +5,7 @@ use super::{Control, Journals, Life, Reactors, control_plane, restore_volumes, t
 use crate::config::Config;
 use crate::control::ControlThread;
 use crate::entropy;
+use crate::scheduler::{self, Scheduler};
 use bessel_mapping::store::{self, OpenMode};
 use bessel_reactor::clock::SystemClock;
 use bessel_reactor::device::DeviceLock;
@@ -22,6 +23,7 @@ pub(crate) struct Rehearsal {
 
 struct Running {
     control: Control,
+    scheduler: Scheduler,
     thread: ControlThread,
     reactors: Vec<ReactorHandle>,
     life: Life,
@@ -68,17 +70,22 @@ impl Running {
         let mut life = Life { device, store: Arc::clone(&store), clock, journals, host: None };
         let reactors = Reactors::start(&config, &store, clock, &mut life.journals);
         let Reactors { homes, handles } = reactors.expect("a core and a ring");
-        let mut plane = control_plane(&config, &life, homes);
+        let (schedules, seat) = scheduler::schedules();
+        let mut plane = control_plane(&config, &life, homes, schedules.clone());
         restore_volumes(&config, &mut plane, &mut life).expect("nothing is to be restored");
         let (control, thread) = Control::start(plane).expect("a thread");
-        Self { control, thread, reactors: handles, life, _lock: lock }
+        let scheduler = Scheduler::start(schedules, seat, control.clone(), clock);
+        let scheduler = scheduler.expect("a thread");
+        Self { control, scheduler, thread, reactors: handles, life, _lock: lock }
     }
 }
 
 impl Drop for Rehearsal {
     fn drop(&mut self) {
-        if let Some(Running { control, thread, reactors, life, _lock }) = self.running.take() {
-            drop(control);
+        if let Some(Running { control, scheduler, thread, reactors, life, _lock }) =
+            self.running.take()
+        {
+            drop((control, scheduler));
             thread.join().shut_down();
             reactors.into_iter().for_each(ReactorHandle::join);
             life.end();

@@ -44,6 +44,8 @@ impl ControlPlane {
         let served = self.served.get_mut(&id).expect("it was found above");
         // With its socket gone nobody connects, and its queues have drained when this returns.
         drop(served.server.take());
+        // Its handle may be another volume's soon.
+        self.schedules.end(id);
         let failed = match self.ask(home, Command::Close { volume: handle })? {
             Reply::Closed { failed } => failed,
             reply => unreachable!("closing a volume was answered with {reply:?}"),
@@ -54,7 +56,12 @@ impl ControlPlane {
             None => "an operator detached it".to_owned(),
         };
         tracing::info!(volume = name, "detached: {reason}");
-        let service = Service { socket: served.socket, queues: served.queues, cache: served.cache };
+        let service = Service {
+            socket: served.socket,
+            queues: served.queues,
+            cache: served.cache,
+            schedule: served.schedule.map(|scheduled| scheduled.schedule),
+        };
         let (cache, snapshots) = (info.cache, info.snapshots);
         self.detached.insert(id, Detached { home, service, cache, snapshots, reason });
         self.show_volume(name)

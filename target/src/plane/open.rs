@@ -1,22 +1,24 @@
 //! Opening volumes on their home reactors and giving them a socket.
 
-use super::{Answered, ControlPlane, Served, refuse_plan};
+use super::{Answered, ControlPlane, Scheduled, Served, refuse_command, refuse_plan};
 use crate::api::types::Cache;
 use crate::api::{Refusal, RefusalKind};
-use crate::attach::VolumeHost;
+use crate::attach::{CoreMessage, VolumeHost};
 use crate::config::{QUEUES_DEFAULT, SOCKET_PATH_MAX, VolumeConfig, parent_of};
 use crate::places;
 use bessel_mapping::directory::VolumeSummary;
 use bessel_mapping::journal::Change;
 use bessel_mapping::request::{
-    CacheChooser, CacheMode, CloneOrigin, Command, Reply, VolumeHandle, VolumeId,
+    CacheChooser, CacheMode, CloneOrigin, Command, CreatePlan, Reply, VolumeHandle, VolumeId,
 };
+use bessel_mapping::schedule::Schedule;
 use bessel_reactor::units::ByteCount;
 use bessel_vhost::{DiskInfo, Server};
 use std::os::unix::fs::FileTypeExt as _;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::mpsc::sync_channel;
 
 /// Largest ring a front-end may set up: what a split ring can have (virtio 1.2, 2.7).
 const QUEUE_SIZE_MAX: u16 = 32768;
@@ -28,13 +30,15 @@ pub(crate) struct Service {
     pub(crate) queues: u16,
     /// None: as it is.
     pub(crate) cache: Option<CacheMode>,
+    /// When snapshots are taken, if they are.
+    pub(crate) schedule: Option<Schedule>,
 }
 
 impl Service {
     /// For a volume that the configuration does not mention.
     pub(crate) fn by_default(name: &str, socket_directory: &Path) -> Self {
         let socket = socket_directory.join(format!("{name}.sock"));
-        Self { socket, queues: QUEUES_DEFAULT, cache: None }
+        Self { socket, queues: QUEUES_DEFAULT, cache: None, schedule: None }
     }
 
     /// As the configuration says.
@@ -43,7 +47,12 @@ impl Service {
             Cache::Writeback => CacheMode::Writeback,
             Cache::Writethrough => CacheMode::Writethrough,
         };
-        Self { socket: config.socket.clone(), queues: config.queues, cache: Some(cache) }
+        Self {
+            socket: config.socket.clone(),
+            queues: config.queues,
+            cache: Some(cache),
+            schedule: config.snapshots.clone(),
+        }
     }
 }
 
@@ -97,6 +106,77 @@ impl ControlPlane {
         self.serve(plan.id, home, handle, service).map_err(|refusal| {
             Refusal::failed(format!("volume {name:?} was created but is not served: {refusal}"))
         })
+    }
+
+    /// Makes clones of a settled snapshot, durably, and serves them. All are on their way before the
+    /// first is answered.
+    pub(super) fn create_many(
+        &mut self,
+        origin: &CloneOrigin,
+        prefix: &str,
+        count: u32,
+    ) -> Answered<Vec<VolumeId>> {
+        let names: Vec<String> = (1..=count).map(|number| format!("{prefix}-{number}")).collect();
+        let mut plans: Vec<(CreatePlan, Service)> = Vec::with_capacity(names.len());
+        let planned = names.iter().try_for_each(|name| {
+            let time = self.clock.wall();
+            let plan = self.directory.plan_create(name, origin.size, Some(*origin), time);
+            let plan = plan.map_err(refuse_plan)?;
+            let service = Service::by_default(name, self.socket_directory());
+            let free = self.check_socket(&service.socket);
+            plans.push((plan, service));
+            free
+        });
+        if let Err(refusal) = planned {
+            plans.iter().for_each(|(plan, _)| self.directory.abandoned(plan));
+            return Err(refusal);
+        }
+        let asked: Vec<_> = plans
+            .into_iter()
+            .map(|(plan, service)| {
+                let answer = self.placement.place(service.queues).map(|home| {
+                    let command = Command::Create(plan.clone());
+                    let (answer, answered) = sync_channel(1);
+                    self.homes[home].port.send(CoreMessage::Command { command, answer });
+                    (home, answered)
+                });
+                (plan, service, answer)
+            })
+            .collect();
+        let (mut made, mut failed) = (Vec::new(), None);
+        for (plan, service, answer) in asked {
+            let opened = match answer {
+                Err(no_room) => Err(Refusal::conflict(no_room.to_string())),
+                Ok((home, answered)) => match answered.recv().map(|answer| answer.reply) {
+                    Ok(Reply::Opened(handle)) => Ok((home, handle)),
+                    Ok(Reply::Failed(error)) => {
+                        self.placement.remove(home, service.queues);
+                        Err(refuse_command(error))
+                    }
+                    reply => unreachable!("a command that opens was answered with {reply:?}"),
+                },
+            };
+            match opened {
+                Ok((home, handle)) => {
+                    self.directory.created(&plan);
+                    made.push(plan.id);
+                    if let Err(refusal) = self.serve(plan.id, home, handle, service) {
+                        failed.get_or_insert(refusal);
+                    }
+                }
+                Err(refusal) => {
+                    self.directory.abandoned(&plan);
+                    failed.get_or_insert(refusal);
+                }
+            }
+        }
+        match failed {
+            None => Ok(made),
+            Some(Refusal { kind, message }) => {
+                let what = format!("{} of {count} clones were made, then: {message}", made.len());
+                Err(Refusal::new(kind, what))
+            }
+        }
     }
 
     /// Opens a volume of the store and serves it.
@@ -203,16 +283,20 @@ impl ControlPlane {
         handle: VolumeHandle,
         service: Service,
     ) -> Answered<()> {
-        let Service { socket, queues, cache } = service;
+        let Service { socket, queues, cache, schedule } = service;
+        let schedule = schedule.map(Scheduled::new);
         let name = &self.directory.get(id).expect("what is open is in the directory").name;
         let port = self.homes[home].port.clone();
         let host = Arc::new(VolumeHost::new(name, handle, port, queues));
-        let served = Served { handle, home, queues, socket, cache, host, server: None };
+        let place = places::normal(&socket);
+        let served =
+            Served { handle, home, queues, socket, place, cache, schedule, host, server: None };
         self.served.insert(id, served);
         if let Some(cache) = cache {
             let by = CacheChooser::Operator;
             self.ask(home, Command::SetCache { volume: handle, cache, by })?;
         }
+        self.begin_schedule(id);
         self.start_server(id)
     }
 
@@ -270,14 +354,17 @@ impl ControlPlane {
     /// API's would keep it at the next start, and nobody could be told to delete it.
     fn check_unclaimed(&self, socket: &Path, of: Option<VolumeId>) -> Answered<()> {
         let place = places::normal(socket);
-        let served = self.served.iter().map(|(id, served)| (id, &served.socket));
-        let detached = self.detached.iter().map(|(id, detached)| (id, &detached.service.socket));
-        let mut others = served.chain(detached).filter(|(id, _)| of != Some(**id));
+        // As bytes, and normal since they were bound: there may be thousands.
+        let same = |other: &PathBuf| other.as_os_str() == place.as_os_str();
+        let mut served = self.served.iter().filter(|(id, _)| of != Some(**id));
+        let mut detached = self.detached.iter().filter(|(id, _)| of != Some(**id));
         let owner = if place == places::normal(&self.api_socket) {
             "the API"
         } else if places::is_store(socket, &self.store.device) {
             "the store"
-        } else if others.any(|(_, other)| places::normal(other) == place) {
+        } else if served.any(|(_, served)| same(&served.place))
+            || detached.any(|(_, other)| same(&places::normal(&other.service.socket)))
+        {
             "another volume"
         } else {
             return Ok(());

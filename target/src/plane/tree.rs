@@ -3,7 +3,7 @@
 //! What was deleted is left out, except where something that lives descends from it.
 
 use super::{Answered, ControlPlane, view};
-use crate::api::types::{TreeView, TreeVolume};
+use crate::api::types::{SnapshotView, TreeView, TreeVolume};
 use bessel_mapping::directory::VolumeSummary;
 use bessel_mapping::format::LogEntry;
 use bessel_mapping::request::{SnapshotId, SnapshotInfo, VolumeId};
@@ -21,20 +21,38 @@ impl ControlPlane {
         let volumes = self.directory.volumes().filter(|volume| kept.contains(&volume.id));
         let volumes = volumes.map(|volume| {
             let snapshots = self.snapshots_of(volume)?;
-            let shown = snapshots.iter().filter(|snapshot| {
+            let shown = |snapshot: &SnapshotInfo| {
                 let gone = snapshot.deleted || volume.deleted;
                 !gone || origins.contains(&snapshot.id)
-            });
+            };
+            let nearest = nearest_shown(&snapshots, shown);
+            let id = |sequence| SnapshotId { volume: volume.id, sequence }.to_string();
+            let parent_of =
+                |parent: Option<u64>| parent.and_then(|parent| nearest[parent as usize]).map(id);
+            let view = |snapshot: &SnapshotInfo| SnapshotView {
+                parent: parent_of(parent(snapshot)),
+                ..view::snapshot(snapshot, &volume.name)
+            };
             Ok(TreeVolume {
                 id: volume.id.0,
                 name: volume.name.clone(),
                 size_bytes: volume.size.get(),
                 origin: volume.origin.map(|origin| origin.to_string()),
                 deleted: volume.deleted,
-                snapshots: shown.map(|snapshot| view::snapshot(snapshot, &volume.name)).collect(),
+                parent: parent_of(self.current_parent(volume, &snapshots)?),
+                snapshots: snapshots.iter().filter(|it| shown(it)).map(view).collect(),
             })
         });
         Ok(TreeView { volumes: volumes.collect::<Answered<_>>()? })
+    }
+
+    /// The sequence of the snapshot that what the volume holds began as a copy of.
+    fn current_parent(
+        &self,
+        _volume: &VolumeSummary,
+        snapshots: &[SnapshotInfo],
+    ) -> Answered<Option<u64>> {
+        Ok(snapshots.last().map(|snapshot| snapshot.id.sequence))
     }
 
     fn living_and_their_ancestors(&self) -> BTreeSet<VolumeId> {
@@ -65,6 +83,25 @@ impl ControlPlane {
         let log = entry.map_or(&[][..], |entry| &entry.log);
         Ok(log.iter().map(|entry| from_log(volume.id, entry)).collect())
     }
+}
+
+/// The sequence of the snapshot that this one's tree began as a copy of, if it is one of its volume.
+pub(super) fn parent(snapshot: &SnapshotInfo) -> Option<u64> {
+    snapshot.id.sequence.checked_sub(1)
+}
+
+/// For each snapshot in the log, the nearest that is shown: itself, or of those it descends from.
+fn nearest_shown(
+    snapshots: &[SnapshotInfo],
+    shown: impl Fn(&SnapshotInfo) -> bool,
+) -> Vec<Option<u64>> {
+    let mut nearest: Vec<Option<u64>> = Vec::with_capacity(snapshots.len());
+    for snapshot in snapshots {
+        // A tree begins as a copy of an older one, which stands before it in the log.
+        let above = parent(snapshot).and_then(|parent| *nearest.get(parent as usize)?);
+        nearest.push(if shown(snapshot) { Some(snapshot.id.sequence) } else { above });
+    }
+    nearest
 }
 
 fn from_log(volume: VolumeId, entry: &LogEntry) -> SnapshotInfo {

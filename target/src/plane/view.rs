@@ -2,11 +2,16 @@
 
 use super::attachment::Detached;
 use super::{Condition, Served};
-use crate::api::types::{Cache, ReactorView, SnapshotView, State, VolumeStatsView, VolumeView};
+use crate::api::types::{
+    Cache, KeepView, ReactorView, ScheduleView, SnapshotView, State, VolumeStatsView, VolumeView,
+    nanoseconds,
+};
 use crate::attach::CoreCounters;
+use crate::scheduler::Progress;
 use crate::time::rfc3339;
 use bessel_mapping::directory::VolumeSummary;
-use bessel_mapping::request::{CacheMode, ShardStats, SnapshotInfo, VolumeInfo};
+use bessel_mapping::request::{CacheMode, ShardStats, SnapshotId, SnapshotInfo, VolumeInfo};
+use bessel_mapping::schedule::{Schedule, ScheduleCounters};
 use bessel_mapping::volume::VolumeCounters;
 use bessel_reactor::units::{BLOCK_SIZE, ByteCount};
 
@@ -28,6 +33,7 @@ pub(super) fn volume(info: &VolumeInfo, served: &Served, condition: Condition) -
         remedy,
         allocated_bytes: ByteCount::from_blocks(info.blocks_allocated).get(),
         snapshots: info.snapshots.iter().filter(|snapshot| !snapshot.deleted).count(),
+        schedule: served.schedule.as_ref().map(|it| schedule(&it.schedule, &it.progress)),
     }
 }
 
@@ -51,6 +57,7 @@ pub(super) fn detached_volume(
         socket: detached.service.socket.display().to_string(),
         reactor: detached.home,
         snapshots: live.count(),
+        schedule: detached.service.schedule.as_ref().map(detached_schedule),
         ..closed_volume(volume, condition)
     }
 }
@@ -74,7 +81,27 @@ pub(super) fn closed_volume(volume: &VolumeSummary, condition: Condition) -> Vol
         remedy,
         allocated_bytes: 0,
         snapshots: 0,
+        schedule: None,
     }
+}
+
+fn schedule(schedule: &Schedule, progress: &Progress) -> ScheduleView {
+    let (counters, trouble) = (progress.counters(), progress.trouble());
+    ScheduleView {
+        every_ns: nanoseconds(schedule.every),
+        keep: KeepView::from(&schedule.keep),
+        paused: trouble.paused,
+        reason: trouble.reason,
+        taken: counters.taken,
+        skipped: counters.skipped,
+        thinned: counters.thinned,
+        failed: counters.failed,
+    }
+}
+
+fn detached_schedule(it: &Schedule) -> ScheduleView {
+    let reason = Some("the volume is detached".to_owned());
+    ScheduleView { paused: true, reason, ..schedule(it, &Progress::default()) }
 }
 
 pub(super) fn snapshot(info: &SnapshotInfo, volume: &str) -> SnapshotView {
@@ -87,10 +114,17 @@ pub(super) fn snapshot(info: &SnapshotInfo, volume: &str) -> SnapshotView {
         allocated_bytes: ByteCount::from_blocks(info.blocks_allocated).get(),
         settling: info.settling,
         deleted: info.deleted,
+        parent: super::tree::parent(info)
+            .map(|sequence| SnapshotId { sequence, ..info.id }.to_string()),
     }
 }
 
-pub(super) fn volume_stats(name: &str, state: State, counters: &VolumeCounters) -> VolumeStatsView {
+pub(super) fn volume_stats(
+    name: &str,
+    state: State,
+    counters: &VolumeCounters,
+    scheduled: ScheduleCounters,
+) -> VolumeStatsView {
     VolumeStatsView {
         name: name.to_owned(),
         state,
@@ -102,6 +136,10 @@ pub(super) fn volume_stats(name: &str, state: State, counters: &VolumeCounters) 
         written_bytes: counters.write_bytes,
         errors: counters.errors,
         allocated_bytes: (counters.data_allocated + counters.nodes_allocated) * BLOCK_SIZE,
+        snapshots_scheduled: scheduled.taken,
+        snapshots_skipped: scheduled.skipped,
+        snapshots_thinned: scheduled.thinned,
+        snapshots_failed: scheduled.failed,
     }
 }
 

@@ -23,6 +23,8 @@ pub(crate) struct World {
     pub(crate) directory: PathBuf,
     /// Where the store is; in the directory, unless a test has it elsewhere.
     pub(crate) store: String,
+    /// As the configuration says it.
+    pub(crate) node_cache: &'static str,
     daemon: Option<Child>,
     /// Files outside the directory.
     elsewhere: Vec<PathBuf>,
@@ -35,7 +37,7 @@ impl World {
         let directory = base.join(format!("bessel-daemon-{}-{tag}", std::process::id()));
         std::fs::create_dir_all(&directory).unwrap();
         let store = directory.join("store.img").display().to_string();
-        Self { directory, store, daemon: None, elsewhere: Vec::new() }
+        Self { directory, store, node_cache: "4MiB", daemon: None, elsewhere: Vec::new() }
     }
 
     /// Removes a file outside the directory when the world ends.
@@ -50,9 +52,10 @@ impl World {
     /// Writes a configuration over the store, with `rest` at its end, and returns its path.
     pub(crate) fn configure(&self, name: &str, api: &str, rest: &str) -> String {
         let text = format!(
-            "store:\n  device: {}\n  size: 64MiB\n  node_cache: 4MiB\napi:\n  socket: {}\n\
+            "store:\n  device: {}\n  size: 64MiB\n  node_cache: {}\napi:\n  socket: {}\n\
              {rest}",
             self.store,
+            self.node_cache,
             self.path(api),
         );
         std::fs::write(self.path(name), text).unwrap();

@@ -7,9 +7,9 @@
 //!
 //! Text is set in a monospaced face, because then its width can be computed here.
 
+use super::forest::{Forest, Lane, Stop};
 use crate::api::types::{SnapshotView, TreeView, TreeVolume};
 use bessel_reactor::units::ByteCount;
-use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
 
 /// Sizes are in pixels.
@@ -29,14 +29,11 @@ const BRANCH_RIGHT: u64 = 28;
 const CORNER: u64 = 8;
 /// Names and labels longer than this are broken; they have up to 64 characters.
 const LINE_CHARACTERS_MAX: usize = 24;
-/// Snapshots in a row that have neither label nor clones: from so many on, all but the first and
-/// the last become one dot.
-const FOLD_MIN: usize = 4;
-
-const LEGEND: [&str; 3] = [
+const LEGEND: [&str; 4] = [
     "Box: a volume and its size. Dot: a snapshot; times are UTC and run from left to right.",
     "+: space allocated for the volume since the snapshot before.",
-    "A branch leads from a snapshot to the volumes cloned from it.",
+    "A branch leads from a snapshot to the volumes cloned from it, and to what a rollback to it has left:",
+    "a lane with no arrow, whose last snapshot the volume can go back to.",
 ];
 
 const STYLE: &str = "\
@@ -63,16 +60,9 @@ impl Text {
     }
 }
 
-/// What stands at one place of a lane.
-enum Stop<'a> {
-    Snapshot(&'a SnapshotView),
-    /// Snapshots that are not shown one by one.
-    Fold(&'a [SnapshotView]),
-}
-
-/// A volume that is still to be drawn, and the point its branch comes from.
+/// A lane that is still to be drawn, and the point its branch comes from.
 struct Todo<'a> {
-    volume: &'a TreeVolume,
+    lane: &'a Lane<'a>,
     from: Option<(u64, u64)>,
 }
 
@@ -87,21 +77,14 @@ struct Drawing {
 }
 
 /// Draws the forest.
-pub(super) fn svg(tree: &TreeView) -> String {
-    let mut clones: BTreeMap<&str, Vec<&TreeVolume>> = BTreeMap::new();
-    for volume in &tree.volumes {
-        clones.entry(volume.origin.as_deref().unwrap_or_default()).or_default().push(volume);
-    }
-    let snapshots = tree.volumes.iter().flat_map(|volume| &volume.snapshots);
-    let known: BTreeSet<&str> = snapshots.map(|snapshot| &*snapshot.id).collect();
-    // A clone whose snapshot is not in the answer stands on its own rather than being left out.
-    let is_top = |it: &&TreeVolume| it.origin.as_deref().is_none_or(|id| !known.contains(id));
-    let tops = tree.volumes.iter().filter(is_top).rev();
+pub(super) fn svg(tree: &TreeView, fold: bool) -> String {
+    let forest = Forest::new(tree);
     // A work list, since clones nest as deep as users like.
-    let mut todo: Vec<Todo<'_>> = tops.map(|volume| Todo { volume, from: None }).collect();
+    let tops = forest.tops().iter().rev();
+    let mut todo: Vec<Todo<'_>> = tops.map(|lane| Todo { lane, from: None }).collect();
     let mut drawing = Drawing::new();
     while let Some(next) = todo.pop() {
-        drawing.lane(&next, &clones, &mut todo);
+        drawing.lane(&next, &forest, fold, &mut todo);
     }
     drawing.finish()
 }
@@ -116,14 +99,15 @@ impl Drawing {
         drawing
     }
 
-    /// Draws a volume's lane below everything so far, and notes its clones, to be drawn next.
+    /// Draws a lane below everything so far, and notes what hangs from it, to be drawn next.
     fn lane<'a>(
         &mut self,
-        Todo { volume, from }: &Todo<'a>,
-        clones: &BTreeMap<&str, Vec<&'a TreeVolume>>,
+        Todo { lane, from }: &Todo<'a>,
+        forest: &'a Forest<'a>,
+        fold: bool,
         todo: &mut Vec<Todo<'a>>,
     ) {
-        let texts = volume_texts(volume);
+        let texts = lane_texts(lane);
         let left = from.map_or(MARGIN, |(x, _)| x + BRANCH_RIGHT);
         let (width, height) = (width(&texts) + 2 * BOX_PADDING, box_height(&texts));
         let top = self.bottom + GAP;
@@ -134,31 +118,34 @@ impl Drawing {
             let path = format!("M{x} {from}V{bend}Q{x} {y} {end} {y}H{left}");
             let _ = writeln!(self.lines, "<path class=\"branch\" d=\"{path}\"/>");
         }
-        let class = if volume.deleted { "gone" } else { "box" };
+        let class = if lane.volume.deleted || !lane.current { "gone" } else { "box" };
         let _ = writeln!(
             self.shapes,
             "<rect class=\"{class}\" x=\"{left}\" y=\"{top}\" width=\"{width}\" \
              height=\"{height}\" rx=\"8\"/>"
         );
         self.texts(left + BOX_PADDING, top + BOX_PADDING + FONT - 2, &texts);
-        let mut x = left + width;
-        let start = x;
-        for stop in stops(&volume.snapshots, |id| clones.contains_key(id)) {
+        let start = left + width;
+        let (mut x, mut last) = (start, start);
+        for stop in forest.stops(lane, fold) {
             x += GAP;
+            last = x;
             let texts = self.stop(x, y, &stop);
             if let Stop::Snapshot(snapshot) = stop {
-                let made = clones.get(&*snapshot.id).into_iter().flatten().rev();
-                todo.extend(made.map(|volume| Todo { volume, from: Some((x, y)) }));
+                let made = forest.from(&snapshot.id).iter().rev();
+                todo.extend(made.map(|lane| Todo { lane, from: Some((x, y)) }));
             }
             x += texts;
         }
-        if x > start {
+        if lane.current && x > start {
             // An arrow: the volume goes on from its newest snapshot.
             let (tip, up, down) = (x + GAP, y - 4, y + 4);
             let back = tip - 7;
             let path = format!("M{start} {y}H{tip}M{back} {up}L{tip} {y}L{back} {down}");
             let _ = writeln!(self.lines, "<path class=\"lane\" d=\"{path}\"/>");
             x = tip;
+        } else {
+            let _ = writeln!(self.lines, "<path class=\"lane\" d=\"M{start} {y}H{last}\"/>");
         }
         self.right = self.right.max(x);
     }
@@ -215,23 +202,11 @@ impl Drawing {
     }
 }
 
-/// What a lane shows, oldest first.
-fn stops(snapshots: &[SnapshotView], has_clones: impl Fn(&str) -> bool) -> Vec<Stop<'_>> {
-    let plain = |it: &SnapshotView| {
-        it.label.is_none() && !it.deleted && !it.settling && !has_clones(&it.id)
-    };
-    let mut stops = Vec::new();
-    for run in snapshots.chunk_by(|one, next| plain(one) && plain(next)) {
-        match run {
-            [first, folded @ .., last] if run.len() >= FOLD_MIN => {
-                stops.push(Stop::Snapshot(first));
-                stops.push(Stop::Fold(folded));
-                stops.push(Stop::Snapshot(last));
-            }
-            few => stops.extend(few.iter().map(Stop::Snapshot)),
-        }
+fn lane_texts(lane: &Lane<'_>) -> Vec<Text> {
+    if lane.current {
+        return volume_texts(lane.volume);
     }
-    stops
+    vec![Text::new("s", "left by"), Text::new("s", "a rollback")]
 }
 
 fn volume_texts(volume: &TreeVolume) -> Vec<Text> {
@@ -260,13 +235,8 @@ fn snapshot_texts(snapshot: &SnapshotView) -> Vec<Text> {
     texts
 }
 
-fn fold_texts(snapshots: &[SnapshotView]) -> Vec<Text> {
-    let allocated = snapshots.iter().map(|snapshot| snapshot.allocated_bytes);
-    let allocated = ByteCount::new(allocated.fold(0, u64::saturating_add)).human();
-    vec![
-        Text::new("s", format!("\u{2026} {} more", snapshots.len())),
-        Text::new("s", format!("+{allocated}")),
-    ]
+fn fold_texts(snapshots: &[&SnapshotView]) -> Vec<Text> {
+    super::forest::fold_texts(snapshots).into_iter().map(|text| Text::new("s", text)).collect()
 }
 
 /// `2026-11-20 11:40:00` of an RFC 3339 time; anything else as it is.
@@ -319,7 +289,7 @@ fn escape(text: &str) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::super::tests::{family, snapshot, volume};
+    use super::super::tests::{after, family, snapshot, volume};
     use super::*;
 
     /// The boxes, as left, top, width and height.
@@ -334,7 +304,7 @@ mod tests {
 
     #[test]
     fn every_volume_and_snapshot_is_there_and_every_clone_has_its_branch() {
-        let picture = svg(&family());
+        let picture = svg(&family(), true);
         for shown in ["vm1", "vm2", "vm3", "vm4", "vm5", "1.0", "1.1", "2.0", "@base", "+8KiB"] {
             assert!(picture.contains(&format!(">{shown}</text>")), "{shown} not in {picture}");
         }
@@ -344,7 +314,7 @@ mod tests {
 
     #[test]
     fn boxes_lie_inside_the_picture_and_below_each_other() {
-        let picture = svg(&family());
+        let picture = svg(&family(), true);
         let head = picture.lines().next().unwrap();
         let (_, size) = head.split_once("viewBox=\"0 0 ").unwrap();
         let size: Vec<u64> =
@@ -359,12 +329,17 @@ mod tests {
 
     #[test]
     fn snapshots_without_label_or_clone_are_folded_and_no_others() {
-        let mut snapshots: Vec<_> = (0..30).map(|it| snapshot(&format!("1.{it}"), None)).collect();
+        let mut snapshots = vec![snapshot("1.0", None)];
+        snapshots.extend(
+            (1..30).map(|it| after(&format!("1.{}", it - 1), snapshot(&format!("1.{it}"), None))),
+        );
         snapshots[20].label = Some("kept".to_owned());
         let tree =
             TreeView { volumes: vec![volume(1, None, snapshots), volume(2, Some("1.10"), vec![])] };
-        let picture = svg(&tree);
-        for shown in ["1.0", "\u{2026} 8 more", "1.9", "1.10", "1.11", "\u{2026} 7 more", "1.19"] {
+        let picture = svg(&tree, true);
+        for shown in
+            ["1.0", "\u{2026} 8 snapshots", "1.9", "1.10", "1.11", "\u{2026} 7 snapshots", "1.19"]
+        {
             assert!(picture.contains(&format!(">{shown}</text>")), "{shown} not in {picture}");
         }
         for shown in ["1.20", "@kept", "1.21", "1.29"] {
@@ -374,11 +349,26 @@ mod tests {
     }
 
     #[test]
+    fn what_a_rollback_has_left_is_a_lane_without_an_arrow() {
+        let snapshots = vec![
+            snapshot("1.0", None),
+            after("1.0", snapshot("1.1", Some("before-rollback-1"))),
+            after("1.0", snapshot("1.2", None)),
+        ];
+        let picture = svg(&TreeView { volumes: vec![volume(1, None, snapshots)] }, true);
+        assert_eq!(picture.matches("class=\"lane\"").count(), 2);
+        assert_eq!(picture.matches("class=\"branch\"").count(), 1);
+        let arrows = picture.lines().filter(|it| it.contains("class=\"lane\"") && it.contains('L'));
+        assert_eq!(arrows.count(), 1, "{picture}");
+        assert!(picture.contains(">a rollback</text>"));
+    }
+
+    #[test]
     fn text_is_escaped_and_long_words_are_broken_without_loss() {
         assert_eq!(escape("a<b>&\"\u{1}"), "a&lt;b&gt;&amp;\"\u{fffd}");
         let mut evil = family();
         evil.volumes[0].name = "</text><script>".to_owned();
-        assert!(!svg(&evil).contains("<script>"));
+        assert!(!svg(&evil, true).contains("<script>"));
         for word in ["x".repeat(64), "before-upgrade-to-".repeat(4), "a".to_owned(), "-".repeat(49)]
         {
             let lines = broken(&word);
@@ -390,6 +380,6 @@ mod tests {
 
     #[test]
     fn an_empty_store_is_a_picture_too() {
-        assert!(svg(&TreeView { volumes: vec![] }).ends_with("</svg>\n"));
+        assert!(svg(&TreeView { volumes: vec![] }, true).ends_with("</svg>\n"));
     }
 }
