@@ -15,8 +15,8 @@ use std::path::PathBuf;
 use bessel_mapping::check::{Usage, check};
 use bessel_mapping::format::{
     Bitmap, CatalogueEntry, Entry, EntryKind, ExtentType, Geometry, LogEntry, NODE_BITS,
-    NODE_ENTRIES, TagKey, VolumeRecord, check_node, encode_catalogue_block, encode_log_block,
-    node_as_bytes, node_as_bytes_mut,
+    NODE_ENTRIES, Parent, TagKey, VolumeRecord, check_node, encode_catalogue_block,
+    encode_log_block, node_as_bytes, node_as_bytes_mut,
 };
 use bessel_mapping::request::{CacheMode, SnapshotId, VolumeId};
 use bessel_mapping::store::{
@@ -253,6 +253,8 @@ impl Maker {
             owner_epoch: 1,
             blocks_allocated: 5,
             name: "vm-1.root".to_owned(),
+            // Released versions did not note it: a reserved field was zero.
+            parent: Parent::Unknown,
         };
         let two = VolumeRecord {
             generation: 1,
@@ -323,6 +325,7 @@ fn log_of_one() -> Vec<LogEntry> {
             height: 3,
             deleted: sequence < 24,
             label: (sequence % 5 == 0).then(|| format!("daily-{sequence}")),
+            parent: Parent::Unknown,
         })
         .collect()
 }

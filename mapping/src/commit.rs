@@ -32,7 +32,7 @@ use crate::format::node_as_bytes;
 use crate::message::BlockKind;
 use crate::nodes::cache::FrameId;
 use crate::planted::{self, Bug};
-use crate::request::{CommandError, Reply, VolumeHandle};
+use crate::request::{CommandError, CurrentTree, Reply, VolumeHandle};
 use crate::shard::{Shard, TokenKind};
 use crate::volume::NO_REQUEST;
 
@@ -82,6 +82,8 @@ pub(crate) struct Sealed {
     pub(crate) frozen: Vec<FrameId>,
     /// A new root, whose image is among `images`.
     pub(crate) root: Option<FrameId>,
+    /// The tree below it, as `record` names it.
+    pub(crate) tree: Option<CurrentTree>,
     /// Images taken already, of blocks that nothing reaches yet.
     pub(crate) images: SealedImages,
     /// The volume's record and the slot it goes to.
@@ -109,6 +111,7 @@ pub(crate) struct Flight {
     frames: Vec<FrameId>,
     linked: Vec<(BlockAddr, Buffer)>,
     record: Option<(BlockAddr, Buffer)>,
+    tree: Option<CurrentTree>,
     after: After,
 }
 
@@ -219,6 +222,7 @@ impl<D: Device> Shard<D> {
             round,
             frozen: std::mem::replace(&mut volume.dirty, spare),
             root: None,
+            tree: None,
             images: SealedImages::default(),
             record: None,
             after: After::Nothing,
@@ -236,6 +240,7 @@ impl<D: Device> Shard<D> {
             frames: self.frame_lists.pop().unwrap_or_default(),
             linked: self.image_lists.pop().unwrap_or_default(),
             record: sealed.record,
+            tree: sealed.tree,
             after: sealed.after,
         };
         let mut frozen = sealed.frozen;
@@ -460,6 +465,7 @@ impl<D: Device> Shard<D> {
         self.frame_lists.push(flight.frames);
         let volume = self.volume_mut(handle);
         volume.durable_round = volume.durable_round.max(flight.round);
+        volume.durable_tree = flight.tree.unwrap_or(volume.durable_tree);
         self.retire_changes();
         self.release_unlinked(handle);
         self.wake_committing(handle);
@@ -498,6 +504,9 @@ impl<D: Device> Shard<D> {
                 name = volume.name
             );
             volume.latched = Some(why.to_owned());
+            if !self.have_failed.contains(&volume.record.id) {
+                self.have_failed.push(volume.record.id);
+            }
             if let Some(journal) = &mut self.journal {
                 journal.forget(volume.record.id);
             }

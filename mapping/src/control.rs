@@ -10,12 +10,16 @@
 //! | `volumes.rs`   | create, open, grow, close, delete, cache mode     |
 //! | `snapshots.rs` | snapshot, label, delete, rollback                 |
 //! | `restore.rs`   | changes that a killed process had made            |
+//! | `reclaim.rs`   | blocks that a deleted snapshot alone held         |
 //! | `sealing.rs`   | (what all of them hand to a round)                |
 
+mod reclaim;
 mod restore;
 mod sealing;
 mod snapshots;
 mod volumes;
+
+pub(crate) use reclaim::Barrier;
 
 use bessel_reactor::device::{Device, DeviceError};
 use bessel_reactor::units::ByteCount;
@@ -166,6 +170,12 @@ impl<D: Device> Shard<D> {
             Command::Delete { volume } => self.delete(ticket, *volume),
             Command::SetCache { volume, cache, by } => self.set_cache(ticket, *volume, *cache, *by),
             Command::Close { volume } => self.close(ticket, *volume),
+            Command::Barrier => {
+                self.set_barrier(ticket);
+                Ok(())
+            }
+            Command::Forget { nodes } => self.forget_nodes(ticket, nodes),
+            Command::Free { runs } => self.free(ticket, runs),
             Command::FlushDevice => {
                 if self.flusher.volatile {
                     self.flusher.want(self.flusher.mark(), FlushWaiter::Command(ticket));
@@ -281,6 +291,7 @@ impl<D: Device> Shard<D> {
             deleted: entry.deleted,
             settling: volume.is_settling(sequence),
             blocks_allocated: entry.blocks_allocated,
+            parent: entry.parent,
         }
     }
 
@@ -297,6 +308,7 @@ impl<D: Device> Shard<D> {
             latched: volume.latched.clone(),
             blocks_allocated: volume.record.blocks_allocated,
             snapshots: snapshots.map(|sequence| self.snapshot_info(handle, sequence)).collect(),
+            current: volume.durable_tree,
         }
     }
 
@@ -327,6 +339,9 @@ impl Command {
         match self {
             Self::Create(_)
             | Self::Open(_)
+            | Self::Barrier
+            | Self::Forget { .. }
+            | Self::Free { .. }
             | Self::FlushDevice
             | Self::Refresh
             | Self::Stats

@@ -384,6 +384,7 @@ fn check_size(size: ByteCount) -> Result<(), DirectoryError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::format::Parent;
     use crate::request::CacheMode;
 
     const GIB: ByteCount = ByteCount::new(1 << 30);
@@ -407,6 +408,7 @@ mod tests {
             owner_epoch: 1,
             blocks_allocated: 0,
             name: name.into(),
+            parent: Parent::Origin,
         };
         VolumeEntry { slot, record, log: Vec::new(), log_blocks: Vec::new() }
     }

@@ -157,6 +157,23 @@ bugs! {
     CatalogueBeforeBitmap,
     /// A bitmap that is damaged counts as one of free blocks.
     DamagedBitmapIsFree,
+    // What a deleted snapshot alone held.
+    /// A deleted snapshot is not compared with its clones.
+    ClonesIgnored,
+    /// A deleted snapshot is not compared with what it was derived from.
+    AncestorIgnored,
+    /// A deleted snapshot is not compared with what lies beyond trees that are gone.
+    OtherBranchIgnored,
+    /// A snapshot counts as deleted before its mark is durable.
+    MarkNotAwaited,
+    /// A snapshot is deleted without a record that names no tree but the current one.
+    OlderRecordKept,
+    /// Blocks of a deleted snapshot are freed while requests that looked them up are active.
+    FreedUnderRequests,
+    /// Blocks of a deleted snapshot are freed while a commit that unlinks them may be lost.
+    FreedUnderRounds,
+    /// Nodes of a deleted snapshot stay in the node cache when their blocks are freed.
+    FreedNodesRemembered,
     // The node cache.
     /// A changed node may be evicted.
     EvictsDirty,

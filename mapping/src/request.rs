@@ -4,7 +4,7 @@ use bessel_reactor::buffer::Segment;
 use bessel_reactor::clock::WallTime;
 use bessel_reactor::units::{BlockAddr, ByteCount, Sector};
 
-use crate::format::LOG_ENTRIES_PER_BLOCK;
+use crate::format::{LOG_ENTRIES_PER_BLOCK, Parent};
 
 /// A volume that is open on a shard. Small and dense, so the hot path can index with it.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
@@ -284,6 +284,22 @@ pub enum Command {
         /// Which volume.
         volume: VolumeHandle,
     },
+    /// Answered when every guest request that is active now has ended, and every round of nodes that
+    /// has begun is durable. Who then sees that no tree on the device leads to a block any more, and
+    /// has seen it before this, may free that block.
+    Barrier,
+    /// Makes the shard forget what it has read of radix nodes that no tree leads to any more, so that
+    /// their blocks can become others.
+    Forget {
+        /// The blocks of the nodes.
+        nodes: Vec<crate::message::BlockRun>,
+    },
+    /// Makes blocks free that no tree leads to any more, and that every shard has forgotten. For shard
+    /// 0; answered when they are on their way.
+    Free {
+        /// The blocks, of either kind.
+        runs: Vec<crate::message::BlockRun>,
+    },
     /// Flushes the device, and so learns of failures on other shards.
     FlushDevice,
     /// Makes reads bring what the device holds ([`Device::refresh`](bessel_reactor::device::Device)): to
@@ -318,6 +334,11 @@ pub enum Reply {
     Snapshot(SnapshotInfo),
     /// These snapshots are marked deleted, durably. The answer to [`Command::DeleteSnapshots`].
     Deleted(Vec<u64>),
+    /// The answer to [`Command::Barrier`].
+    Passed {
+        /// Volumes that were closed or failed meanwhile: what the device holds of them is not known.
+        unsure: Vec<VolumeId>,
+    },
     /// The answer to [`Command::Show`].
     Volume(Box<VolumeInfo>),
     /// The answer to [`Command::Stats`].
@@ -431,6 +452,19 @@ pub struct SnapshotInfo {
     pub settling: bool,
     /// Metadata and data blocks allocated for the volume between the snapshot before it and it.
     pub blocks_allocated: u64,
+    /// What its tree was derived from.
+    pub parent: Parent,
+}
+
+/// A volume's current tree, as the device has it: a snapshot under way has not changed it yet.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct CurrentTree {
+    /// Its radix root.
+    pub root: BlockAddr,
+    /// Its levels, 3 or 4.
+    pub height: u8,
+    /// What it was derived from.
+    pub parent: Parent,
 }
 
 /// A volume, as people see it.
@@ -454,6 +488,8 @@ pub struct VolumeInfo {
     pub blocks_allocated: u64,
     /// Its snapshots, oldest first, deleted ones included.
     pub snapshots: Vec<SnapshotInfo>,
+    /// Its current tree.
+    pub current: CurrentTree,
 }
 
 #[cfg(test)]

@@ -17,7 +17,7 @@ use bessel_reactor::units::{BLOCK_SIZE, BlockAddr, ByteCount};
 
 use crate::claims::{Claims, Taken};
 use crate::commit::ImageWrite;
-use crate::control::Pending;
+use crate::control::{Barrier, Pending};
 use crate::extents::{Authority, Step};
 use crate::flusher::{FlushWaiter, Flusher};
 use crate::format::{ExtentMap, Geometry, TagKey};
@@ -26,7 +26,7 @@ use crate::message::{BlockKind, Message};
 use crate::nodes::cache::{FrameId, NodeCache};
 use crate::pipeline::{BOUNCE_BYTES, Piece, Request, WaitingOnNode, Work};
 use crate::planted::{self, Bug};
-use crate::request::{CommandError, IoCompletion, Reply, ShardStats, VolumeHandle};
+use crate::request::{CommandError, IoCompletion, Reply, ShardStats, VolumeHandle, VolumeId};
 use crate::slab::Slab;
 use crate::store::OpenedStore;
 use crate::volume::Volume;
@@ -173,6 +173,10 @@ pub struct Shard<D: Device> {
     pub(crate) released: bool,
     pub(crate) commands: VecDeque<Pending>,
     pub(crate) commands_ready: bool,
+    /// Volumes that have latched since the shard was made, whatever became of them.
+    pub(crate) have_failed: Vec<VolumeId>,
+    /// Barriers that have not been passed, oldest first.
+    pub(crate) barriers: Vec<Barrier>,
 
     pub(crate) done: VecDeque<IoCompletion>,
     pub(crate) replies: VecDeque<(u64, Reply)>,
@@ -245,6 +249,8 @@ impl<D: Device> Shard<D> {
             released: false,
             commands: VecDeque::new(),
             commands_ready: false,
+            have_failed: Vec::new(),
+            barriers: Vec::new(),
             done: VecDeque::with_capacity(config.requests_max),
             replies: VecDeque::new(),
             outbox: VecDeque::new(),
@@ -290,6 +296,7 @@ impl<D: Device> Shard<D> {
             self.commit_in_background();
         }
         self.start_rounds();
+        self.pass_barriers();
         self.send_claims();
         self.poll_authority();
         if self.flusher.start() {

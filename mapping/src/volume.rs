@@ -12,7 +12,7 @@ use crate::format::VolumeRecord;
 use crate::message::{BlockKind, BlockRun};
 use crate::nodes::cache::FrameId;
 use crate::planted::{self, Bug};
-use crate::request::{CacheMode, VolumeHandle};
+use crate::request::{CacheMode, CurrentTree, VolumeHandle};
 use crate::snapshot_log::SnapshotLog;
 
 /// "No request" in the list of active ones.
@@ -108,6 +108,8 @@ pub(crate) struct Volume {
     pub(crate) settling: VecDeque<(u64, u64)>,
     /// Snapshot log entries that the device has.
     pub(crate) durable_snapshots: u64,
+    /// The tree that the record on the device names.
+    pub(crate) durable_tree: CurrentTree,
 
     /// How far a restore has come: which change, and how many of its blocks are done.
     pub(crate) restored: (usize, u64),
@@ -135,6 +137,11 @@ impl Volume {
             sectors: record.size.sectors(),
             durable_snapshots: record.log_count,
             name: record.name.clone(),
+            durable_tree: CurrentTree {
+                root: record.root,
+                height: record.height,
+                parent: record.parent,
+            },
             record,
             log,
             root,

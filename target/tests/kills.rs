@@ -14,8 +14,9 @@
 
 mod support;
 
+use bessel_mapping::format::Parent;
 use bessel_mapping::request::{
-    CacheMode, IoKind, IoStatus, SnapshotId, SnapshotInfo, VolumeId, VolumeInfo,
+    CacheMode, CurrentTree, IoKind, IoStatus, SnapshotId, SnapshotInfo, VolumeId, VolumeInfo,
 };
 use bessel_reactor::clock::WallTime;
 use bessel_reactor::device::sim::Random;
@@ -562,6 +563,7 @@ impl Arena {
                 deleted,
                 settling: false,
                 blocks_allocated: 0,
+                parent: Parent::Unknown,
             }
         });
         VolumeInfo {
@@ -577,6 +579,7 @@ impl Arena {
             latched: None,
             blocks_allocated: 0,
             snapshots: snapshots.collect(),
+            current: CurrentTree { root: BlockAddr::new(1), height: 3, parent: Parent::Unknown },
         }
     }
 

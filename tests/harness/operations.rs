@@ -94,6 +94,13 @@ impl<'w> Actor<'w> {
         Some(SnapshotId { volume, sequence })
     }
 
+    /// The newest snapshot of the last volume.
+    fn last_snapshot(&self) -> Option<SnapshotId> {
+        let volume = self.last()?;
+        let sequence = *self.world.model.snapshots(volume).last()?;
+        Some(SnapshotId { volume, sequence })
+    }
+
     /// Starts a request, if the volume is large enough for it.
     fn start_in(&mut self, volume: Option<VolumeId>, kind: IoKind, sector: u64, sectors: u64) {
         if let Some(volume) = volume
@@ -525,6 +532,38 @@ operations! {
             a.ask(Action::DeleteSnapshots { volume, sequences })
         }
         None => Ok(()),
+    };
+    delete_a_snapshot_that_shares_little: |w| {
+        wide(w)?;
+        for leaf in 0..3 {
+            write(w, leaf * LEAF, block(3))?;
+        }
+        w.snapshot(first(w))?;
+        write(w, 0, block(2))?;
+        write(w, LEAF, block(3))?;
+        w.snapshot(first(w))?;
+        write(w, 0, block(3))?;
+        write(w, 2 * LEAF, block(2))?;
+        flush(w)
+    }, |a| match a.last_snapshot() {
+        Some(snapshot) => a.ask(Action::DeleteSnapshot { snapshot }),
+        None => Ok(()),
+    };
+    delete_both_neighbours_of_a_clone(false): |w| {
+        cloned(w)?;
+        let clone = *w.volumes().last().expect("it was just made");
+        write(w, 0, block(2))?;
+        w.io(clone, Write, 0, block(1))?;
+        w.snapshot(first(w))?;
+        w.snapshot(clone)?;
+        w.io(clone, Write, LEAF, block(1))?;
+        w.io(clone, Flush, 0, 0)?;
+        flush(w)
+    }, |a| {
+        for snapshot in [a.oldest(), a.last_snapshot()].into_iter().flatten() {
+            a.ask(Action::DeleteSnapshot { snapshot })?;
+        }
+        Ok(())
     };
     delete_a_volume: cloned, |a| a.ask_alone(|a| Some(Action::Delete { volume: a.first()? }));
     delete_a_volume_with_changes(false): cloned, |a| {

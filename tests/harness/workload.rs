@@ -112,27 +112,27 @@ impl Workload {
         let volumes = world.volumes();
         let volume = *world.random.pick(&volumes);
         match world.random.below(100) {
-            0..50 => {
+            0..45 => {
                 let label = world.random.chance(1, 3).then(|| world.fresh_name());
                 world.start(Action::Snapshot { volume, label });
             }
-            50..60 => self.on_snapshot(world, volume, |world, snapshot| {
+            45..53 => self.on_snapshot(world, volume, |world, snapshot| {
                 let label = world.random.chance(2, 3).then(|| world.fresh_name());
                 world.start(Action::Label { snapshot, label });
             }),
-            60..68 => self.on_snapshot(world, volume, |world, snapshot| {
+            53..61 => self.on_snapshot(world, volume, |world, snapshot| {
                 if volumes.len() < self.volumes {
                     let name = world.fresh_name();
                     let _ = world.clone_of(snapshot, &name);
                 }
             }),
-            68..76 => self.on_snapshot(world, volume, |world, snapshot| {
+            61..69 => self.on_snapshot(world, volume, |world, snapshot| {
                 if world.settle().is_ok() {
                     world.start(Action::Rollback { snapshot });
                     let _ = world.settle();
                 }
             }),
-            76..80 => self.on_snapshot(world, volume, |world, snapshot| {
+            69..80 => self.on_snapshot(world, volume, |world, snapshot| {
                 world.start(Action::DeleteSnapshot { snapshot });
             }),
             80..85 if volumes.len() > 1 => {

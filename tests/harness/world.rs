@@ -28,6 +28,7 @@ mod attachment;
 mod faulty;
 mod memory;
 mod observer;
+mod reclaims;
 mod recovery;
 mod schedules;
 
@@ -189,13 +190,25 @@ struct Request {
 #[derive(Clone, Debug)]
 enum Pending {
     Restore,
-    Open { volume: VolumeId, shard: usize, size: ByteCount },
+    Open {
+        volume: VolumeId,
+        shard: usize,
+        size: ByteCount,
+    },
     Show,
-    Create { plan: CreatePlan, shard: usize },
-    Act { action: Action, time: u64 },
+    Create {
+        plan: CreatePlan,
+        shard: usize,
+    },
+    Act {
+        action: Action,
+        time: u64,
+    },
     Close,
     OfDevice,
     Shutdown,
+    /// Of who frees what deleted snapshots held.
+    Reclaim,
 }
 
 /// How something that was started ended.
@@ -256,6 +269,7 @@ pub struct World {
     life: [u8; 16],
     observer: Option<observer::Observer>,
     progress: observer::Progress,
+    reclaims: reclaims::Reclaims,
 }
 
 impl World {
@@ -310,6 +324,7 @@ impl World {
             life: [0; 16],
             observer: None,
             progress: observer::Progress::default(),
+            reclaims: reclaims::Reclaims::new(config.seed),
         };
         world.start_shards();
         world.begin_life();
@@ -354,6 +369,7 @@ impl World {
             progress |= self.collect(index);
         }
         progress |= self.deliver_mail();
+        progress |= self.step_reclaims();
         self.resubmit();
         self.now = self.now.after(Duration::from_nanos(self.random.below(20_000)));
         self.tell_observer();
@@ -437,7 +453,9 @@ impl World {
         self.settle()?;
         let end = self.now.after(Duration::from_secs(10));
         self.run_until(|world| {
-            world.disk.in_flight() == 0 && world.shards.iter().all(|s| s.deadline().is_none())
+            world.disk.in_flight() == 0
+                && world.shards.iter().all(|s| s.deadline().is_none())
+                && world.reclaims.is_idle()
                 || world.now >= end
         })
     }
@@ -693,6 +711,9 @@ impl World {
     fn replied(&mut self, ticket: Ticket, reply: Reply) {
         let pending = self.commands.remove(&ticket).expect("a command is answered once");
         self.tell(format_args!("{ticket}: {reply:?}"));
+        if matches!(pending, Pending::Reclaim) {
+            return self.reclaim_answered(ticket, reply);
+        }
         if let Reply::Failed(error) = &reply {
             self.failed(&pending, error);
             self.outcomes.insert(ticket, Outcome::Reply(reply));
@@ -728,11 +749,15 @@ impl World {
             }
             (Action::DeleteSnapshot { snapshot }, Reply::Done) => {
                 self.model.end_mark(snapshot, None);
+                self.reclaims.push(snapshot);
             }
             (Action::DeleteSnapshots { volume, sequences }, Reply::Deleted(gone)) => {
                 for sequence in sequences {
                     let snapshot = SnapshotId { volume, sequence };
                     self.model.end_thinning(snapshot, gone.contains(&sequence));
+                    if gone.contains(&sequence) {
+                        self.reclaims.push(snapshot);
+                    }
                 }
             }
             (Action::Grow { volume, size }, Reply::Done) => {
@@ -799,6 +824,8 @@ impl World {
             Pending::Open { .. } => self.note_damage(self.life_strikes),
             Pending::Create { plan, .. } => {
                 self.store.directory.abandoned(plan);
+                let origin = plan.origin.map(|origin| (plan.id, origin.snapshot));
+                self.reclaims.unborn.extend(origin);
                 if !unknown {
                     self.model.fail_create(plan.id);
                 }

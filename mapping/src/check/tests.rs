@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::format::{
-    Bitmap, CatalogueEntry, Entry, Geometry, LogEntry, NODE_ENTRIES, TagKey, VolumeRecord,
+    Bitmap, CatalogueEntry, Entry, Geometry, LogEntry, NODE_ENTRIES, Parent, TagKey, VolumeRecord,
     encode_catalogue_block, encode_log_block, node_as_bytes,
 };
 use crate::request::{CacheMode, VolumeId};
@@ -76,6 +76,7 @@ impl Craft {
                 height: 3,
                 deleted,
                 label: None,
+                parent: Parent::Unknown,
             })
             .collect();
         if !entries.is_empty() {
@@ -101,6 +102,7 @@ impl Craft {
             owner_epoch: 1,
             blocks_allocated: 0,
             name: format!("vm{slot}"),
+            parent: Parent::Unknown,
         };
         let place = self.geometry.registry_slot(slot, 1);
         self.put(place.get(), |block, addr| record.encode_block(block, addr, SECRET));

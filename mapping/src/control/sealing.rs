@@ -7,7 +7,7 @@ use bessel_reactor::units::BlockAddr;
 use crate::commit::{After, Sealed, SealedImages};
 use crate::nodes::cache::FrameId;
 use crate::planted::{self, Bug};
-use crate::request::VolumeHandle;
+use crate::request::{CurrentTree, VolumeHandle};
 use crate::shard::Shard;
 
 impl<D: Device> Shard<D> {
@@ -42,9 +42,12 @@ impl<D: Device> Shard<D> {
         let frame = self.cache.frame_mut(root);
         frame.change_round = round;
         let record = Some(self.record_image(handle));
+        let named = &self.volume(handle).record;
+        let tree = CurrentTree { root: named.root, height: named.height, parent: named.parent };
+        let tree = Some(tree);
         let mut images = SealedImages::default();
         (images[0], images[1]) = (Some(image), log);
-        let sealed = Sealed { round, frozen, root: Some(root), images, record, after };
+        let sealed = Sealed { round, frozen, root: Some(root), tree, images, record, after };
         self.push_sealed(handle, sealed);
     }
 
@@ -60,7 +63,8 @@ impl<D: Device> Shard<D> {
         let record = with_record.then(|| self.record_image(handle));
         let round = self.volume(handle).next_round - 1;
         let frozen = self.frame_lists.pop().unwrap_or_default();
-        self.push_sealed(handle, Sealed { round, frozen, root: None, images, record, after });
+        let (root, tree) = (None, None);
+        self.push_sealed(handle, Sealed { round, frozen, root, tree, images, record, after });
     }
 
     pub(super) fn sealed_image(&mut self, fill: impl FnOnce(&mut [u8])) -> Buffer {

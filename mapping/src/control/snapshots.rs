@@ -8,7 +8,7 @@ use bessel_reactor::device::Device;
 use super::{NotNow, Tried};
 use crate::claims::Taken;
 use crate::commit::{After, SealedImages};
-use crate::format::{LOG_ENTRIES_PER_BLOCK, LogEntry};
+use crate::format::{LOG_ENTRIES_PER_BLOCK, LogEntry, Parent};
 use crate::journal::Entry as JournalEntry;
 use crate::message::BlockKind;
 use crate::nodes::cache::FrameId;
@@ -35,7 +35,7 @@ impl<D: Device> Shard<D> {
         let root = self.new_root(self.cache.frame(old_root).level)?;
         let entries = *self.cache.entries(old_root);
         self.fill_read_only(root, &entries);
-        self.cut(ticket, handle, root, label, time);
+        self.cut(ticket, handle, root, label, time, None);
         Ok(())
     }
 
@@ -55,7 +55,8 @@ impl<D: Device> Shard<D> {
 
     /// The cut (Parallax 3.3.2, 4.2): from here on the volume's tree is the one below `root`, and
     /// the old tree is the snapshot's. Nothing is drained. Three blocks are written: the new root
-    /// and the log, then the record.
+    /// and the log, then the record. `derived_from` is the snapshot that `root` is a copy of, when it
+    /// is not the one taken.
     pub(super) fn cut(
         &mut self,
         ticket: u64,
@@ -63,6 +64,7 @@ impl<D: Device> Shard<D> {
         root: FrameId,
         label: Option<&str>,
         time: WallTime,
+        derived_from: Option<u64>,
     ) {
         let log_block = self.volume(handle).log.needs_block().then(|| {
             match self.claims.take(BlockKind::Metadata, 1, self.now) {
@@ -83,10 +85,12 @@ impl<D: Device> Shard<D> {
             height,
             deleted: false,
             label: label.map(str::to_owned),
+            parent: volume.record.parent,
         };
         volume.log.append(entry, log_block);
         volume.record.log_count = sequence + 1;
         volume.record.log_tail = Some(volume.log.block_of(sequence));
+        volume.record.parent = Parent::Snapshot(derived_from.unwrap_or(sequence));
         volume.record.blocks_allocated = 1 + u64::from(log_block.is_some());
         if volume.active_head != NO_REQUEST {
             volume.settling.push_back((volume.last_stamp, sequence));
@@ -162,7 +166,7 @@ impl<D: Device> Shard<D> {
             let what = format!("{} log blocks are more than one round writes", blocks.len());
             return Err(CommandError::Limit(what).into());
         }
-        self.needs(blocks.len(), 0)?;
+        self.needs(blocks.len() + 1, 0)?;
         for sequence in sequences {
             self.volume_mut(handle).log.entries[*sequence as usize].deleted = true;
         }
@@ -171,7 +175,15 @@ impl<D: Device> Shard<D> {
         for (image, sequence) in images.iter_mut().zip(blocks.values().take(written)) {
             *image = Some(self.log_image(handle, *sequence));
         }
-        self.seal_plain(handle, images, false, After::Reply(ticket, reply));
+        // With the record, which is the same: of its two slots the older one may name the tree of one of
+        // these as the current one, and must not once that is freed.
+        let with_record = !sequences.is_empty() && !planted::is(Bug::OlderRecordKept);
+        if planted::is(Bug::MarkNotAwaited) {
+            self.seal_plain(handle, images, with_record, After::Nothing);
+            self.reply(ticket, reply);
+            return Ok(());
+        }
+        self.seal_plain(handle, images, with_record, After::Reply(ticket, reply));
         Ok(())
     }
 
@@ -224,7 +236,7 @@ impl<D: Device> Shard<D> {
         }
         self.needs_for_cut(handle)?;
         let root = self.make_root(height, Some(&origin), source)?;
-        self.cut(ticket, handle, root, label, time);
+        self.cut(ticket, handle, root, label, time, Some(sequence));
         let round = self.volume(handle).next_round - 1;
         if let Some(journal) = &mut self.journal
             && !planted::is(Bug::RollbackNotJournaled)

@@ -8,7 +8,7 @@ use crate::claims::Taken;
 use crate::commit::{After, SealedImages};
 use crate::directory::VolumeEntry;
 use crate::flusher::FlushWaiter;
-use crate::format::{Entry, ExtentType, VolumeRecord, height_for};
+use crate::format::{Entry, ExtentType, Parent, VolumeRecord, height_for};
 use crate::message::{BlockKind, BlockRun};
 use crate::nodes::cache::FrameId;
 use crate::pipeline::Work;
@@ -68,6 +68,7 @@ impl<D: Device> Shard<D> {
             owner_epoch: self.epoch,
             blocks_allocated: 1,
             name: plan.name.clone(),
+            parent: Parent::Origin,
         };
         let log = SnapshotLog::default();
         let handle = match self.add_volume(plan.registry_slot, record, log, root) {

@@ -14,6 +14,7 @@ mod entry;
 mod extents;
 mod geometry;
 mod host;
+mod lineage;
 mod name;
 mod node;
 mod registry;
@@ -34,6 +35,7 @@ pub use geometry::{
     GeometryError, STORE_BLOCKS_MAX,
 };
 pub use host::HostRecord;
+pub use lineage::Parent;
 pub use name::{NAME_BYTES_MAX, NameError, check_name};
 pub use node::{
     NODE_BITS, NODE_ENTRIES, Node, NodeFault, check_entry, check_node, height_for, node_as_bytes,

@@ -8,6 +8,7 @@ use bessel_reactor::units::{BLOCK_SIZE, BlockAddr, ByteCount, SECTOR_SIZE};
 use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout, Unaligned};
 
+use super::lineage::Parent;
 use super::name::{NAME_BYTES_MAX, check_name, decode_name, encode_name};
 use super::node::tree_blocks;
 use super::seal::{BLOCK, Damage, Fault, Kind, Place, SECTOR, Seal, seal, unseal};
@@ -40,7 +41,8 @@ pub const VOLUME_SIZE_MAX: ByteCount = ByteCount::from_blocks(tree_blocks(4));
 /// |     88 |    8 | `blocks_allocated` | for the volume since its newest snapshot               |
 /// |     96 |    1 | `name_length`      | bytes of `name`                                        |
 /// |     97 |   64 | `name`             | see [`check_name`], zero-filled                        |
-/// |    161 |  335 | reserved           | 0                                                      |
+/// |    161 |    8 | `parent`           | what the current tree was derived from: see [`Parent`] |
+/// |    169 |  327 | reserved           | 0                                                      |
 /// |    496 |   16 | seal               |                                                        |
 #[derive(FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
 #[repr(C)]
@@ -62,7 +64,8 @@ struct DiskVolume {
     blocks_allocated: U64,
     name_length: u8,
     name: [u8; NAME_BYTES_MAX],
-    reserved_161: [u8; 335],
+    parent: U64,
+    reserved_169: [u8; 327],
     seal: Seal,
 }
 
@@ -110,6 +113,8 @@ pub struct VolumeRecord {
     pub blocks_allocated: u64,
     /// Its name; see [`check_name`].
     pub name: String,
+    /// What its current tree was derived from.
+    pub parent: Parent,
 }
 
 impl VolumeRecord {
@@ -147,6 +152,7 @@ impl VolumeRecord {
             blocks_allocated: self.blocks_allocated.into(),
             name_length,
             name,
+            parent: self.parent.encode().into(),
             ..DiskVolume::new_zeroed()
         };
         let mut bytes = [0; SECTOR];
@@ -215,6 +221,8 @@ impl VolumeRecord {
             name: decode_name(disk.name_length, &disk.name)
                 .ok_or(bad("the name is no text"))?
                 .to_owned(),
+            parent: Parent::decode(disk.parent.get(), disk.log_count.get())
+                .ok_or(bad("its tree was derived from a snapshot that is not in its log"))?,
         };
         match record.fault() {
             None => Ok(record),
@@ -254,6 +262,9 @@ impl VolumeRecord {
         if self.root.get() == 0 {
             return Some("there is no root");
         }
+        if matches!(self.parent, Parent::Snapshot(sequence) if sequence >= self.log_count) {
+            return Some("its tree was derived from a snapshot that is not in its log");
+        }
         if check_name(&self.name).is_err() {
             return Some("the name is not one a volume can have");
         }
@@ -286,6 +297,7 @@ mod tests {
             owner_epoch: 12,
             blocks_allocated: 99,
             name: "vm1.root".into(),
+            parent: Parent::Snapshot(24),
         }
     }
 
@@ -303,7 +315,8 @@ mod tests {
             change(|r| r.deleted = true),
             change(|r| r.cache_by_guest = true),
             change(|r| r.cache = CacheMode::Writeback),
-            change(|r| (r.log_tail, r.log_count) = (None, 0)),
+            change(|r| (r.log_tail, r.log_count, r.parent) = (None, 0, Parent::Origin)),
+            change(|r| r.parent = Parent::Unknown),
             change(|r| r.name = "x".repeat(64)),
             change(|r| (r.size, r.height) = (VOLUME_SIZE_MAX, 4)),
         ];
@@ -346,6 +359,7 @@ mod tests {
         refuse(96, 65); // Name length.
         refuse(96, 0); // No name.
         refuse(97, b'/'); // A name no volume can have.
+        refuse(161, 27); // Derived from snapshot 25 of 25.
     }
 
     #[test]

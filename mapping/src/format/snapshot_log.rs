@@ -10,6 +10,7 @@ use bessel_reactor::units::{BlockAddr, ByteCount};
 use zerocopy::little_endian::U64;
 use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout, Unaligned};
 
+use super::lineage::Parent;
 use super::name::{NAME_BYTES_MAX, decode_name, encode_name};
 use super::seal::{BLOCK, Damage, Fault, Kind, Place, SEALED_PAYLOAD, SECTOR, Seal, seal, unseal};
 use crate::request::VolumeId;
@@ -28,7 +29,8 @@ use crate::request::VolumeId;
 /// |     42 |    1 | `label_length`     | bytes of `label`, 0 for none                           |
 /// |     43 |    1 | reserved           | 0                                                      |
 /// |     44 |   64 | `label`            | UTF-8, zero-filled                                     |
-/// |    108 |   20 | reserved           | 0                                                      |
+/// |    108 |    8 | `parent`           | what its tree was derived from: see [`Parent`]         |
+/// |    116 |   12 | reserved           | 0                                                      |
 #[derive(Clone, Copy, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
 #[repr(C)]
 struct DiskEntry {
@@ -42,7 +44,8 @@ struct DiskEntry {
     label_length: u8,
     reserved_43: u8,
     label: [u8; NAME_BYTES_MAX],
-    reserved_108: [u8; 20],
+    parent: U64,
+    reserved_116: [u8; 12],
 }
 
 const FLAG_PRESENT: u8 = 1 << 0;
@@ -97,6 +100,8 @@ pub struct LogEntry {
     pub deleted: bool,
     /// Its label, at most 64 bytes, never empty.
     pub label: Option<String>,
+    /// What its tree was derived from.
+    pub parent: Parent,
 }
 
 /// One block of a snapshot log, read.
@@ -155,6 +160,7 @@ fn encode_entry(entry: &LogEntry) -> DiskEntry {
         flags: FLAG_PRESENT | if entry.deleted { FLAG_DELETED } else { 0 },
         label_length,
         label,
+        parent: entry.parent.encode().into(),
         ..DiskEntry::new_zeroed()
     }
 }
@@ -218,6 +224,8 @@ fn decode_entry(disk: &DiskEntry, sequence: u64) -> Result<LogEntry, &'static st
         return Err("an entry has no tree");
     }
     let label = decode_name(disk.label_length, &disk.label).ok_or("a label is no text")?;
+    let parent = Parent::decode(disk.parent.get(), sequence)
+        .ok_or("an entry was derived from one that came after it")?;
     Ok(LogEntry {
         sequence,
         root: BlockAddr::new(disk.root.get()),
@@ -227,6 +235,7 @@ fn decode_entry(disk: &DiskEntry, sequence: u64) -> Result<LogEntry, &'static st
         height: disk.height,
         deleted: disk.flags & FLAG_DELETED != 0,
         label: Some(label).filter(|label| !label.is_empty()).map(str::to_owned),
+        parent,
     })
 }
 
@@ -250,6 +259,11 @@ mod tests {
                 height: 3,
                 deleted: sequence % 2 == 0,
                 label: (sequence % 3 == 0).then(|| format!("nightly-{sequence}")),
+                parent: match sequence % 5 {
+                    0 => Parent::Unknown,
+                    1 => Parent::Origin,
+                    back => Parent::Snapshot(sequence - back),
+                },
             })
             .collect()
     }
@@ -307,5 +321,16 @@ mod tests {
         assert!(read(ADDR.add(1), VOLUME, 24).is_err());
         assert!(read(ADDR, VolumeId(6), 24).is_err());
         assert!(read(ADDR, VOLUME, 48).is_err());
+    }
+
+    /// A sector with a good seal is still checked.
+    #[test]
+    fn an_entry_that_was_derived_from_a_later_one_is_refused() {
+        let mut bad = entries(1);
+        bad[0].parent = Parent::Snapshot(24);
+        let mut block = [0; BLOCK];
+        encode_log_block(&mut block, ADDR, PREVIOUS, VOLUME, 24, &bad, SECRET);
+        let ahead = Fault::Field("an entry was derived from one that came after it");
+        assert_eq!(decode(&block, 1).unwrap_err().fault, ahead);
     }
 }

@@ -79,6 +79,11 @@ impl Frame {
         turns: 0,
     };
 
+    /// Somebody keeps it from being evicted.
+    pub(crate) fn is_pinned(&self) -> bool {
+        self.pins > 0
+    }
+
     fn evictable(&self) -> bool {
         self.state == FrameState::Present
             && (!self.dirty || planted::is(Bug::EvictsDirty))

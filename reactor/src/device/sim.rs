@@ -686,6 +686,12 @@ impl SimDisk {
         self.0.borrow_mut().only = Some(only.map(|number| number.0));
     }
 
+    /// True while [`SimDisk::hold_all_but`] is at work: who does nothing but wait for an operation
+    /// would wait for ever.
+    pub fn is_holding(&self) -> bool {
+        self.0.borrow().only.is_some()
+    }
+
     /// The operations in flight that may complete next, in the order in which they were queued.
     pub fn flying(&self) -> Vec<Flying> {
         let disk = self.0.borrow();

@@ -5,7 +5,7 @@
 use super::{Answered, ControlPlane, view};
 use crate::api::types::{SnapshotView, TreeView, TreeVolume};
 use bessel_mapping::directory::VolumeSummary;
-use bessel_mapping::format::LogEntry;
+use bessel_mapping::format::{LogEntry, Parent};
 use bessel_mapping::request::{SnapshotId, SnapshotInfo, VolumeId};
 use std::collections::BTreeSet;
 
@@ -49,10 +49,20 @@ impl ControlPlane {
     /// The sequence of the snapshot that what the volume holds began as a copy of.
     fn current_parent(
         &self,
-        _volume: &VolumeSummary,
+        volume: &VolumeSummary,
         snapshots: &[SnapshotInfo],
     ) -> Answered<Option<u64>> {
-        Ok(snapshots.last().map(|snapshot| snapshot.id.sequence))
+        let parent = if self.served.contains_key(&volume.id) {
+            self.info(volume.id)?.current.parent
+        } else {
+            let entry = self.directory.entry(volume.id).filter(|_| !volume.deleted);
+            entry.map_or(Parent::Unknown, |entry| entry.record.parent)
+        };
+        Ok(match parent {
+            Parent::Snapshot(sequence) => Some(sequence),
+            Parent::Origin => None,
+            Parent::Unknown => snapshots.last().map(|snapshot| snapshot.id.sequence),
+        })
     }
 
     fn living_and_their_ancestors(&self) -> BTreeSet<VolumeId> {
@@ -87,7 +97,12 @@ impl ControlPlane {
 
 /// The sequence of the snapshot that this one's tree began as a copy of, if it is one of its volume.
 pub(super) fn parent(snapshot: &SnapshotInfo) -> Option<u64> {
-    snapshot.id.sequence.checked_sub(1)
+    match snapshot.parent {
+        Parent::Snapshot(sequence) => Some(sequence),
+        Parent::Origin => None,
+        // As most are, when nobody has noted it.
+        Parent::Unknown => snapshot.id.sequence.checked_sub(1),
+    }
 }
 
 /// For each snapshot in the log, the nearest that is shown: itself, or of those it descends from.
@@ -104,7 +119,7 @@ fn nearest_shown(
     nearest
 }
 
-fn from_log(volume: VolumeId, entry: &LogEntry) -> SnapshotInfo {
+pub(super) fn from_log(volume: VolumeId, entry: &LogEntry) -> SnapshotInfo {
     SnapshotInfo {
         id: SnapshotId { volume, sequence: entry.sequence },
         time: entry.time,
@@ -115,5 +130,6 @@ fn from_log(volume: VolumeId, entry: &LogEntry) -> SnapshotInfo {
         deleted: entry.deleted,
         settling: false,
         blocks_allocated: entry.blocks_allocated,
+        parent: entry.parent,
     }
 }

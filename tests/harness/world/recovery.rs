@@ -18,6 +18,7 @@ use bessel_reactor::units::{ByteCount, SECTOR_SIZE, SECTORS_PER_BLOCK, Sector};
 
 use super::memory::Memory;
 use super::observer::Progress;
+use super::reclaims::Reclaims;
 use super::{Action, OpenVolume, Outcome, Pending, PowerCut, STEPS_MAX, World, WorldConfig, open};
 use crate::model::Model;
 
@@ -101,6 +102,7 @@ impl World {
         for shard in self.shards.iter().filter(|_| !self.may_fail()) {
             assert_eq!(shard.double_uses(), 0, "a block was free and in use at once");
         }
+        self.reclaims.clear();
         self.shards.clear(); // Before the guest memory that their requests point to.
         self.requests.clear();
         self.waiting.clear();
@@ -118,6 +120,7 @@ impl World {
         if self.faults.is_some() {
             self.pause_faults();
         }
+        self.reclaims.clear();
         self.settle()?;
         // The authority last: the others give their claims back to it.
         for shard in (0..self.shards.len()).rev() {
@@ -451,6 +454,7 @@ impl Outage {
             life: [0; 16],
             observer: None,
             progress: Progress::default(),
+            reclaims: Reclaims::new(seed),
         };
         // Killed when all was made: again.
         if world.serve() {

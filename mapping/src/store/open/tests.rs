@@ -1,7 +1,7 @@
 //! Refusals, repairs and isolation, on a small store that is damaged behind its back.
 
 use super::*;
-use crate::format::{encode_catalogue_block, encode_log_block};
+use crate::format::{Parent, encode_catalogue_block, encode_log_block};
 use crate::request::{CacheMode, VolumeId};
 use crate::store::testing::{NOW, READ_WRITE, SECRET, disk, formatted};
 use bessel_reactor::device::sim::{Fault, Keep, SimDisk};
@@ -74,6 +74,7 @@ fn record(id: u64, name: &str) -> VolumeRecord {
         owner_epoch: 1,
         blocks_allocated: 0,
         name: name.to_owned(),
+        parent: Parent::Origin,
     }
 }
 
@@ -93,6 +94,7 @@ fn log_entry(sequence: u64) -> LogEntry {
         height: 3,
         deleted: false,
         label: (sequence == 30).then(|| "thirty".to_owned()),
+        parent: Parent::Unknown,
     }
 }
 

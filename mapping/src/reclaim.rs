@@ -1,0 +1,223 @@
+//! Giving back at once what only one deleted snapshot held.
+//!
+//! The snapshot's tree is walked beside those of its neighbours in the forest ([`crate::forest`]), and
+//! what none of them has is free: the cost grows with what differs, not with the store. Everything
+//! else is the collector's.
+//!
+//! Neighbours that are current trees change while they are read, from the device. They only ever lose
+//! what they share, so what is found not to be shared never will be again; a snapshot or a clone of
+//! one of them that is taken meanwhile, or a rollback, derives from what was there. But
+//!
+//! - what was read may not be durable: a power cut would bring the link back that a commit round has
+//!   removed. So the rounds that had begun have to end;
+//! - requests that looked a block up before it was replaced may still read it. So those have to end;
+//! - shards may have nodes in memory whose blocks become something else. So they forget them;
+//! - and the mark must be durable before all this, which is the caller's to see to.
+//!
+//! It owns neither thread nor device: the caller does what [`Reclaim::next`] says, one snapshot after
+//! the other.
+
+use bessel_reactor::device::Device;
+use bessel_reactor::units::ByteCount;
+
+use crate::blocking::Blocking;
+use crate::forest::{Forest, Tree, TreeId, UnknownDescent};
+use crate::request::{Command, Reply, SnapshotId, VolumeId};
+use crate::store::OpenedStore;
+use crate::walk::{NodeReader, Sole, WalkError};
+
+/// Runs in one message, as in a grant.
+const RUNS_MAX: usize = 256;
+
+/// A deleted snapshot whose blocks are to be freed, and what it is to be compared with.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct ReclaimPlan {
+    /// The snapshot. Its mark is durable.
+    pub snapshot: SnapshotId,
+    tree: Tree,
+    others: Vec<Tree>,
+    /// Volumes whose state on the device this rests on.
+    volumes: Vec<VolumeId>,
+}
+
+impl ReclaimPlan {
+    /// Plans it with what is known of the forest now. `waits` says of snapshots that the forest has as
+    /// deleted that their mark is not durable yet, or that their plan will be carried out after this
+    /// one: they count as living. Snapshots that are not deleted when this
+    /// is called may be later, if they get a plan that is carried out after this one.
+    ///
+    /// # Errors
+    /// When the descent of a tree that matters is not known.
+    ///
+    /// # Panics
+    /// When the forest has no such snapshot.
+    pub fn new(
+        forest: &Forest,
+        snapshot: SnapshotId,
+        waits: impl Fn(SnapshotId) -> bool,
+    ) -> Result<Self, UnknownDescent> {
+        let tree = forest.tree(snapshot).expect("the caller knows the snapshot");
+        let others = forest.neighbours(snapshot, waits)?;
+        let current = others.keys().filter_map(|id| match id {
+            TreeId::Current(volume) => Some(*volume),
+            TreeId::Snapshot(_) => None,
+        });
+        let volumes = current.chain([snapshot.volume]).collect();
+        let mut others: Vec<Tree> = others.into_values().collect();
+        others.sort_unstable_by_key(|tree| tree.root);
+        others.dedup();
+        Ok(Self { snapshot, tree, others, volumes })
+    }
+}
+
+/// What it came to.
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
+pub struct Reclaimed {
+    /// Blocks of guest data that are free now.
+    pub data: u64,
+    /// Blocks of radix nodes that are free now.
+    pub nodes: u64,
+    /// Radix nodes that were read to find them.
+    pub nodes_read: u64,
+}
+
+impl Reclaimed {
+    /// All that was freed.
+    pub fn bytes(&self) -> ByteCount {
+        ByteCount::from_blocks(self.data + self.nodes)
+    }
+}
+
+/// Why nothing more is freed: the collector will find the rest.
+#[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
+pub enum ReclaimError {
+    /// A node cannot be read, or is damaged.
+    #[error(transparent)]
+    Walk(#[from] WalkError),
+    /// A volume failed, or was closed.
+    #[error("volume {0} has failed or was detached meanwhile")]
+    Unsure(VolumeId),
+    /// A shard refused.
+    #[error("{0}")]
+    Refused(String),
+}
+
+/// What to do next.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Next {
+    /// Call [`Reclaim::read`].
+    Read,
+    /// Send this to every shard, and their replies to [`Reclaim::answered`].
+    AskAll(Command),
+    /// The same with shard 0 alone.
+    AskAuthority(Command),
+    /// Nothing: this is what it came to.
+    Done(Reclaimed),
+}
+
+#[derive(Debug)]
+enum State {
+    Walk,
+    Barrier,
+    /// These nodes are to be forgotten.
+    Forget(Vec<crate::message::BlockRun>),
+    /// These blocks are to be freed.
+    Free(Vec<crate::message::BlockRun>),
+    Done,
+}
+
+/// See the module's documentation.
+#[derive(Debug)]
+pub struct Reclaim {
+    plan: ReclaimPlan,
+    reader: NodeReader,
+    walk: Sole,
+    state: State,
+    done: Reclaimed,
+}
+
+impl Reclaim {
+    /// Begins.
+    ///
+    /// # Errors
+    /// When a root does not lie where nodes do.
+    pub fn new(store: &OpenedStore, plan: ReclaimPlan) -> Result<Self, ReclaimError> {
+        let reader = NodeReader::new(store);
+        let walk = Sole::new(&reader, plan.tree, plan.others.clone())?;
+        Ok(Self { plan, reader, walk, state: State::Walk, done: Reclaimed::default() })
+    }
+
+    /// The snapshot.
+    pub fn snapshot(&self) -> SnapshotId {
+        self.plan.snapshot
+    }
+
+    /// What to do next.
+    pub fn next(&self) -> Next {
+        match &self.state {
+            State::Walk => Next::Read,
+            State::Barrier => Next::AskAll(Command::Barrier),
+            State::Forget(nodes) => Next::AskAll(Command::Forget { nodes: nodes.clone() }),
+            State::Free(runs) => Next::AskAuthority(Command::Free { runs: runs.clone() }),
+            State::Done => Next::Done(self.done),
+        }
+    }
+
+    /// Reads some nodes.
+    ///
+    /// # Errors
+    /// When that fails: it is over then, and nothing has been freed.
+    pub fn read<D: Device>(&mut self, io: &mut Blocking<'_, D>) -> Result<(), ReclaimError> {
+        if self.walk.step(&mut self.reader, io)? {
+            self.done.nodes_read = self.reader.nodes_read();
+            self.state = State::Barrier;
+        }
+        Ok(())
+    }
+
+    /// Takes in what the shards have answered.
+    ///
+    /// # Errors
+    /// When one of them refused: it is over then.
+    pub fn answered(
+        &mut self,
+        replies: impl IntoIterator<Item = Reply>,
+    ) -> Result<(), ReclaimError> {
+        for reply in replies {
+            match reply {
+                Reply::Done => {}
+                Reply::Passed { unsure } => {
+                    let involved = unsure.into_iter().find(|id| self.plan.volumes.contains(id));
+                    if let Some(volume) = involved {
+                        return Err(ReclaimError::Unsure(volume));
+                    }
+                }
+                Reply::Failed(error) => return Err(ReclaimError::Refused(error.to_string())),
+                reply => unreachable!("it was answered with {reply:?}"),
+            }
+        }
+        self.state = match std::mem::replace(&mut self.state, State::Done) {
+            State::Forget(nodes) => State::Free(nodes),
+            _ => self.more(),
+        };
+        Ok(())
+    }
+
+    /// The next blocks to free.
+    fn more(&mut self) -> State {
+        let count = |runs: &[crate::message::BlockRun]| {
+            runs.iter().map(|run| u64::from(run.count)).sum::<u64>()
+        };
+        let data = self.walk.data.take_runs(RUNS_MAX);
+        if !data.is_empty() {
+            self.done.data += count(&data);
+            return State::Free(data);
+        }
+        let nodes = self.walk.nodes.take_runs(RUNS_MAX);
+        if !nodes.is_empty() {
+            self.done.nodes += count(&nodes);
+            return State::Forget(nodes);
+        }
+        State::Done
+    }
+}
