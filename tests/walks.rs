@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 
-use bessel_mapping::check::CheckReport;
+use bessel_mapping::check::{self, CheckReport};
 use bessel_mapping::forest::TreeId;
 use bessel_mapping::format::ExtentType;
 use bessel_mapping::request::{IoKind, IoStatus, SnapshotId, SnapshotInfo, VolumeId};
@@ -278,7 +278,7 @@ fn blocks_wait_for_requests_that_read_them() {
 /// old node back, with its link to a block of the snapshot.
 #[test]
 fn blocks_wait_until_it_is_durable_that_nothing_leads_to_them() {
-    for seed in 0..200 {
+    for seed in 0..60 {
         let (mut world, volume, snapshot) =
             shared(WorldConfig { shards: 2, schedule: Schedule::Random, ..at_once(seed) });
         let clone = world.clone_of(snapshot, "clone").expect(ON).expect("there is room");
@@ -351,11 +351,10 @@ fn a_lost_record_brings_no_freed_tree_back() {
         open().directory.entry(volume).expect("the older one is").record.root,
         entry.record.root
     );
-    let report =
-        bessel_mapping::check::check(&mut disk.connect(), &mut |_, _| ()).expect("it opens");
-    let corrupt =
-        report.findings.iter().find(|it| it.severity == bessel_mapping::check::Severity::Corrupt);
-    assert_eq!(corrupt, None);
+    let report = check::check(&mut disk.connect(), &mut |_, _| ()).expect("it opens");
+    // The lost record itself is told, and nothing else is wrong.
+    let other = report.findings.iter().find(|it| it.structure != check::Structure::Record);
+    assert_eq!(other, None);
 }
 
 /// What all take together is what the check counts; what one alone holds is what its deletion frees;

@@ -6,6 +6,7 @@
 
 mod check;
 mod client;
+mod export;
 mod format;
 pub(crate) mod output;
 mod snapshot;
@@ -112,6 +113,8 @@ mod tests {
             "volume list --api /tmp/api.sock",
             "volume --api /tmp/api.sock list",
             "volume show vm1",
+            "volume show vm1 --space",
+            "snapshot list vm1 --space --json",
             "volume resize vm1 8GiB",
             "volume rename vm1 vm9",
             "volume rollback vm1 1.3",
@@ -127,6 +130,9 @@ mod tests {
             "snapshot list vm1",
             "snapshot label vm1@base golden",
             "snapshot delete 1.0",
+            "snapshot diff 1.0 vm1@base --json",
+            "snapshot export vm1@base base.img --force",
+            "snapshot export 1.3 - --from vm1@base",
             "tree",
             "tree --format dot",
             "tree --json",

@@ -17,10 +17,12 @@ mod keep;
 mod placement;
 mod places;
 mod plane;
+mod reclaimer;
 mod reference;
 mod scheduler;
 mod size;
 mod span;
+mod stream;
 mod time;
 
 use std::process::ExitCode;

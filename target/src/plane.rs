@@ -6,10 +6,12 @@
 //! reactor refuses, nothing has changed.
 
 mod attachment;
+mod forest;
 mod open;
 mod schedule;
 mod tree;
 mod view;
+mod walks;
 
 use crate::api::types::{
     LatencyView, RolledBack, SnapshotCreated, SnapshotDeleted, SnapshotView, StatsView, StoreView,
@@ -18,11 +20,13 @@ use crate::api::types::{
 use crate::api::{Refusal, RefusalKind};
 use crate::attach::{CoreCounters, CoreMessage, CorePort, VolumeHost};
 use crate::placement::Placement;
+use crate::reclaimer::Reclaimer;
 use crate::reference::{Moment, SnapshotReference};
 use crate::scheduler::Schedules;
 use crate::time::rfc3339;
 use bessel_mapping::directory::{Directory, DirectoryError, VolumeSummary};
 use bessel_mapping::format::{ExtentMap, ExtentType, Geometry};
+use bessel_mapping::reclaim::ReclaimPlan;
 use bessel_mapping::request::{
     CacheMode, CloneOrigin, Command, CommandError, Reply, ShardStats, SnapshotId, SnapshotInfo,
     VolumeHandle, VolumeId, VolumeInfo, deletions,
@@ -42,6 +46,8 @@ use attachment::{Condition, Detached};
 pub(crate) use open::Service;
 use schedule::Scheduled;
 pub(crate) use view::uuid;
+use walks::Pins;
+pub(crate) use walks::{ExportPlan, Gone};
 
 /// A clone waits for its snapshot to settle: for writes that were in flight when it was taken.
 const SETTLING_TRIES: u32 = 200;
@@ -101,6 +107,11 @@ pub(crate) struct ControlPlane {
     /// Snapshots of volumes that were deleted since the start: clones may descend from them.
     departed: BTreeMap<VolumeId, Vec<SnapshotInfo>>,
     store: StoreFacts,
+    /// Frees what deleted snapshots alone held.
+    reclaimer: Option<Reclaimer>,
+    pins: Pins,
+    /// Clones that could not be made: whether the device has them, nobody knows.
+    unborn: Vec<(VolumeId, SnapshotId)>,
     /// Where the API is served, and in its directory the volumes without a socket of their own.
     api_socket: PathBuf,
     clock: SystemClock,
@@ -119,9 +130,14 @@ impl ControlPlane {
         api_socket: PathBuf,
         clock: SystemClock,
     ) -> Self {
+        let ports = homes.iter().map(|home| home.port.clone()).collect();
+        let reclaimer = Reclaimer::start(Arc::clone(&store.opened), store.device.clone(), ports);
         Self {
             directory,
             placement: Placement::new(homes.len()),
+            reclaimer: Some(reclaimer),
+            pins: Pins::default(),
+            unborn: Vec::new(),
             homes,
             schedules,
             served: BTreeMap::new(),
@@ -254,6 +270,7 @@ impl ControlPlane {
 
     pub(crate) fn delete_volume(&mut self, name: &str) -> Answered<VolumeView> {
         let (id, handle, home) = self.find_served(name)?;
+        self.pins.check_volume_free(id)?;
         let view = self.show_volume(name)?;
         let snapshots = self.info(id)?.snapshots;
         self.without_front_ends(id, name, "stop the guest first", |plane| {
@@ -321,13 +338,49 @@ impl ControlPlane {
     ) -> Answered<SnapshotDeleted> {
         let found = self.find_snapshot(snapshot)?;
         let SnapshotId { volume: id, sequence } = found.id;
+        self.pins.check_free(found.id)?;
         let (volume, home) = self.handle_of(id)?;
         self.ask(home, Command::DeleteSnapshot { volume, sequence })?;
         self.schedules.deleted(id, sequence);
         let clones =
             self.directory.volumes().filter(|it| !it.deleted && it.origin == Some(found.id));
         let clones = clones.map(|clone| clone.name.clone()).collect();
-        Ok(SnapshotDeleted { snapshot: self.view_of_snapshot(&found)?, clones })
+        let left_to_collector = self.reclaim(id, &[sequence]).err();
+        let snapshot = self.view_of_snapshot(&found)?;
+        Ok(SnapshotDeleted { snapshot, clones, left_to_collector })
+    }
+
+    /// Has what these snapshots of a volume alone held freed. Their marks are durable.
+    ///
+    /// # Errors
+    /// Why that, for some of them, is left to the collector.
+    fn reclaim(&self, volume: VolumeId, sequences: &[u64]) -> Result<(), String> {
+        let Some(reclaimer) = &self.reclaimer else { return Ok(()) };
+        let left = |why: String| {
+            sequences.iter().for_each(|_| reclaimer.leave());
+            Err(why)
+        };
+        if let Some(slot) = self.directory.unreadable() {
+            return left(format!("the volume record in registry slot {slot} cannot be read"));
+        }
+        let forest = match self.forest_of(volume) {
+            Ok(forest) => forest,
+            Err(refusal) => return left(refusal.to_string()),
+        };
+        let mut outcome = Ok(());
+        for (index, &sequence) in sequences.iter().enumerate() {
+            // One after the other, so those that come later are still there.
+            let later = &sequences[index + 1..];
+            let waits = |id: SnapshotId| id.volume == volume && later.contains(&id.sequence);
+            match ReclaimPlan::new(&forest, SnapshotId { volume, sequence }, waits) {
+                Ok(plan) => reclaimer.push(plan),
+                Err(error) => {
+                    reclaimer.leave();
+                    outcome = Err(error.to_string());
+                }
+            }
+        }
+        outcome
     }
 
     /// Deletes those of a volume's snapshots that have no label: what thinning asks for. Returns which
@@ -337,8 +390,29 @@ impl ControlPlane {
         id: VolumeId,
         sequences: &[u64],
     ) -> Answered<Vec<u64>> {
-        let (volume, home) = self.handle_of(id)?;
+        // Those that are being read go another time.
+        let is_free = |sequence: &u64| {
+            self.pins.check_free(SnapshotId { volume: id, sequence: *sequence }).is_ok()
+        };
+        let sequences: Vec<u64> = sequences.iter().copied().filter(is_free).collect();
         let mut deleted = Vec::with_capacity(sequences.len());
+        let outcome = self.mark_deleted(id, &sequences, &mut deleted);
+        if !deleted.is_empty()
+            && let Err(why) = self.reclaim(id, &deleted)
+        {
+            tracing::debug!("thinning leaves space of volume {id} to the collector: {why}");
+        }
+        outcome.map(|()| deleted)
+    }
+
+    /// Marks snapshots deleted, in rounds of many, but for those that have a label, and notes which.
+    fn mark_deleted(
+        &self,
+        id: VolumeId,
+        sequences: &[u64],
+        deleted: &mut Vec<u64>,
+    ) -> Answered<()> {
+        let (volume, home) = self.handle_of(id)?;
         for piece in deletions(sequences) {
             let sequences = piece.to_vec();
             let command = Command::DeleteSnapshots { volume, spare_labelled: true, sequences };
@@ -347,7 +421,7 @@ impl ControlPlane {
                 reply => unreachable!("a batch of deletions was answered with {reply:?}"),
             }
         }
-        Ok(deleted)
+        Ok(())
     }
 
     fn view_of_snapshot(&self, snapshot: &SnapshotInfo) -> Answered<SnapshotView> {
@@ -393,6 +467,7 @@ impl ControlPlane {
                 .collect(),
             volumes,
             snapshot_latency: self.snapshot_latency(),
+            reclaim: self.reclaimer.as_ref().map(Reclaimer::counters).unwrap_or_default(),
         })
     }
 
@@ -456,6 +531,8 @@ impl ControlPlane {
                 server.stop();
             }
         }
+        // It asks the reactors.
+        self.reclaimer = None;
         for home in self.homes.iter().rev() {
             if let Reply::Failed(error) = home.port.command(Command::Shutdown).reply {
                 tracing::error!(core = home.core, "reactor did not shut down in order: {error}");

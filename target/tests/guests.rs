@@ -325,3 +325,126 @@ fn front_ends_that_come_and_go_leave_nothing_behind() {
     world.end("-TERM");
     assert_eq!(world.json(&format!("check {}", world.path("store.img")))["clean"], true);
 }
+
+/// Waits until what deleted snapshots alone held is free, and returns how many bytes that was.
+fn freed(world: &World) -> u64 {
+    loop {
+        let stats = world.json("stats");
+        let reclaim = &stats["reclaim"];
+        assert_eq!(reclaim["left_to_collector"], 0, "{}", world.log());
+        if reclaim["waiting"] == 0 {
+            return reclaim["freed_bytes"].as_u64().unwrap();
+        }
+    }
+}
+
+#[test]
+fn what_snapshots_differ_in_is_told_and_is_free_when_only_a_deleted_one_has_it() {
+    let mut world = World::new("diff");
+    world.serve(&volumes(&["vm1", "vm2"]));
+    let mut guest = connect(&world, "vm1", Options::default());
+    for at in [0, 1, 2, 600, 100_000] {
+        write(&mut guest, at, 1);
+    }
+    world.text("snapshot create vm1 --label one");
+    write(&mut guest, 1, 2);
+    write(&mut guest, 100_000, 2);
+    write(&mut guest, 7, 2);
+    world.text("snapshot create vm1 --label two");
+
+    let diff = world.json("snapshot diff vm1@one vm1@two");
+    let range = |first: u64| serde_json::json!({ "first_bytes": first * 4096, "length_bytes": 4096, "now": "data" });
+    assert_eq!(diff["ranges"], serde_json::json!([range(1), range(7), range(100_000)]));
+    assert_eq!((&diff["from"], &diff["to"]), (&"1.0".into(), &"1.1".into()));
+    assert_eq!(diff["changed_bytes"], 3 * 4096);
+    assert_eq!(diff["nodes_read"], 8, "root, middle and two leaves, of each");
+    let back = world.json("snapshot diff 1.1 1.0");
+    assert_eq!(back["ranges"][1]["now"], "hole");
+    let text = world.text("snapshot diff vm1@one vm1@two");
+    assert!(
+        text.contains("4096       4096    data") && text.ends_with("3 ranges, 12KiB\n"),
+        "{text}"
+    );
+    assert!(world.text("snapshot diff 1.1 1.1").contains("hold the same"));
+    world.text("snapshot create vm2 --label other");
+    assert!(world.refused("snapshot diff 1.0 2.0").contains("no origin in common"));
+    assert!(world.refused("snapshot diff 1.0 1.9").contains("no snapshot 1.9"));
+
+    // A clone keeps what it reads; what neither it nor anybody else has is free at once.
+    world.text("volume create clone --from 1.0");
+    world.text("snapshot delete vm1@one");
+    assert_eq!(freed(&world), 4096, "its root; the clone has the rest");
+    assert!(world.json("volume show clone")["origin"] == "1.0");
+    let mut cloned = connect(&world, "clone", Options::default());
+    holds(&mut cloned, 1, &pattern(1, 1));
+    write(&mut guest, 7, 3);
+    assert_eq!(guest.flush(0), block::DONE);
+    let before = freed(&world);
+    world.text("snapshot delete vm1@two");
+    assert!(freed(&world) >= before + 4 * 4096, "a block and the path to it");
+    for (at, now) in [(0, 1), (1, 2), (7, 3), (100_000, 2)] {
+        holds(&mut guest, at, &pattern(at, now));
+    }
+    holds(&mut cloned, 100_000, &pattern(100_000, 1));
+    drop((guest, cloned));
+    world.end("-TERM");
+    let report = world.json(&format!("check {}", world.path("store.img")));
+    assert_eq!(report["clean"], true, "{report}");
+    assert_eq!(report["data"]["leaked_bytes"], 0, "{report}");
+    assert_eq!(report["metadata"]["leaked_bytes"], 0, "{report}");
+}
+
+#[test]
+fn an_exported_snapshot_is_a_sparse_file_or_a_pipe_of_what_the_guest_had() {
+    let mut world = World::new("export");
+    world.serve("volumes:\n  - name: vm1\n    size: 8388096\n    queues: 1\n");
+    let mut guest = connect(&world, "vm1", Options { queues: 1, ..Options::default() });
+    let last = 8388096 / 4096; // Which lies past the end in part.
+    for at in [0, 5, 6, 1000] {
+        write(&mut guest, at, 1);
+    }
+    let status = guest.write(0, last * SECTORS_PER_BLOCK, &pattern(last, 1)[..3584]);
+    assert_eq!(status, block::DONE);
+    world.text("snapshot create vm1 --label one");
+    write(&mut guest, 5, 2);
+    world.text("snapshot create vm1 --label two");
+
+    let mut expected = vec![0; 8388096];
+    for at in [0, 5, 6, 1000, last] {
+        let start = at as usize * 4096;
+        let end = (start + 4096).min(expected.len());
+        expected[start..end].copy_from_slice(&pattern(at, 1)[..end - start]);
+    }
+    let said = world.json("snapshot export vm1@one one.img");
+    assert_eq!(
+        (&said["size_bytes"], &said["data_bytes"]),
+        (&8388096.into(), &(5 * 4096 - 512).into())
+    );
+    assert!(std::fs::read(world.path("one.img")).unwrap() == expected);
+    let blocks =
+        std::os::unix::fs::MetadataExt::blocks(&std::fs::metadata(world.path("one.img")).unwrap());
+    assert!(blocks * 512 < 1 << 20, "it has {blocks} sectors of eight MiB");
+    let piped = world.run("snapshot export vm1@one -");
+    assert!(piped.status.success() && piped.stdout == expected);
+
+    // Nothing is replaced, or half made.
+    assert!(world.refused("snapshot export vm1@two one.img").contains("exists"));
+    assert!(world.refused("snapshot export vm1@nope one.img --force").contains("no snapshot"));
+    assert!(std::fs::read(world.path("one.img")).unwrap() == expected);
+    world.text("snapshot export vm1@two one.img --force");
+    expected[5 * 4096..6 * 4096].copy_from_slice(&pattern(5, 2));
+    assert!(std::fs::read(world.path("one.img")).unwrap() == expected);
+    assert!(world.refused("snapshot export vm1@one /dev/null --force").contains("no regular file"));
+    assert!(world.refused("snapshot export vm1@one none/one.img").contains("cannot write"));
+
+    // The difference is one block, in a stream that ends as it should.
+    world.text("snapshot export vm1@two diff --from vm1@one");
+    let stream = std::fs::read(world.path("diff")).unwrap();
+    assert_eq!((&stream[..8], stream.len()), (&b"BESSELDF"[..], 128 + 24 + 4096 + 24));
+    assert!(stream[152..152 + 4096] == pattern(5, 2));
+    let names: Vec<_> = std::fs::read_dir(&world.directory).unwrap().collect();
+    let parts = names.iter().filter(|name| format!("{name:?}").contains(".part-"));
+    assert_eq!(parts.count(), 0);
+    drop(guest);
+    world.end("-TERM");
+}

@@ -147,6 +147,15 @@ pub(super) fn prometheus(stats: &StatsView) -> String {
         it.no_space as f64
     });
 
+    let reclaim = &stats.reclaim;
+    counter("bessel_reclaimed_bytes_total", "Freed as only deleted snapshots had held it.")
+        .write(&mut text, one(reclaim.freed_bytes));
+    counter("bessel_reclaimed_snapshots_total", "Deleted snapshots whose own space was freed.")
+        .write(&mut text, one(reclaim.snapshots));
+    counter("bessel_reclaims_left_total", "Deleted snapshots left to the collector.")
+        .write(&mut text, one(reclaim.left_to_collector));
+    gauge("bessel_reclaims_waiting", "Deleted snapshots whose own space is to be freed.")
+        .write(&mut text, one(reclaim.waiting));
     let latency = &stats.snapshot_latency;
     counter("bessel_snapshots_total", "Snapshots taken.").write(&mut text, one(latency.count));
     let seconds = |nanoseconds: u64| nanoseconds as f64 / 1e9;

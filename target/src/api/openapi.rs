@@ -22,6 +22,7 @@ pub(super) fn document() -> Value {
 
 const VOLUME: &str = "name";
 const SNAPSHOT: &str = "snapshot";
+const TO: &str = "to";
 
 fn paths() -> Value {
     json!({
@@ -47,16 +48,28 @@ fn paths() -> Value {
         "/v1/volumes/{name}/attach": {
             "post": operation("Read a volume anew from the device and serve it", &[VOLUME], None, reference("Volume")),
         },
+        "/v1/volumes/{name}/space": {
+            "get": operation("What a volume and its snapshots take, alone and shared", &[VOLUME], None, reference("Space")),
+        },
         "/v1/volumes/{name}/snapshots": {
             "get": operation("List a volume's snapshots, oldest first", &[VOLUME], None, array("Snapshot")),
             "post": operation("Take a snapshot; answered when it is durable", &[VOLUME], Some("CreateSnapshot"), reference("SnapshotCreated")),
         },
         "/v1/snapshots/{snapshot}": {
             "patch": operation("Label a snapshot", &[SNAPSHOT], Some("ChangeSnapshot"), reference("Snapshot")),
-            "delete": operation("Mark a snapshot deleted", &[SNAPSHOT], None, reference("SnapshotDeleted")),
+            "delete": operation("Delete a snapshot; what it alone held is freed soon after", &[SNAPSHOT], None, reference("SnapshotDeleted")),
         },
         "/v1/snapshots/{snapshot}/clones": {
             "post": operation("Make many clones of a snapshot at once", &[SNAPSHOT], Some("CreateClones"), array("Volume")),
+        },
+                    "/v1/snapshots/{snapshot}/diff/{to}": {
+            "get": operation("Where two snapshots of one forest differ", &[SNAPSHOT, TO], None, reference("Diff")),
+        },
+        "/v1/snapshots/{snapshot}/export": {
+            "get": export("Read out a snapshot", &[SNAPSHOT]),
+        },
+        "/v1/snapshots/{snapshot}/export/{to}": {
+            "get": export("Read out the difference between two snapshots of one forest", &[SNAPSHOT, TO]),
         },
         "/v1/tree": {
             "get": operation("Volumes and snapshots by descent", &[], None, reference("Tree")),
@@ -105,9 +118,21 @@ fn operation(summary: &str, parameters: &[&str], request: Option<&str>, answer: 
     operation
 }
 
+/// An operation whose answer is a stream of bytes.
+fn export(summary: &str, parameters: &[&str]) -> Value {
+    let mut operation = operation(summary, parameters, None, json!({}));
+    operation["responses"]["200"] = json!({
+        "description": "As docs/stream.md has it",
+        "content": {
+            "application/octet-stream": { "schema": { "type": "string", "format": "binary" } },
+        },
+    });
+    operation
+}
+
 fn parameter(name: &str) -> Value {
     let description = match name {
-        SNAPSHOT => {
+        SNAPSHOT | TO => {
             "An id such as 3.17, volume@label, or volume@time: RFC 3339 or an age such as 10s ago"
         }
         _ => "The volume's name",
@@ -167,6 +192,7 @@ fn field(kind: &str) -> Value {
         "state" => {
             json!({ "type": "string", "enum": ["online", "failed", "detached", "unavailable"] })
         }
+        "range" => json!({ "type": "string", "enum": ["data", "hole"] }),
         "integer" => json!({ "type": "integer", "minimum": 0 }),
         "string" | "boolean" => json!({ "type": kind }),
         schema => reference(schema),
@@ -204,6 +230,9 @@ const VOLUME_FIELDS: &[(&str, &str)] = &[
     ("schedule", "Schedule?"),
 ];
 
+const SPACE_FIELDS: &[(&str, &str)] =
+    &[("refers_bytes", "integer"), ("alone_bytes", "integer"), ("shared_bytes", "integer")];
+
 fn schemas() -> Value {
     let rolled_back: Vec<_> = VOLUME_FIELDS
         .iter()
@@ -212,7 +241,13 @@ fn schemas() -> Value {
         .collect();
     let created: Vec<_> =
         SNAPSHOT_FIELDS.iter().copied().chain([("latency_ns", "integer")]).collect();
-    let deleted: Vec<_> = SNAPSHOT_FIELDS.iter().copied().chain([("clones", "string[]")]).collect();
+    let deleted: Vec<_> = SNAPSHOT_FIELDS
+        .iter()
+        .copied()
+        .chain([("clones", "string[]"), ("left_to_collector", "string?")])
+        .collect();
+    let snapshot_space: Vec<_> =
+        [("id", "string")].into_iter().chain(SPACE_FIELDS.iter().copied()).collect();
     json!({
         "Error": object(&[("error", "string")]),
         "CreateVolume": object(&[("name", "string"), ("size_bytes?", "integer"), ("from?", "string")]),
@@ -238,7 +273,30 @@ fn schemas() -> Value {
         "RolledBack": object(&rolled_back),
         "Snapshot": object(SNAPSHOT_FIELDS),
         "SnapshotCreated": object(&created),
+        "Space": object(&[
+            ("volume", "string"),
+            ("current", "TreeSpace"),
+            ("snapshots", "SnapshotSpace[]"),
+            ("forest_data_bytes", "integer"),
+            ("forest_nodes_bytes", "integer"),
+        ]),
+        "TreeSpace": object(SPACE_FIELDS),
+        "SnapshotSpace": object(&snapshot_space),
         "SnapshotDeleted": object(&deleted),
+        "Diff": object(&[
+            ("from", "string"),
+            ("to", "string"),
+            ("from_size_bytes", "integer"),
+            ("to_size_bytes", "integer"),
+            ("changed_bytes", "integer"),
+            ("nodes_read", "integer"),
+            ("ranges", "DiffRange[]"),
+        ]),
+        "DiffRange": object(&[
+            ("first_bytes", "integer"),
+            ("length_bytes", "integer"),
+            ("now", "range"),
+        ]),
         "Tree": object(&[("volumes", "TreeVolume[]")]),
         "TreeVolume": object(&[
             ("id", "integer"),
@@ -255,6 +313,13 @@ fn schemas() -> Value {
             ("reactors", "Reactor[]"),
             ("volumes", "VolumeStats[]"),
             ("snapshot_latency", "Latency"),
+            ("reclaim", "Reclaim"),
+        ]),
+        "Reclaim": object(&[
+            ("snapshots", "integer"),
+            ("left_to_collector", "integer"),
+            ("waiting", "integer"),
+            ("freed_bytes", "integer"),
         ]),
         "Store": object(&[
             ("device", "string"),
@@ -387,7 +452,9 @@ mod tests {
         describes("ChangeSnapshot", ChangeSnapshot { label: None });
         describes("Snapshot", snapshot());
         describes("SnapshotCreated", SnapshotCreated { snapshot: snapshot(), latency_ns: 0 });
-        describes("SnapshotDeleted", SnapshotDeleted { snapshot: snapshot(), clones: Vec::new() });
+        let (clones, left_to_collector) = (Vec::new(), None);
+        let deleted = SnapshotDeleted { snapshot: snapshot(), clones, left_to_collector };
+        describes("SnapshotDeleted", deleted);
         describes("SetSchedule", SetSchedule { every_ns: 1, keep: keep() });
         describes("Keep", keep());
         describes("Age", AgeView { for_ns: 1, every_ns: Some(1) });
@@ -408,6 +475,34 @@ mod tests {
             "RolledBack",
             RolledBack { volume: volume(), snapshot: snapshot(), kept: snapshot() },
         );
+        let space = TreeSpaceView { refers_bytes: 0, alone_bytes: 0, shared_bytes: 0 };
+        describes("TreeSpace", space);
+        describes("SnapshotSpace", SnapshotSpaceView { id: String::new(), space });
+        describes(
+            "Space",
+            SpaceView {
+                volume: String::new(),
+                current: Some(space),
+                snapshots: Vec::new(),
+                forest_data_bytes: 0,
+                forest_nodes_bytes: 0,
+            },
+        );
+        let range = DiffRange { first_bytes: 0, length_bytes: 0, now: RangeKind::Hole };
+        describes("DiffRange", range);
+        describes(
+            "Diff",
+            DiffView {
+                from: String::new(),
+                to: String::new(),
+                from_size_bytes: 0,
+                to_size_bytes: 0,
+                changed_bytes: 0,
+                nodes_read: 0,
+                ranges: Vec::new(),
+            },
+        );
+        describes("Reclaim", ReclaimView::default());
         describes("Tree", TreeView { volumes: Vec::new() });
         describes(
             "TreeVolume",

@@ -4,25 +4,30 @@
 //! extractors, bodies by [`parse`], their length by the server.
 
 use super::types::{
-    CLONES_MAX, ChangeSnapshot, ChangeVolume, CreateClones, CreateSnapshot, CreateVolume, Rollback,
-    RolledBack, SetSchedule, SnapshotCreated, SnapshotDeleted, SnapshotView, StatsView, TreeView,
-    VolumeView,
+    CLONES_MAX, ChangeSnapshot, ChangeVolume, CreateClones, CreateSnapshot, CreateVolume, DiffView,
+    Rollback, RolledBack, SetSchedule, SnapshotCreated, SnapshotDeleted, SnapshotView, SpaceView,
+    StatsView, TreeView, VolumeView,
 };
 use super::{Refusal, RefusalKind, metrics, openapi};
 use crate::control::Control;
+use crate::plane::{ExportPlan, Gone};
 use crate::reference::{SnapshotReference, label, volume_name};
-use axum::body::Bytes;
+use axum::body::{Body, Bytes};
 use axum::extract::rejection::BytesRejection;
 use axum::extract::{DefaultBodyLimit, FromRequestParts, Path, State};
 use axum::http::header::CONTENT_TYPE;
 use axum::http::request::Parts;
-use axum::response::IntoResponse;
+use axum::response::{IntoResponse, Response};
 use axum::routing::{MethodRouter, get, patch, post, put};
 use axum::{Json, Router};
 use bessel_mapping::schedule::Schedule;
 use bessel_reactor::units::ByteCount;
+use hyper::body::Frame;
 use serde::de::DeserializeOwned;
+use std::pin::Pin;
+use std::task::{Context, Poll};
 use std::time::Duration;
+use tokio::sync::{mpsc, oneshot};
 
 /// Longest request body: the largest request is a name and a label of 64 bytes each.
 pub(super) const BODY_BYTES_MAX: usize = 16 << 10;
@@ -38,9 +43,13 @@ fn table() -> Vec<(&'static str, MethodRouter<Control>)> {
         ("/v1/volumes/{name}/schedule", put(set_schedule).delete(end_schedule)),
         ("/v1/volumes/{name}/detach", post(detach_volume)),
         ("/v1/volumes/{name}/attach", post(attach_volume)),
+        ("/v1/volumes/{name}/space", get(show_space)),
         ("/v1/volumes/{name}/snapshots", get(list_snapshots).post(create_snapshot)),
         ("/v1/snapshots/{snapshot}", patch(change_snapshot).delete(delete_snapshot)),
         ("/v1/snapshots/{snapshot}/clones", post(create_clones)),
+        ("/v1/snapshots/{snapshot}/diff/{to}", get(diff_snapshots)),
+        ("/v1/snapshots/{snapshot}/export", get(export_snapshot)),
+        ("/v1/snapshots/{snapshot}/export/{to}", get(export_difference)),
         ("/v1/tree", get(show_tree)),
         ("/v1/stats", get(show_stats)),
         ("/metrics", get(show_metrics)),
@@ -100,6 +109,21 @@ impl<S: Send + Sync> FromRequestParts<S> for SnapshotName {
             .await
             .map_err(|rejection| Refusal::malformed(rejection.body_text()))?;
         text.parse().map(Self).map_err(Refusal::malformed)
+    }
+}
+
+/// The `{snapshot}` and the `{to}` of a path, checked.
+struct TwoSnapshots(SnapshotReference, SnapshotReference);
+
+impl<S: Send + Sync> FromRequestParts<S> for TwoSnapshots {
+    type Rejection = Refusal;
+
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Refusal> {
+        let Path((from, to)) = Path::<(String, String)>::from_request_parts(parts, state)
+            .await
+            .map_err(|rejection| Refusal::malformed(rejection.body_text()))?;
+        let parse = |text: String| text.parse().map_err(Refusal::malformed);
+        Ok(Self(parse(from)?, parse(to)?))
     }
 }
 
@@ -256,6 +280,85 @@ async fn create_clones(
     // The longest of the names stands for all.
     volume_name(&format!("{prefix}-{count}")).map_err(Refusal::malformed)?;
     control.call(move |plane| plane.create_clones(&snapshot, &prefix, count)).await.map(Json)
+}
+
+async fn diff_snapshots(
+    State(control): State<Control>,
+    TwoSnapshots(from, to): TwoSnapshots,
+) -> Answer<DiffView> {
+    let plan = control.call(move |plane| plane.plan_diff(&from, &to)).await?;
+    on_a_thread("bessel-diff", move || plan.run()).await.map(Json)
+}
+
+async fn show_space(
+    State(control): State<Control>,
+    VolumeName(name): VolumeName,
+) -> Answer<SpaceView> {
+    let plan = control.call(move |plane| plane.plan_space(&name)).await?;
+    on_a_thread("bessel-space", move || plan.run()).await.map(Json)
+}
+
+async fn export_snapshot(
+    State(control): State<Control>,
+    SnapshotName(snapshot): SnapshotName,
+) -> Result<Response, Refusal> {
+    let plan = control.call(move |plane| plane.plan_export(&snapshot, None)).await?;
+    stream_out(plan)
+}
+
+async fn export_difference(
+    State(control): State<Control>,
+    TwoSnapshots(base, snapshot): TwoSnapshots,
+) -> Result<Response, Refusal> {
+    let plan = control.call(move |plane| plane.plan_export(&snapshot, Some(&base))).await?;
+    stream_out(plan)
+}
+
+/// Sends what a thread reads, as it comes. The thread ends when nobody takes it any more.
+fn stream_out(plan: ExportPlan) -> Result<Response, Refusal> {
+    let (sender, pieces) = mpsc::channel(PIECES_IN_FLIGHT);
+    let read = move || {
+        let send = |bytes: Vec<u8>| sender.blocking_send(bytes).map_err(|_| Gone);
+        if let Err(refusal) = plan.run(send) {
+            tracing::error!("an export has broken off: {refusal}");
+        }
+    };
+    let spawned = std::thread::Builder::new().name("bessel-export".to_owned()).spawn(read);
+    spawned.map_err(|error| Refusal::failed(format!("cannot start a thread: {error}")))?;
+    let headers = [(CONTENT_TYPE, "application/octet-stream")];
+    Ok((headers, Body::new(Pieces(pieces))).into_response())
+}
+
+/// Pieces of an export that have been read and not sent: of a MiB each.
+const PIECES_IN_FLIGHT: usize = 4;
+
+/// A body that is made while it is sent.
+struct Pieces(mpsc::Receiver<Vec<u8>>);
+
+impl hyper::body::Body for Pieces {
+    type Data = Bytes;
+    type Error = std::convert::Infallible;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, Self::Error>>> {
+        self.0.poll_recv(context).map(|piece| piece.map(|bytes| Ok(Frame::data(bytes.into()))))
+    }
+}
+
+/// Runs long work where nobody waits for it but its asker. It ends with the process at the latest.
+async fn on_a_thread<T: Send + 'static>(
+    name: &str,
+    work: impl FnOnce() -> Result<T, Refusal> + Send + 'static,
+) -> Result<T, Refusal> {
+    let (answer, answered) = oneshot::channel();
+    let spawned = std::thread::Builder::new().name(name.to_owned()).spawn(move || {
+        // The asker may have hung up.
+        let _ = answer.send(work());
+    });
+    spawned.map_err(|error| Refusal::failed(format!("cannot start a thread: {error}")))?;
+    answered.await.unwrap_or_else(|_| Err(Refusal::failed("the walk ended early; see the log")))
 }
 
 async fn show_tree(State(control): State<Control>) -> Answer<TreeView> {

@@ -236,6 +236,82 @@ pub(crate) struct VolumeView {
     pub(crate) schedule: Option<ScheduleView>,
 }
 
+/// `GET /v1/volumes/{name}/space`: blocks of data and radix nodes, snapshot logs not counted.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub(crate) struct SpaceView {
+    /// The volume's name.
+    pub(crate) volume: String,
+    /// What it holds now; null when it is being deleted.
+    pub(crate) current: Option<TreeSpaceView>,
+    /// Its snapshots, oldest first.
+    pub(crate) snapshots: Vec<SnapshotSpaceView>,
+    /// Data of all volumes and snapshots of its forest together, each block counted once.
+    pub(crate) forest_data_bytes: u64,
+    /// The same, radix nodes.
+    pub(crate) forest_nodes_bytes: u64,
+}
+
+/// What a volume or snapshot takes.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub(crate) struct TreeSpaceView {
+    /// All that it refers to.
+    pub(crate) refers_bytes: u64,
+    /// What of that nothing else refers to: free when it is deleted.
+    pub(crate) alone_bytes: u64,
+    /// The rest.
+    pub(crate) shared_bytes: u64,
+}
+
+/// What a snapshot takes.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub(crate) struct SnapshotSpaceView {
+    /// Which.
+    pub(crate) id: String,
+    /// What it takes.
+    #[serde(flatten)]
+    pub(crate) space: TreeSpaceView,
+}
+
+/// `GET /v1/snapshots/{snapshot}/diff/{to}`
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub(crate) struct DiffView {
+    /// Id of the snapshot that was compared with.
+    pub(crate) from: String,
+    /// Id of the other one.
+    pub(crate) to: String,
+    /// Size of the volume at the first.
+    pub(crate) from_size_bytes: u64,
+    /// Size of the volume at the other.
+    pub(crate) to_size_bytes: u64,
+    /// Sum of the ranges.
+    pub(crate) changed_bytes: u64,
+    /// Radix nodes that were read to find them.
+    pub(crate) nodes_read: u64,
+    /// Where they differ, in order, in whole blocks.
+    pub(crate) ranges: Vec<DiffRange>,
+}
+
+/// Bytes in which two snapshots differ.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub(crate) struct DiffRange {
+    /// Where the range begins.
+    pub(crate) first_bytes: u64,
+    /// Its length.
+    pub(crate) length_bytes: u64,
+    /// What the second snapshot has there.
+    pub(crate) now: RangeKind,
+}
+
+/// What a snapshot has in a range.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum RangeKind {
+    /// Blocks that were written.
+    Data,
+    /// Nothing: it reads as zeroes.
+    Hole,
+}
+
 /// A volume after a rollback.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub(crate) struct RolledBack {
@@ -290,6 +366,8 @@ pub(crate) struct SnapshotDeleted {
     pub(crate) snapshot: SnapshotView,
     /// Names of volumes that were cloned from it: what they need of it lives on.
     pub(crate) clones: Vec<String>,
+    /// Why what it alone held is not freed at once but by the collector, if so.
+    pub(crate) left_to_collector: Option<String>,
 }
 
 /// `GET /v1/tree`: volumes, each with its snapshots, oldest first. Edges are `origin`.
@@ -332,6 +410,22 @@ pub(crate) struct StatsView {
     pub(crate) volumes: Vec<VolumeStatsView>,
     /// Latencies of all snapshots taken.
     pub(crate) snapshot_latency: LatencyView,
+    /// What deleted snapshots alone held.
+    #[serde(default)]
+    pub(crate) reclaim: ReclaimView,
+}
+
+/// Freeing what deleted snapshots alone held, since the start.
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug, Serialize, Deserialize)]
+pub(crate) struct ReclaimView {
+    /// Snapshots that were done with.
+    pub(crate) snapshots: u64,
+    /// Snapshots that were left to the collector.
+    pub(crate) left_to_collector: u64,
+    /// Snapshots that are still waiting for it.
+    pub(crate) waiting: u64,
+    /// What was freed.
+    pub(crate) freed_bytes: u64,
 }
 
 /// Space on the store.

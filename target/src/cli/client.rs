@@ -6,7 +6,7 @@
 use crate::api::types::ErrorBody;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
-use std::io::{Read, Write};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -36,11 +36,18 @@ pub(crate) enum ClientError {
 /// A daemon, by the path of its socket.
 pub(crate) struct Client {
     socket: PathBuf,
+    /// Longest wait for an answer; none for work that takes as long as it takes.
+    timeout: Option<Duration>,
 }
 
 impl Client {
     pub(crate) fn new(socket: &Path) -> Self {
-        Self { socket: socket.to_owned() }
+        Self { socket: socket.to_owned(), timeout: Some(ANSWER_TIMEOUT) }
+    }
+
+    /// Waits for as long as it takes.
+    pub(crate) fn patient(self) -> Self {
+        Self { timeout: None, ..self }
     }
 
     pub(crate) fn get<T: DeserializeOwned>(&self, path: &str) -> Result<T, ClientError> {
@@ -75,6 +82,29 @@ impl Client {
         self.exchange("DELETE", path, b"")
     }
 
+    /// Asks for something that comes in pieces, to be read as it comes.
+    pub(crate) fn stream(&self, path: &str) -> Result<Chunks<BufReader<UnixStream>>, ClientError> {
+        let unreachable = |source| ClientError::Unreachable { socket: self.socket.clone(), source };
+        let broken = |source| ClientError::BrokenOff { socket: self.socket.clone(), source };
+        let foreign = |what: String| ClientError::Foreign { socket: self.socket.clone(), what };
+        let mut stream = UnixStream::connect(&self.socket).map_err(unreachable)?;
+        stream.set_read_timeout(self.timeout).map_err(unreachable)?;
+        let head = format!("GET {path} HTTP/1.1\r\nhost: bessel\r\nconnection: close\r\n\r\n");
+        stream.write_all(head.as_bytes()).map_err(broken)?;
+        let mut source = BufReader::with_capacity(1 << 16, stream);
+        let head = read_head(&mut source).map_err(broken)?;
+        let (status, chunked) = look_at_head(&head).map_err(|what| foreign(what.to_owned()))?;
+        if status == 200 && chunked {
+            return Ok(Chunks { source, left: 0, first: true, ended: false });
+        }
+        let mut body = Vec::new();
+        source.take(ANSWER_SIZE_MAX).read_to_end(&mut body).map_err(broken)?;
+        match serde_json::from_slice::<ErrorBody>(&body) {
+            Ok(refusal) => Err(ClientError::Refused(refusal.error)),
+            Err(_) => Err(foreign(format!("status {status} without a reason"))),
+        }
+    }
+
     fn exchange<T: DeserializeOwned>(
         &self,
         method: &str,
@@ -83,7 +113,7 @@ impl Client {
     ) -> Result<T, ClientError> {
         let unreachable = |source| ClientError::Unreachable { socket: self.socket.clone(), source };
         let stream = UnixStream::connect(&self.socket).map_err(unreachable)?;
-        stream.set_read_timeout(Some(ANSWER_TIMEOUT)).map_err(unreachable)?;
+        stream.set_read_timeout(self.timeout).map_err(unreachable)?;
         let answer = ask(stream, method, path, body)
             .map_err(|source| ClientError::BrokenOff { socket: self.socket.clone(), source })?;
         let foreign = |what: String| ClientError::Foreign { socket: self.socket.clone(), what };
@@ -118,6 +148,77 @@ fn ask(
     let mut answer = Vec::new();
     stream.take(ANSWER_SIZE_MAX).read_to_end(&mut answer)?;
     Ok(answer)
+}
+
+/// Longest head of an answer.
+const HEAD_BYTES_MAX: u64 = 64 << 10;
+
+/// The head of an answer, up to the empty line.
+fn read_head(source: &mut impl BufRead) -> Result<String, std::io::Error> {
+    let mut head = String::new();
+    let mut source = source.take(HEAD_BYTES_MAX);
+    while !head.ends_with("\r\n\r\n") {
+        if source.read_line(&mut head)? == 0 {
+            return Err(std::io::ErrorKind::UnexpectedEof.into());
+        }
+    }
+    Ok(head)
+}
+
+/// The status of an answer, and whether its body comes in chunks.
+fn look_at_head(head: &str) -> Result<(u16, bool), &'static str> {
+    let status = head.strip_prefix("HTTP/1.1 ").and_then(|rest| rest.get(..3));
+    let status =
+        status.and_then(|digits| digits.parse().ok()).ok_or("the answer is no HTTP/1.1")?;
+    let chunked = head.lines().filter_map(|line| line.split_once(':')).any(|(name, value)| {
+        name.eq_ignore_ascii_case("transfer-encoding")
+            && value.trim().eq_ignore_ascii_case("chunked")
+    });
+    Ok((status, chunked))
+}
+
+/// A body that comes in chunks, put together. An end without the last chunk is an error.
+pub(crate) struct Chunks<R> {
+    source: R,
+    /// Bytes of the chunk that are to come.
+    left: u64,
+    first: bool,
+    ended: bool,
+}
+
+impl<R: BufRead> Chunks<R> {
+    /// Begins the next chunk.
+    fn next(&mut self) -> Result<(), std::io::Error> {
+        let mut line = String::new();
+        if !std::mem::take(&mut self.first) {
+            (&mut self.source).take(2).read_line(&mut line)?; // The end of the chunk before.
+            line.clear();
+        }
+        (&mut self.source).take(1024).read_line(&mut line)?;
+        let size = line.trim_end().split(';').next().unwrap_or_default();
+        let bad = |_| std::io::Error::new(std::io::ErrorKind::UnexpectedEof, "it was cut short");
+        self.left = u64::from_str_radix(size, 16).map_err(bad)?;
+        self.ended = self.left == 0;
+        Ok(())
+    }
+}
+
+impl<R: BufRead> Read for Chunks<R> {
+    fn read(&mut self, bytes: &mut [u8]) -> Result<usize, std::io::Error> {
+        if self.left == 0 && !self.ended {
+            self.next()?;
+        }
+        let count = self.left.min(bytes.len() as u64) as usize;
+        if count == 0 {
+            return Ok(0);
+        }
+        let read = self.source.read(&mut bytes[..count])?;
+        if read == 0 {
+            return Err(std::io::ErrorKind::UnexpectedEof.into());
+        }
+        self.left -= read as u64;
+        Ok(read)
+    }
 }
 
 /// Status and body of an HTTP answer that ended with its connection.
@@ -156,6 +257,25 @@ mod tests {
         assert!(split_answer(b"HTTP/1.1 200 OK\r\n\r\n{}").is_err(), "no length");
         assert!(split_answer(b"SSH-2.0-x\r\ncontent-length: 0\r\n\r\n").is_err(), "not HTTP");
         assert!(split_answer(b"").is_err());
+    }
+
+    #[test]
+    fn chunks_are_put_together_and_an_early_end_is_noticed() {
+        let read = |bytes: &[u8]| {
+            let mut all = Vec::new();
+            let mut chunks = Chunks { source: bytes, left: 0, first: true, ended: false };
+            chunks.read_to_end(&mut all).map(|_| all)
+        };
+        let whole = b"3\r\nabc\r\nA;x=y\r\n0123456789\r\n0\r\n\r\n";
+        assert_eq!(read(whole).unwrap(), b"abc0123456789");
+        for length in 0..whole.len() - 4 {
+            assert!(read(&whole[..length]).is_err(), "{length} bytes");
+        }
+        assert!(read(b"zz\r\n").is_err() && read(b"ffffffffffffffffff\r\n").is_err());
+        let head =
+            read_head(&mut &b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nrest"[..]);
+        assert_eq!(look_at_head(&head.unwrap()), Ok((200, true)));
+        assert!(read_head(&mut &b"HTTP/1.1 200 OK\r\n"[..]).is_err());
     }
 
     #[test]

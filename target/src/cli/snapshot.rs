@@ -1,13 +1,16 @@
-//! `bessel snapshot`: create, list, label, delete.
+//! `bessel snapshot`: create, list, label, delete, diff, export.
 
+use super::export::{self, Export};
 use super::output::{Table, duration, or_dash, print_either};
 use super::{ApiArgs, Outcome};
 use crate::api::types::{
-    ChangeSnapshot, CreateSnapshot, SnapshotCreated, SnapshotDeleted, SnapshotView,
+    ChangeSnapshot, CreateSnapshot, DiffView, RangeKind, SnapshotCreated, SnapshotDeleted,
+    SnapshotView, SpaceView,
 };
 use crate::reference::{SnapshotReference, label, volume_name};
 use bessel_reactor::units::ByteCount;
 use clap::{Args, Subcommand};
+use std::path::PathBuf;
 
 /// `bessel snapshot`
 #[derive(Args, Debug)]
@@ -34,6 +37,9 @@ enum SnapshotCommand {
         /// The volume's name
         #[arg(value_parser = volume_name)]
         volume: String,
+        /// Show what the volume and they take, alone and shared: reads all their metadata
+        #[arg(long)]
+        space: bool,
     },
     /// Give a snapshot a label, or another one
     Label {
@@ -43,10 +49,30 @@ enum SnapshotCommand {
         #[arg(value_parser = label)]
         label: String,
     },
-    /// Mark a snapshot deleted
+    /// Delete a snapshot; clones of it live on
     Delete {
         /// An id such as 3.17, volume@label, volume@2026-11-20T11:40:00Z or "volume@10s ago"
         snapshot: SnapshotReference,
+    },
+    /// Show where two snapshots differ, of one volume or of clones of it
+    Diff {
+        /// The one to compare with: an id such as 3.17, or volume@label
+        from: SnapshotReference,
+        /// The other one
+        to: SnapshotReference,
+    },
+    /// Read a snapshot out to a sparse raw file or a pipe
+    Export {
+        /// An id such as 3.17, or volume@label
+        snapshot: SnapshotReference,
+        /// The file to make; `-` is standard output, where holes are written as zeroes
+        file: PathBuf,
+        /// Only what differs from this snapshot, as a stream of ranges
+        #[arg(long, value_name = "SNAPSHOT")]
+        from: Option<SnapshotReference>,
+        /// Replace the file if there is one
+        #[arg(long)]
+        force: bool,
     },
 }
 
@@ -64,7 +90,8 @@ pub(crate) fn run(arguments: &SnapshotArgs) -> Outcome {
                 format!("snapshot {}, durable in {took}", name(&created.snapshot))
             })
         }
-        SnapshotCommand::List { volume } => {
+        SnapshotCommand::List { volume, space: true } => show_space(&arguments.api, volume),
+        SnapshotCommand::List { volume, .. } => {
             let path = format!("/v1/volumes/{volume}/snapshots");
             let snapshots: Vec<SnapshotView> = client.get(&path)?;
             print_either(json, &snapshots, |snapshots| list(snapshots))
@@ -78,13 +105,26 @@ pub(crate) fn run(arguments: &SnapshotArgs) -> Outcome {
         SnapshotCommand::Delete { snapshot } => {
             let path = format!("/v1/snapshots/{}", snapshot.in_path());
             let deleted: SnapshotDeleted = client.delete(&path)?;
-            print_either(json, &deleted, |SnapshotDeleted { snapshot, clones }| {
-                let lives = match &clones[..] {
+            print_either(json, &deleted, |deleted| {
+                let lives = match &deleted.clones[..] {
                     [] => String::new(),
                     clones => format!("; what its clones need lives on: {}", clones.join(", ")),
                 };
-                format!("deleted snapshot {}{lives}", snapshot.id)
+                let left = match &deleted.left_to_collector {
+                    None => String::new(),
+                    Some(why) => format!("; the collector is left to free its space: {why}"),
+                };
+                format!("deleted snapshot {}{lives}{left}", deleted.snapshot.id)
             })
+        }
+        SnapshotCommand::Diff { from, to } => {
+            let path = format!("/v1/snapshots/{}/diff/{}", from.in_path(), to.in_path());
+            let diff: DiffView = client.patient().get(&path)?;
+            print_either(json, &diff, differences)
+        }
+        SnapshotCommand::Export { snapshot, file, from, force } => {
+            let (from, force) = (from.as_ref(), *force);
+            export::run(&arguments.api, &Export { snapshot, from, file, force })
         }
     }
 }
@@ -95,6 +135,55 @@ pub(super) fn name(snapshot: &SnapshotView) -> String {
         Some(label) => format!("{} ({}@{label})", snapshot.id, snapshot.volume),
         None => format!("{} of {}", snapshot.id, snapshot.volume),
     }
+}
+
+/// Shows what a volume and its snapshots take.
+pub(super) fn show_space(api: &ApiArgs, volume: &str) -> Outcome {
+    let path = format!("/v1/volumes/{volume}/space");
+    let space: SpaceView = api.client().patient().get(&path)?;
+    print_either(api.json, &space, |space| {
+        let mut table = Table::new(&["ID", "REFERS", "ALONE", "SHARED"]);
+        let snapshots = space.snapshots.iter().map(|it| (it.id.as_str(), it.space));
+        let current = space.current.iter().map(|current| (space.volume.as_str(), *current));
+        for (id, space) in snapshots.chain(current) {
+            let size = |bytes| ByteCount::new(bytes).human();
+            table.row(vec![
+                id.to_owned(),
+                size(space.refers_bytes),
+                size(space.alone_bytes),
+                size(space.shared_bytes),
+            ]);
+        }
+        let data = ByteCount::new(space.forest_data_bytes).human();
+        let nodes = ByteCount::new(space.forest_nodes_bytes).human();
+        format!(
+            "{}with all that is related to it: {data} of data, {nodes} of metadata\n",
+            table.render()
+        )
+    })
+}
+
+/// A table of ranges, and their sum.
+fn differences(diff: &DiffView) -> String {
+    let mut table = Table::new(&["FIRST", "LENGTH", "NOW"]);
+    for range in &diff.ranges {
+        let now = match range.now {
+            RangeKind::Data => "data",
+            RangeKind::Hole => "hole",
+        };
+        table.row(vec![
+            range.first_bytes.to_string(),
+            range.length_bytes.to_string(),
+            now.to_owned(),
+        ]);
+    }
+    let changed = ByteCount::new(diff.changed_bytes).human();
+    let sum = match diff.ranges.len() {
+        0 => return format!("snapshots {} and {} hold the same", diff.from, diff.to),
+        1 => format!("1 range, {changed}"),
+        count => format!("{count} ranges, {changed}"),
+    };
+    format!("{}{sum}\n", table.render())
 }
 
 /// A table of snapshots.

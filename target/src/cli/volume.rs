@@ -55,6 +55,9 @@ enum VolumeCommand {
         /// The volume's name
         #[arg(value_parser = volume_name)]
         volume: String,
+        /// Show what it and its snapshots take, alone and shared: reads all their metadata
+        #[arg(long)]
+        space: bool,
     },
     /// Make a volume larger
     Resize {
@@ -174,7 +177,10 @@ pub(crate) fn run(arguments: &VolumeArgs) -> Outcome {
             let volumes: Vec<VolumeView> = client.get("/v1/volumes")?;
             print_either(json, &volumes, |volumes| list(volumes))
         }
-        VolumeCommand::Show { volume } => {
+        VolumeCommand::Show { volume, space: true } => {
+            super::snapshot::show_space(&arguments.api, volume)
+        }
+        VolumeCommand::Show { volume, .. } => {
             let shown = VolumeWithSnapshots {
                 volume: client.get(&format!("/v1/volumes/{volume}"))?,
                 snapshot_list: client.get(&format!("/v1/volumes/{volume}/snapshots"))?,

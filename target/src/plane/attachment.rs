@@ -10,7 +10,9 @@ use super::open::Service;
 use super::{Answered, ControlPlane, refuse_command, refuse_plan};
 use crate::api::Refusal;
 use crate::api::types::{State, VolumeView};
-use bessel_mapping::request::{CacheMode, Command, Reply, SnapshotInfo, VolumeHandle, VolumeId};
+use bessel_mapping::request::{
+    CacheMode, Command, CurrentTree, Reply, SnapshotInfo, VolumeHandle, VolumeId,
+};
 use bessel_mapping::store;
 use bessel_reactor::device::{FileDevice, OpenOptions};
 
@@ -23,6 +25,8 @@ pub(crate) struct Detached {
     pub(super) cache: CacheMode,
     /// As they were last known.
     pub(super) snapshots: Vec<SnapshotInfo>,
+    /// Its current tree; none when it had failed, so that nobody knows what the device holds.
+    pub(super) current: Option<CurrentTree>,
     /// Why it was detached, or could not be attached.
     pub(super) reason: String,
 }
@@ -40,17 +44,18 @@ impl ControlPlane {
     /// attached.
     pub(crate) fn detach_volume(&mut self, name: &str) -> Answered<VolumeView> {
         let (id, handle, home) = self.find_served(name)?;
-        let info = self.info(id)?;
         let served = self.served.get_mut(&id).expect("it was found above");
         // With its socket gone nobody connects, and its queues have drained when this returns.
         drop(served.server.take());
         // Its handle may be another volume's soon.
         self.schedules.end(id);
+        let info = self.info(id)?;
         let failed = match self.ask(home, Command::Close { volume: handle })? {
             Reply::Closed { failed } => failed,
             reply => unreachable!("closing a volume was answered with {reply:?}"),
         };
         let served = self.served.remove(&id).expect("it was found above");
+        let well = failed.is_none();
         let reason = match failed {
             Some(why) => format!("an operator detached it after it had failed ({why})"),
             None => "an operator detached it".to_owned(),
@@ -63,7 +68,9 @@ impl ControlPlane {
             schedule: served.schedule.map(|scheduled| scheduled.schedule),
         };
         let (cache, snapshots) = (info.cache, info.snapshots);
-        self.detached.insert(id, Detached { home, service, cache, snapshots, reason });
+        let current = Some(info.current).filter(|_| well);
+        let detached = Detached { home, service, cache, snapshots, current, reason };
+        self.detached.insert(id, detached);
         self.show_volume(name)
     }
 

@@ -101,7 +101,11 @@ impl ControlPlane {
         let opened = self
             .check_socket(&service.socket)
             .and_then(|()| self.open_at_home(Command::Create(plan.clone()), service.queues));
-        let (home, handle) = opened.inspect_err(|_| self.directory.abandoned(&plan))?;
+        let (home, handle) = opened.inspect_err(|_| {
+            self.directory.abandoned(&plan);
+            // Its record may have reached the device all the same, and turn up at the next start.
+            self.unborn.extend(origin.map(|origin| (plan.id, origin.snapshot)));
+        })?;
         self.directory.created(&plan);
         self.serve(plan.id, home, handle, service).map_err(|refusal| {
             Refusal::failed(format!("volume {name:?} was created but is not served: {refusal}"))

@@ -198,9 +198,7 @@ impl World {
         }
         // A mark that is under way is in the log that was shown, and not yet durable.
         let waiting = &self.reclaims.waiting;
-        let marking = |other| {
-            self.commands.values().any(|pending| marks(pending).contains(&other))
-        };
+        let marking = |other| self.commands.values().any(|pending| marks(pending).contains(&other));
         let waits = |other| waiting.contains(&other) || marking(other);
         let plan = ReclaimPlan::new(&forest, snapshot, waits);
         self.tell(format_args!("reclaim {snapshot}: {plan:?}"));

@@ -1,0 +1,350 @@
+//! What goes over the API when a snapshot is exported or a volume imported, and what the file of a
+//! diff holds (docs/stream.md): a header, ranges with their data, an end mark.
+//!
+//! Each part carries the CRC32C of everything up to its own end, so that what was cut short or
+//! damaged is noticed, at the latest at the end mark. What is read is hostile.
+
+use bessel_mapping::request::{SnapshotId, VolumeId};
+use bessel_reactor::clock::WallTime;
+use bessel_reactor::units::{BLOCK_SIZE, ByteCount, VolumeBlock};
+use std::io::{self, Read};
+
+const MAGIC: [u8; 8] = *b"BESSELDF";
+const VERSION: u32 = 1;
+/// Bytes of a header.
+pub(crate) const HEADER_BYTES: usize = 128;
+/// Bytes of what begins a range.
+pub(crate) const RECORD_BYTES: usize = 24;
+/// Longest text that says why a stream breaks off.
+const REASON_BYTES_MAX: u64 = 4096;
+/// Blocks past which no volume has any: 256 TiB.
+const BLOCKS_MAX: u64 = 1 << 36;
+
+const DATA: u32 = 1;
+const HOLE: u32 = 2;
+const END: u32 = 3;
+const BROKEN_OFF: u32 = 4;
+
+/// What a stream is of.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) struct Header {
+    /// The store.
+    pub(crate) store: [u8; 16],
+    /// The snapshot whose contents it brings; none when they are of a file.
+    pub(crate) snapshot: Option<SnapshotId>,
+    /// Size of the volume then.
+    pub(crate) size: ByteCount,
+    /// When it was taken.
+    pub(crate) time: WallTime,
+    /// The snapshot that it is a difference to, and the size then; none when it is whole.
+    pub(crate) base: Option<(SnapshotId, ByteCount)>,
+}
+
+/// A part of a stream.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Part {
+    /// So many blocks of data follow, to be put from `first` on.
+    Data { first: VolumeBlock, blocks: u64 },
+    /// These blocks read as zeroes.
+    Hole { first: VolumeBlock, blocks: u64 },
+    /// All is there.
+    End,
+}
+
+/// Why a stream cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum StreamError {
+    #[error("cannot read it: {0}")]
+    Read(#[from] io::Error),
+    #[error("it ends early")]
+    CutShort,
+    #[error("it is no stream of Bessel; it begins {0:02x?}")]
+    Foreign([u8; 8]),
+    #[error("it has version {0}, and this program knows version {VERSION}")]
+    Version(u32),
+    #[error("it is damaged: {0}")]
+    Damaged(&'static str),
+    /// In the words of who sent it.
+    #[error("{0}")]
+    BrokenOff(String),
+}
+
+fn put(bytes: &mut [u8], at: usize, value: u64) {
+    bytes[at..at + 8].copy_from_slice(&value.to_le_bytes());
+}
+
+fn number(bytes: &[u8], at: usize) -> u64 {
+    u64::from_le_bytes(bytes[at..at + 8].try_into().expect("eight bytes"))
+}
+
+fn word(bytes: &[u8], at: usize) -> u32 {
+    u32::from_le_bytes(bytes[at..at + 4].try_into().expect("four bytes"))
+}
+
+/// Makes the bytes of a stream, in order.
+#[derive(Default)]
+pub(crate) struct Encoder {
+    crc: u32,
+}
+
+impl Encoder {
+    /// The header, first of all.
+    pub(crate) fn header(&mut self, header: &Header) -> [u8; HEADER_BYTES] {
+        let mut bytes = [0; HEADER_BYTES];
+        bytes[..8].copy_from_slice(&MAGIC);
+        bytes[8..12].copy_from_slice(&VERSION.to_le_bytes());
+        bytes[16..32].copy_from_slice(&header.store);
+        if let Some(snapshot) = header.snapshot {
+            put(&mut bytes, 32, snapshot.volume.0);
+            put(&mut bytes, 40, snapshot.sequence);
+        }
+        put(&mut bytes, 48, header.size.get());
+        put(&mut bytes, 56, header.time.as_unix_nanos());
+        if let Some((base, size)) = header.base {
+            put(&mut bytes, 64, base.volume.0);
+            put(&mut bytes, 72, base.sequence);
+            put(&mut bytes, 80, size.get());
+        }
+        self.seal(&mut bytes, 12);
+        bytes
+    }
+
+    /// What begins a part.
+    pub(crate) fn part(&mut self, part: Part) -> [u8; RECORD_BYTES] {
+        let (kind, first, blocks) = match part {
+            Part::Data { first, blocks } => (DATA, first.get(), blocks),
+            Part::Hole { first, blocks } => (HOLE, first.get(), blocks),
+            Part::End => (END, 0, 0),
+        };
+        self.record(kind, first, blocks)
+    }
+
+    /// Data of the part that was begun.
+    pub(crate) fn data(&mut self, bytes: &[u8]) {
+        self.crc = crc32c::crc32c_append(self.crc, bytes);
+    }
+
+    /// Says why there is no more.
+    pub(crate) fn break_off(&mut self, why: &str) -> Vec<u8> {
+        let why = &why.as_bytes()[..why.len().min(REASON_BYTES_MAX as usize)];
+        let mut bytes = self.record(BROKEN_OFF, 0, why.len() as u64).to_vec();
+        bytes.extend_from_slice(why);
+        bytes
+    }
+
+    fn record(&mut self, kind: u32, first: u64, count: u64) -> [u8; RECORD_BYTES] {
+        let mut bytes = [0; RECORD_BYTES];
+        bytes[..4].copy_from_slice(&kind.to_le_bytes());
+        put(&mut bytes, 8, first);
+        put(&mut bytes, 16, count);
+        self.seal(&mut bytes, 4);
+        bytes
+    }
+
+    /// The checksum of everything so far and of these bytes, in which it counts as zero.
+    fn seal(&mut self, bytes: &mut [u8], at: usize) {
+        let crc = crc32c::crc32c_append(self.crc, bytes);
+        bytes[at..at + 4].copy_from_slice(&crc.to_le_bytes());
+        self.crc = crc32c::crc32c_append(self.crc, bytes);
+    }
+}
+
+/// Takes a stream apart.
+pub(crate) struct Decoder<R> {
+    source: R,
+    crc: u32,
+    /// Bytes of data that come before the next part.
+    left: u64,
+}
+
+impl<R: Read> Decoder<R> {
+    /// Reads the header.
+    ///
+    /// # Errors
+    /// When it is none.
+    pub(crate) fn new(source: R) -> Result<(Header, Self), StreamError> {
+        let mut decoder = Self { source, crc: 0, left: 0 };
+        let mut bytes = [0; HEADER_BYTES];
+        decoder.fill(&mut bytes[..8])?;
+        if bytes[..8] != MAGIC {
+            return Err(StreamError::Foreign(bytes[..8].try_into().expect("eight bytes")));
+        }
+        decoder.fill(&mut bytes[8..])?;
+        if word(&bytes, 8) != VERSION {
+            return Err(StreamError::Version(word(&bytes, 8)));
+        }
+        decoder.check(&mut bytes, 12)?;
+        let snapshot = |at: usize| {
+            let volume = VolumeId(number(&bytes, at));
+            let sequence = number(&bytes, at + 8);
+            (volume.0 != 0).then_some(SnapshotId { volume, sequence })
+        };
+        let header = Header {
+            store: bytes[16..32].try_into().expect("sixteen bytes"),
+            snapshot: snapshot(32),
+            size: ByteCount::new(number(&bytes, 48)),
+            time: WallTime::from_unix_nanos(number(&bytes, 56)),
+            base: snapshot(64).map(|base| (base, ByteCount::new(number(&bytes, 80)))),
+        };
+        if header.size.blocks_ceil() > BLOCKS_MAX {
+            return Err(StreamError::Damaged("no volume is as large as it says"));
+        }
+        Ok((header, decoder))
+    }
+
+    /// The next part. The data of the one before it has been read.
+    ///
+    /// # Errors
+    /// When there is none.
+    pub(crate) fn part(&mut self) -> Result<Part, StreamError> {
+        assert_eq!(self.left, 0, "the data of the last part comes first");
+        let mut bytes = [0; RECORD_BYTES];
+        self.fill(&mut bytes)?;
+        self.check(&mut bytes, 4)?;
+        let (first, blocks) = (number(&bytes, 8), number(&bytes, 16));
+        let kind = word(&bytes, 0);
+        if kind == BROKEN_OFF {
+            let mut why = vec![0; blocks.min(REASON_BYTES_MAX) as usize];
+            self.fill(&mut why)?;
+            return Err(StreamError::BrokenOff(String::from_utf8_lossy(&why).into_owned()));
+        }
+        let inside = first.checked_add(blocks).is_some_and(|end| end <= BLOCKS_MAX) && blocks > 0;
+        let first = VolumeBlock::new(first);
+        match kind {
+            DATA if inside => {
+                self.left = blocks * BLOCK_SIZE;
+                Ok(Part::Data { first, blocks })
+            }
+            HOLE if inside => Ok(Part::Hole { first, blocks }),
+            END => Ok(Part::End),
+            DATA | HOLE => Err(StreamError::Damaged("a range is empty or lies past any volume")),
+            _ => Err(StreamError::Damaged("a part is of no known kind")),
+        }
+    }
+
+    /// Reads the next bytes of data, as many as `bytes` has room for, but not past the end of the
+    /// part. Returns how many.
+    ///
+    /// # Errors
+    /// When they do not come.
+    pub(crate) fn data(&mut self, bytes: &mut [u8]) -> Result<usize, StreamError> {
+        let count = self.left.min(bytes.len() as u64) as usize;
+        let bytes = &mut bytes[..count];
+        self.fill(bytes)?;
+        self.crc = crc32c::crc32c_append(self.crc, bytes);
+        self.left -= count as u64;
+        Ok(count)
+    }
+
+    fn check(&mut self, bytes: &mut [u8], at: usize) -> Result<(), StreamError> {
+        let found = word(bytes, at);
+        bytes[at..at + 4].fill(0);
+        let expected = crc32c::crc32c_append(self.crc, bytes);
+        bytes[at..at + 4].copy_from_slice(&found.to_le_bytes());
+        self.crc = crc32c::crc32c_append(self.crc, bytes);
+        if found == expected { Ok(()) } else { Err(StreamError::Damaged("a checksum is wrong")) }
+    }
+
+    fn fill(&mut self, bytes: &mut [u8]) -> Result<(), StreamError> {
+        self.source.read_exact(bytes).map_err(|error| match error.kind() {
+            io::ErrorKind::UnexpectedEof => StreamError::CutShort,
+            _ => StreamError::Read(error),
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn header() -> Header {
+        let snapshot = |sequence| SnapshotId { volume: VolumeId(3), sequence };
+        Header {
+            store: [7; 16],
+            snapshot: Some(snapshot(17)),
+            size: ByteCount::new(1 << 30),
+            time: WallTime::from_unix_nanos(12345),
+            base: Some((snapshot(0), ByteCount::new(1 << 29))),
+        }
+    }
+
+    fn parts() -> [Part; 3] {
+        let first = VolumeBlock::new;
+        [
+            Part::Data { first: first(5), blocks: 2 },
+            Part::Hole { first: first(9), blocks: 100 },
+            Part::Data { first: first(200), blocks: 1 },
+        ]
+    }
+
+    fn stream() -> Vec<u8> {
+        let mut encoder = Encoder::default();
+        let mut bytes = encoder.header(&header()).to_vec();
+        for part in parts() {
+            bytes.extend(encoder.part(part));
+            if let Part::Data { first, blocks } = part {
+                let data = vec![first.get() as u8; (blocks * BLOCK_SIZE) as usize];
+                encoder.data(&data);
+                bytes.extend(data);
+            }
+        }
+        bytes.extend(encoder.part(Part::End));
+        bytes
+    }
+
+    fn read(bytes: &[u8]) -> Result<(Header, Vec<Part>), StreamError> {
+        let (header, mut decoder) = Decoder::new(bytes)?;
+        let mut found = Vec::new();
+        loop {
+            let part = decoder.part()?;
+            found.push(part);
+            match part {
+                Part::End => return Ok((header, found)),
+                Part::Hole { .. } => {}
+                Part::Data { .. } => {
+                    let mut block = [0; 3000];
+                    while decoder.data(&mut block)? > 0 {}
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_stream_comes_back_and_any_damage_or_end_is_found() {
+        let bytes = stream();
+        let (found, mut found_parts) = read(&bytes).unwrap();
+        assert_eq!((found, found_parts.pop()), (header(), Some(Part::End)));
+        assert_eq!(found_parts, parts());
+        for at in 0..bytes.len() {
+            let mut bad = bytes.clone();
+            bad[at] ^= 0x10;
+            assert!(read(&bad).is_err(), "byte {at}");
+        }
+        for length in (0..bytes.len()).step_by(7).chain([bytes.len() - 1]) {
+            assert!(matches!(read(&bytes[..length]), Err(StreamError::CutShort)), "{length} bytes");
+        }
+    }
+
+    #[test]
+    fn why_a_stream_breaks_off_is_told() {
+        let mut encoder = Encoder::default();
+        let mut bytes = encoder.header(&header()).to_vec();
+        bytes.extend(encoder.break_off("the device failed"));
+        assert_eq!(read(&bytes).unwrap_err().to_string(), "the device failed");
+    }
+
+    #[test]
+    fn well_sealed_nonsense_is_refused() {
+        for (kind, first, blocks) in
+            [(DATA, 0, 0), (DATA, u64::MAX, 2), (HOLE, BLOCKS_MAX, 1), (9, 0, 1)]
+        {
+            let mut encoder = Encoder::default();
+            let mut bytes = encoder.header(&header()).to_vec();
+            bytes.extend(encoder.record(kind, first, blocks));
+            assert!(
+                matches!(read(&bytes), Err(StreamError::Damaged(_))),
+                "{kind} {first} {blocks}"
+            );
+        }
+    }
+}
