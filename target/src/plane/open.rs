@@ -170,6 +170,7 @@ impl ControlPlane {
                 }
                 Err(refusal) => {
                     self.directory.abandoned(&plan);
+                    self.unborn.push((plan.id, origin.snapshot));
                     failed.get_or_insert(refusal);
                 }
             }
