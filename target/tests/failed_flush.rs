@@ -286,3 +286,35 @@ fn a_volume_that_is_well_is_detached_and_attached_under_its_guest() {
     world.end("-TERM");
     assert_eq!(world.json(&format!("check {}", world.path("store.img")))["clean"], true);
 }
+
+#[test]
+fn a_schedule_pauses_with_its_volume_says_so_once_and_goes_on_when_it_is_attached() {
+    let Some((mut world, device)) = world("failed_schedule") else { return };
+    world.serve(VOLUMES);
+    let schedule = |world: &World, volume: &str| {
+        world.json(&format!("volume show {volume}"))["schedule"].clone()
+    };
+    let taken = |world: &World, volume: &str| schedule(world, volume)["taken"].as_u64().unwrap();
+    world.text("volume schedule vm1 --every 1ms --keep 5");
+    while taken(&world, "vm1") < 10 {}
+    device.fail_flushes(1);
+    while schedule(&world, "vm1")["paused"] != true {}
+    let paused = schedule(&world, "vm1");
+    assert!(paused["reason"].as_str().unwrap().contains("failed to flush"), "{paused}");
+    assert!(world.text("volume show vm1").contains("\npaused "));
+
+    // The others go on, and nothing more is tried or said of this one.
+    world.text("volume schedule vm2 --every 1ms --keep 5");
+    while taken(&world, "vm2") < 50 {}
+    assert_eq!(schedule(&world, "vm1"), paused);
+    let log = world.log();
+    assert_eq!(log.lines().filter(|line| line.contains("schedule pauses")).count(), 1, "{log}");
+
+    world.text("volume detach vm1");
+    world.text("volume attach vm1");
+    while taken(&world, "vm1") < 10 {}
+    assert_eq!(schedule(&world, "vm1")["paused"], false);
+    world.end("-TERM");
+    drop(device);
+    assert_eq!(world.json("check backing")["clean"], true);
+}
