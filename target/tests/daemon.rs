@@ -85,8 +85,13 @@ fn snapshots_are_labelled_cloned_rolled_back_and_deleted() {
     world.text("snapshot delete vm1@second");
     assert!(world.refused("snapshot delete 1.1").contains("no snapshot 1.1"));
     let tree = world.text("tree");
-    for line in ["vm1 1GiB", "├─ 1.0 @base", "│  └─ clone 1GiB", "(deleted)", "larger 2GiB"]
-    {
+    for line in [
+        "vm1 1GiB\n└─ 1.0 @base",
+        "\n   ├─ left by a rollback",
+        "\n   │  │  └─ larger 2GiB",
+        "(deleted)",
+        "\n   └─ clone 1GiB",
+    ] {
         assert!(tree.contains(line), "{line:?} is not in\n{tree}");
     }
     assert!(world.text("tree --format dot").contains("\"s1.0\" -> \"v2\""));

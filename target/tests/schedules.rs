@@ -154,6 +154,10 @@ fn a_moment_names_the_newest_snapshot_that_there_was() {
     let done = world.json(&format!("volume rollback vm1 vm1@{}", times[0]));
     assert_eq!((&done["snapshot"]["id"], &done["kept"]["id"]), (&"1.0".into(), &"1.3".into()));
     assert_eq!(done["kept"]["label"], "before-rollback-3");
+    let tree = world.text("tree");
+    let left = ["└─ 1.0 @", "left by a rollback", "   ├─ 1.1 @", "└─ 1.3 @before-rollback-3"];
+    let lines: Vec<usize> = left.map(|text| tree.find(text).expect(&tree)).into();
+    assert!(lines.is_sorted(), "{tree}");
     let undone = world.text("volume rollback vm1 vm1@before-rollback-3 --label mine");
     assert!(undone.contains("1.3 (vm1@before-rollback-3)"), "{undone}");
     assert!(undone.contains("`bessel volume rollback vm1 1.4` undoes this"), "{undone}");
