@@ -79,7 +79,10 @@ fn nothing_acknowledged_is_lost_and_nothing_foreign_is_seen() {
     println!("{total:#?}");
     let failed = failed.into_inner().expect("nobody panics with it");
     assert!(failed.is_empty(), "these failed:\n{}", failed.join("\n"));
-    let looked = total.enumerated > 0 && total.sampled > 0 && total.nth > 0 && total.sectors > 0;
+    // A seed alone, replayed, need not come by everything.
+    let few = seeds.len() < 100;
+    let looked =
+        few || total.enumerated > 0 && total.sampled > 0 && total.nth > 0 && total.sectors > 0;
     assert!(looked, "a harness that looks at nothing finds nothing: {total:#?}");
 }
 

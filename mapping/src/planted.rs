@@ -170,8 +170,6 @@ bugs! {
     OlderRecordKept,
     /// Blocks of a deleted snapshot are freed while requests that looked them up are active.
     FreedUnderRequests,
-    /// Blocks of a deleted snapshot are freed while a commit that unlinks them may be lost.
-    FreedUnderRounds,
     /// Nodes of a deleted snapshot stay in the node cache when their blocks are freed.
     FreedNodesRemembered,
     // The node cache.

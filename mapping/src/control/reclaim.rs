@@ -46,8 +46,8 @@ impl<D: Device> Shard<D> {
                 let oldest = self.oldest_stamp(handle);
                 let ended = oldest.is_none_or(|oldest| oldest > stamp);
                 let ended = ended || planted::is(Bug::FreedUnderRequests);
-                let durable = volume.durable_round >= round || planted::is(Bug::FreedUnderRounds);
-                let durable = durable || volume.latched.is_some(); // Its rounds end no more.
+                // The rounds of a volume that has failed end no more.
+                let durable = volume.durable_round >= round || volume.latched.is_some();
                 !(ended && durable)
             });
         }
