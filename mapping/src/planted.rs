@@ -170,6 +170,8 @@ bugs! {
     OlderRecordKept,
     /// Blocks of a deleted snapshot are freed while requests that looked them up are active.
     FreedUnderRequests,
+    /// Blocks of a deleted snapshot are freed while rounds that unlink them are not durable.
+    FreedBeforeRounds,
     /// Nodes of a deleted snapshot stay in the node cache when their blocks are freed.
     FreedNodesRemembered,
     // The node cache.

@@ -48,6 +48,7 @@ impl<D: Device> Shard<D> {
                 let ended = ended || planted::is(Bug::FreedUnderRequests);
                 // The rounds of a volume that has failed end no more.
                 let durable = volume.durable_round >= round || volume.latched.is_some();
+                let durable = durable || planted::is(Bug::FreedBeforeRounds);
                 !(ended && durable)
             });
         }
