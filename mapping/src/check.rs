@@ -266,8 +266,7 @@ fn visit_all<D: Device>(
     walk: &mut Walk<'_, '_, D>,
 ) {
     let live = || store.directory.entries().filter(|entry| !entry.record.deleted);
-    // A deleted volume keeps its record, and that its log.
-    for entry in store.directory.entries() {
+    for entry in live() {
         let record = &entry.record;
         let name = format!("volume {:?}", record.name);
         for (index, &addr) in (0u64..).zip(&entry.log_blocks) {

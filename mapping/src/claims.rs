@@ -12,6 +12,8 @@ use std::time::Duration;
 use bessel_reactor::clock::Instant;
 
 use crate::message::{BlockKind, BlockRun};
+use crate::planted::{self, Bug};
+use crate::walk::BlockSet;
 
 /// First claim, in blocks: what an idle volume's daemon may leak when killed.
 const CLAIM_FIRST: u32 = 128;
@@ -40,13 +42,26 @@ struct Pool {
     /// A claim that should be sent, or has been.
     wanted: bool,
     sent: bool,
+    /// Claims that have been answered.
+    answered: u64,
     full_since: Option<Instant>,
 }
 
-/// The blocks of both kinds. Hot path: no allocation beyond the queue's high-water mark.
+/// What a collection must know of the blocks that pass through here while it runs ([`crate::gc`]).
+#[derive(Debug, Default)]
+struct Watch {
+    /// Blocks that were here when it began, or have come since: in use again, perhaps, or soon.
+    passed: BlockSet,
+    /// See [`Claims::hold`].
+    held: Vec<BlockRun>,
+}
+
+/// The blocks of both kinds. Hot path: no allocation beyond the queue's high-water mark, but for a
+/// page of bits now and then while a collection runs.
 #[derive(Debug)]
 pub(crate) struct Claims {
     pools: [Pool; 2],
+    watch: Option<Box<Watch>>,
 }
 
 impl Claims {
@@ -60,9 +75,41 @@ impl Claims {
             claim_max,
             wanted: false,
             sent: false,
+            answered: 0,
             full_since: None,
         };
-        Self { pools: [pool(BlockKind::Data), pool(BlockKind::Metadata)] }
+        Self { pools: [pool(BlockKind::Data), pool(BlockKind::Metadata)], watch: None }
+    }
+
+    /// From here on notes what passes, for a collection.
+    pub(crate) fn watch(&mut self) {
+        let mut watch = self.watch.take().unwrap_or_default();
+        for pool in self.pools.iter().filter(|_| !planted::is(Bug::ClaimsNotRetired)) {
+            pool.runs.iter().for_each(|run| watch.passed.insert_run(*run));
+        }
+        self.watch = Some(watch);
+    }
+
+    /// Ends that, and tells what has passed, and what was held and may be put back now.
+    pub(crate) fn unwatch(&mut self) -> (BlockSet, Vec<BlockRun>) {
+        let Watch { passed, held } = self.watch.take().map_or_else(Watch::default, |it| *it);
+        (passed, held)
+    }
+
+    /// Keeps the blocks of nodes that were freed while a collection runs; false when none does. Nothing
+    /// else is written there before it has read its last node: it may be on the way to one of these.
+    pub(crate) fn hold(&mut self, run: BlockRun) -> bool {
+        self.note(run);
+        let watch = self.watch.as_mut().filter(|_| !planted::is(Bug::FreedNodesNotHeld));
+        watch.map(|watch| watch.held.push(run)).is_some()
+    }
+
+    fn note(&mut self, run: BlockRun) {
+        if let Some(watch) = &mut self.watch
+            && !planted::is(Bug::ReuseNotWatched)
+        {
+            watch.passed.insert_run(run);
+        }
     }
 
     /// Takes up to `count` adjacent blocks; at least one when there is any.
@@ -92,6 +139,7 @@ impl Claims {
 
     /// Puts blocks back that nothing refers to.
     pub(crate) fn put(&mut self, kind: BlockKind, run: BlockRun) {
+        self.note(run);
         let pool = &mut self.pools[kind.index()];
         pool.free += u64::from(run.count);
         pool.full_since = None;
@@ -105,6 +153,7 @@ impl Claims {
 
     /// Puts back blocks that were taken a moment ago and not used, to be taken again first.
     pub(crate) fn put_first(&mut self, kind: BlockKind, run: BlockRun) {
+        self.note(run);
         let pool = &mut self.pools[kind.index()];
         pool.free += u64::from(run.count);
         match pool.runs.front_mut() {
@@ -121,6 +170,19 @@ impl Claims {
         self.pools.iter().any(|pool| pool.sent)
     }
 
+    /// For each kind, how many claims have to be answered until the one is that is under way.
+    pub(crate) fn claiming(&self) -> [u64; 2] {
+        [0, 1].map(|kind: usize| {
+            let pool = &self.pools[kind];
+            pool.answered + u64::from(pool.sent)
+        })
+    }
+
+    /// True when as many claims as this have been answered.
+    pub(crate) fn have_answered(&self, claims: [u64; 2]) -> bool {
+        self.pools.iter().zip(claims).all(|(pool, claims)| pool.answered >= claims)
+    }
+
     /// The claim to send now, if one is wanted.
     pub(crate) fn wanted(&mut self) -> Option<(BlockKind, u32)> {
         let pool = self.pools.iter_mut().find(|pool| pool.wanted && !pool.sent)?;
@@ -132,6 +194,7 @@ impl Claims {
     pub(crate) fn granted(&mut self, kind: BlockKind, runs: &[BlockRun], now: Instant) -> bool {
         let pool = &mut self.pools[kind.index()];
         pool.sent = false;
+        pool.answered += 1;
         pool.wanted = false;
         if runs.is_empty() {
             pool.next_claim = CLAIM_FIRST.min(pool.claim_max);
@@ -152,6 +215,9 @@ impl Claims {
     /// Runs to give back because there are far more than this shard needs; or all of them.
     pub(crate) fn surplus(&mut self, everything: bool) -> Vec<BlockRun> {
         let mut runs = Vec::new();
+        if everything && let Some(watch) = &mut self.watch {
+            runs.append(&mut watch.held);
+        }
         for pool in &mut self.pools {
             let keep = if everything { 0 } else { u64::from(pool.claim_max) * 4 };
             if pool.free <= keep {

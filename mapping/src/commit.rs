@@ -465,6 +465,7 @@ impl<D: Device> Shard<D> {
         self.frame_lists.push(flight.frames);
         let volume = self.volume_mut(handle);
         volume.durable_round = volume.durable_round.max(flight.round);
+        volume.rounds_ended += 1;
         volume.durable_tree = flight.tree.unwrap_or(volume.durable_tree);
         self.retire_changes();
         self.release_unlinked(handle);
@@ -504,6 +505,7 @@ impl<D: Device> Shard<D> {
                 name = volume.name
             );
             volume.latched = Some(why.to_owned());
+            self.failures += 1;
             if !self.have_failed.contains(&volume.record.id) {
                 self.have_failed.push(volume.record.id);
             }

@@ -171,7 +171,15 @@ impl<D: Device> Shard<D> {
             Command::SetCache { volume, cache, by } => self.set_cache(ticket, *volume, *cache, *by),
             Command::Close { volume } => self.close(ticket, *volume),
             Command::Barrier => {
-                self.set_barrier(ticket);
+                self.set_barrier(ticket, false);
+                Ok(())
+            }
+            Command::Checkpoint => {
+                self.set_checkpoint(ticket);
+                Ok(())
+            }
+            Command::EndCheckpoint => {
+                self.end_checkpoint(ticket);
                 Ok(())
             }
             Command::Forget { nodes } => self.forget_nodes(ticket, nodes),
@@ -340,6 +348,8 @@ impl Command {
             Self::Create(_)
             | Self::Open(_)
             | Self::Barrier
+            | Self::Checkpoint
+            | Self::EndCheckpoint
             | Self::Forget { .. }
             | Self::Free { .. }
             | Self::FlushDevice

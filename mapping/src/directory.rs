@@ -12,6 +12,7 @@ use bessel_reactor::units::{BlockAddr, ByteCount, SECTOR_SIZE};
 use crate::format::{
     LogEntry, NameError, VOLUME_SIZE_MAX, VOLUME_SIZE_MIN, VolumeRecord, check_name,
 };
+use crate::gc::DeletedVolume;
 use crate::request::{CloneOrigin, CreatePlan, SnapshotId, VolumeId};
 
 /// A volume as the registry has it, with its snapshot log: all that a shard needs to open it.
@@ -74,7 +75,7 @@ pub enum DirectoryError {
     /// Every registry slot is taken.
     #[error(
         "the store's registry has room for {0} volumes and is full; slots of deleted volumes \
-         return when the collector has run"
+         return with the next collection: run `bessel gc`"
     )]
     RegistryFull(u32),
     /// The identities are used up: one of a volume in the registry is the largest there is.
@@ -93,6 +94,9 @@ pub struct Directory {
     entries: BTreeMap<VolumeId, VolumeEntry>,
     /// Registry slots that hold a record, readable or not, or are promised to a plan.
     slots_taken: BTreeSet<u32>,
+    /// Those of them that hold nothing but the record of a deleted volume that a collection has seen,
+    /// with that record's generation.
+    collected: BTreeMap<u32, (VolumeId, u64)>,
     slots: u32,
     /// Names promised to plans that have not ended.
     names_reserved: BTreeSet<String>,
@@ -112,6 +116,7 @@ impl Directory {
             volumes: BTreeMap::new(),
             entries: BTreeMap::new(),
             slots_taken: BTreeSet::new(),
+            collected: BTreeMap::new(),
             slots,
             names_reserved: BTreeSet::new(),
             id_next: Some(1),
@@ -266,15 +271,17 @@ impl Directory {
         if let Some(origin) = origin.filter(|origin| origin.size > size) {
             return Err(DirectoryError::SmallerThanOrigin { asked: size, origin: origin.size });
         }
-        let free = (0..self.slots).find(|slot| !self.slots_taken.contains(slot));
-        let registry_slot = free.ok_or(DirectoryError::RegistryFull(self.slots))?;
+        let (registry_slot, generation) =
+            self.free_slot().ok_or(DirectoryError::RegistryFull(self.slots))?;
         let id = self.id_next.and_then(|id| id.checked_add(self.unreadable));
         let id = id.ok_or(DirectoryError::IdentitiesUsedUp)?;
         (self.id_next, self.unreadable) = (id.checked_add(1), 0);
         self.slots_taken.insert(registry_slot);
+        self.collected.remove(&registry_slot);
         self.names_reserved.insert(name.to_owned());
         Ok(CreatePlan {
             registry_slot,
+            generation,
             id: VolumeId(id),
             name: name.to_owned(),
             size,
@@ -283,12 +290,47 @@ impl Directory {
         })
     }
 
+    /// A slot for a new record, and the generation of the record there; 0 for none. One that was never
+    /// used goes first, then one whose volume has no clones: what is known of their descent stays known.
+    fn free_slot(&self) -> Option<(u32, u64)> {
+        if let Some(slot) = (0..self.slots).find(|slot| !self.slots_taken.contains(slot)) {
+            return Some((slot, 0));
+        }
+        let is_origin = |id: VolumeId| {
+            let mut origins = self.volumes.values().filter_map(|volume| volume.origin);
+            origins.any(|origin| origin.volume == id)
+        };
+        let free = self.collected.iter().find(|(_, (id, _))| !is_origin(*id));
+        let (slot, (_, generation)) = free.or_else(|| self.collected.first_key_value())?;
+        Some((*slot, *generation))
+    }
+
+    /// How many volumes more there is room for.
+    pub fn free_slots(&self) -> usize {
+        self.slots as usize - self.slots_taken.len() + self.collected.len()
+    }
+
+    /// Notes of which deleted volumes a collection has found that nothing is left but their records: new
+    /// volumes may have their slots.
+    pub fn collected(&mut self, deleted: &[DeletedVolume]) {
+        for DeletedVolume { id, slot, generation } in deleted {
+            let known = self.volumes.get(id).is_some_and(|it| it.deleted && it.slot == *slot);
+            if known {
+                self.collected.insert(*slot, (*id, *generation));
+            }
+        }
+    }
+
     /// Notes that a planned volume exists, durably.
     ///
     /// # Panics
     /// When there was no such plan.
     pub fn created(&mut self, plan: &CreatePlan) {
         assert!(self.names_reserved.remove(&plan.name), "{:?} was not planned", plan.name);
+        if plan.generation > 0 {
+            self.volumes.retain(|_, volume| volume.slot != plan.registry_slot);
+            self.entries.retain(|_, entry| entry.slot != plan.registry_slot);
+        }
         let summary = VolumeSummary {
             slot: plan.registry_slot,
             id: plan.id,
@@ -309,7 +351,9 @@ impl Directory {
     /// When there was no such plan.
     pub fn abandoned(&mut self, plan: &CreatePlan) {
         assert!(self.names_reserved.remove(&plan.name), "{:?} was not planned", plan.name);
-        self.slots_taken.remove(&plan.registry_slot);
+        if plan.generation == 0 {
+            self.slots_taken.remove(&plan.registry_slot);
+        } // Else nobody knows which generation is there, before the next collection.
     }
 
     /// Checks a new name and reserves it. End the plan with [`Directory::rename_ended`].
@@ -351,7 +395,7 @@ impl Directory {
     }
 
     /// Notes that a volume is marked deleted, durably. Its slot stays taken until the collector has
-    /// reclaimed its tree.
+    /// seen it.
     pub fn removed(&mut self, id: VolumeId) {
         if let Some(volume) = self.volumes.get_mut(&id) {
             volume.deleted = true;
@@ -447,6 +491,32 @@ mod tests {
         let next = plan(&mut directory, "vm").unwrap();
         assert_eq!((next.id, next.registry_slot), (VolumeId(8), 2));
         assert_eq!(directory.volumes().count(), 2);
+    }
+
+    #[test]
+    fn slots_of_collected_volumes_are_taken_last_and_go_on_counting() {
+        let mut directory = Directory::new(3);
+        directory.add(entry(0, 1, "origin", true)).unwrap();
+        directory.add(entry(1, 2, "gone", true)).unwrap();
+        let snapshot = SnapshotId { volume: VolumeId(1), sequence: 0 };
+        let mut clone = entry(2, 3, "clone", false);
+        clone.record.origin = Some(snapshot);
+        directory.add(clone).unwrap();
+        assert_eq!(plan(&mut directory, "a"), Err(DirectoryError::RegistryFull(3)));
+        let deleted = |id, slot| DeletedVolume { id: VolumeId(id), slot, generation: 7 };
+        // The third is none that is deleted, whatever a record said.
+        directory.collected(&[deleted(1, 0), deleted(2, 1), deleted(3, 2)]);
+        assert_eq!(directory.free_slots(), 2);
+        let first = plan(&mut directory, "a").unwrap();
+        assert_eq!((first.registry_slot, first.generation, first.id), (1, 7, VolumeId(4)));
+        let second = plan(&mut directory, "b").unwrap();
+        assert_eq!((second.registry_slot, second.generation), (0, 7), "its clone lives");
+        directory.created(&first);
+        assert!(directory.get(VolumeId(2)).is_none() && directory.get(VolumeId(4)).is_some());
+        directory.abandoned(&second);
+        assert_eq!(directory.free_slots(), 0, "nobody knows what is there");
+        directory.collected(&[deleted(1, 0)]);
+        assert_eq!(directory.free_slots(), 1);
     }
 
     #[test]

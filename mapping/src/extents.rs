@@ -24,6 +24,7 @@ use crate::format::{
 use crate::message::{BlockKind, BlockRun, Message};
 use crate::planted::{self, Bug};
 use crate::store::{FreeCounts, OpenedStore};
+use crate::walk::BlockSet;
 
 /// Runs in one grant, so that a fragmented bitmap cannot make an endless message.
 const RUNS_MAX: usize = 512;
@@ -100,6 +101,11 @@ pub(crate) struct Authority {
     unread: Vec<(BitmapId, u32)>,
     /// A flush failed while the job's writes were under way: they may never become durable.
     doubted: bool,
+    /// Jobs that have ended.
+    finished: u64,
+    /// While a collection runs: blocks that were claimed or given back since it began, or were on
+    /// their way then.
+    watch: Option<Box<BlockSet>>,
     /// Failures since start, for the log and the metrics.
     pub(crate) failures: u64,
     /// Returns of a block that was free already.
@@ -125,6 +131,8 @@ impl Authority {
             grants: Vec::new(),
             unread: Vec::new(),
             doubted: false,
+            finished: 0,
+            watch: None,
             failures: 0,
             double_frees: 0,
         }
@@ -143,6 +151,9 @@ impl Authority {
             Message::Return { mut runs } => {
                 // One bitmap block after the other, from the end.
                 runs.sort_unstable_by_key(|run| run.start.get());
+                if !planted::is(Bug::ReturnsNotWatched) {
+                    self.note(&runs);
+                }
                 self.jobs.push_back(Job::Return { runs });
             }
             Message::Granted { .. } => unreachable!("grants go to shards, not to the authority"),
@@ -152,6 +163,49 @@ impl Authority {
     /// True when no job is queued or under way.
     pub(crate) fn is_idle(&self) -> bool {
         self.jobs.is_empty() && matches!(self.state, State::Idle)
+    }
+
+    /// How many jobs have to end until the one that is under way has.
+    pub(crate) fn jobs_under_way(&self) -> u64 {
+        self.finished + u64::from(!matches!(self.state, State::Idle))
+    }
+
+    /// True when as many jobs as this have ended.
+    pub(crate) fn have_finished(&self, jobs: u64) -> bool {
+        self.finished >= jobs
+    }
+
+    /// Jobs that have not begun.
+    pub(crate) fn jobs_waiting(&self) -> usize {
+        self.jobs.len()
+    }
+
+    /// From here on notes what is claimed and given back, for a collection ([`crate::gc`]).
+    pub(crate) fn watch(&mut self) {
+        self.watch.get_or_insert_default();
+        for index in 0..self.jobs.len() {
+            if let Job::Return { runs } = &self.jobs[index]
+                && !planted::is(Bug::ReturnsNotWatched)
+            {
+                let runs = runs.clone();
+                self.note(&runs);
+            }
+        }
+        if let State::WriteClaim { runs } | State::FlushClaim { runs } = &self.state {
+            let runs = runs.clone();
+            self.note(&runs);
+        }
+    }
+
+    /// Ends that, and tells what there was.
+    pub(crate) fn unwatch(&mut self) -> BlockSet {
+        self.watch.take().map_or_else(BlockSet::default, |watch| *watch)
+    }
+
+    fn note(&mut self, runs: &[BlockRun]) {
+        if let Some(watch) = &mut self.watch {
+            runs.iter().for_each(|run| watch.insert_run(*run));
+        }
     }
 
     /// Answers to claims, to be delivered.
@@ -206,9 +260,7 @@ impl Authority {
             }
             Job::Return { runs } => match runs.last() {
                 Some(run) => self.with_bitmap(self.bitmap_of(run.start), device),
-                None => {
-                    self.jobs.pop_front();
-                }
+                None => self.end_job(),
             },
         }
     }
@@ -281,6 +333,12 @@ impl Authority {
             }
         };
         self.free.set(id.extent, id.index, bitmap.count_free());
+        if let State::WriteClaim { runs } = &self.state
+            && self.watch.is_some()
+        {
+            let runs = runs.clone();
+            self.note(&runs);
+        }
         if matches!(&self.state, State::WriteClaim { runs } if runs.is_empty()) {
             // The count promised room that the bits do not have; it is right now. Look elsewhere.
             self.state = State::Idle;
@@ -369,7 +427,7 @@ impl Authority {
             }
             State::WriteReturn => {
                 if matches!(&self.jobs[0], Job::Return { runs } if runs.is_empty()) {
-                    self.jobs.pop_front();
+                    self.end_job();
                 }
                 self.poll(device)
             }
@@ -446,10 +504,17 @@ impl Authority {
         }
     }
 
+    /// The job that was under way has nothing left to do.
+    fn end_job(&mut self) {
+        self.jobs.pop_front();
+        self.finished += 1;
+    }
+
     fn grant(&mut self, runs: Vec<BlockRun>) {
         let Some(Job::Claim { shard, kind, .. }) = self.jobs.pop_front() else {
             unreachable!("grants answer claims");
         };
+        self.finished += 1;
         for (id, free) in self.unread.drain(..) {
             self.free.set(id.extent, id.index, free);
         }
@@ -471,9 +536,7 @@ impl Authority {
         self.state = State::Idle;
         match &self.jobs[0] {
             Job::Claim { .. } => self.grant(Vec::new()),
-            Job::Return { .. } => {
-                self.jobs.pop_front();
-            }
+            Job::Return { .. } => self.end_job(),
         }
         self.poll(device)
     }

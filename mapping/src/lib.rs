@@ -22,6 +22,8 @@ mod commit;
 mod control;
 mod extents;
 mod flusher;
+mod freeing;
+pub mod gc;
 pub mod journal;
 pub mod message;
 pub mod nodes;

@@ -174,6 +174,29 @@ bugs! {
     FreedBeforeRounds,
     /// Nodes of a deleted snapshot stay in the node cache when their blocks are freed.
     FreedNodesRemembered,
+    // The collector.
+    /// Claims that are open at the checkpoint of a collection count as retired.
+    ClaimsNotRetired,
+    /// A collection does not hear of blocks that were freed or claimed while it runs.
+    ReuseNotWatched,
+    /// A collection does not hear of blocks that are on their way back to the bitmaps.
+    ReturnsNotWatched,
+    /// A radix node that is freed while a collection runs becomes another one before that has ended.
+    FreedNodesNotHeld,
+    /// A collection begins while changes are in memory only.
+    CheckpointNotCommitted,
+    /// A collection begins while requests hold blocks that no tree has yet.
+    CheckpointUnderRequests,
+    /// A collection frees while what it has read is not durable, or requests still use it.
+    SweepNotAwaited,
+    /// A collection takes deleted snapshots for gone that are to be freed by themselves later.
+    WaitingNotSpared,
+    /// A collection does not look for the blocks of snapshot logs.
+    LogsNotReached,
+    /// A collection goes on when a volume has failed meanwhile.
+    FailureUnderCollection,
+    /// A volume takes the registry slot of one that was collected, and begins its record anew.
+    SlotBegunAnew,
     // The node cache.
     /// A changed node may be evicted.
     EvictsDirty,

@@ -22,12 +22,10 @@ use bessel_reactor::units::ByteCount;
 
 use crate::blocking::Blocking;
 use crate::forest::{Forest, Tree, TreeId, UnknownDescent};
+use crate::freeing::{Ask, Freeing};
 use crate::request::{Command, Reply, SnapshotId, VolumeId};
 use crate::store::OpenedStore;
 use crate::walk::{NodeReader, Sole, WalkError};
-
-/// Runs in one message, as in a grant.
-const RUNS_MAX: usize = 256;
 
 /// A deleted snapshot whose blocks are to be freed, and what it is to be compared with.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -68,6 +66,11 @@ impl ReclaimPlan {
         others.dedup();
         Ok(Self { snapshot, tree, others, volumes })
     }
+
+    /// The trees that must be whole when this is carried out, whatever else becomes of them.
+    pub fn trees(&self) -> impl Iterator<Item = Tree> {
+        self.others.iter().copied().chain([self.tree])
+    }
 }
 
 /// What it came to.
@@ -94,8 +97,8 @@ pub enum ReclaimError {
     /// A node cannot be read, or is damaged.
     #[error(transparent)]
     Walk(#[from] WalkError),
-    /// A volume failed, or was closed.
-    #[error("volume {0} has failed or was detached meanwhile")]
+    /// A volume has failed.
+    #[error("volume {0} has failed")]
     Unsure(VolumeId),
     /// A shard refused.
     #[error("{0}")]
@@ -119,11 +122,7 @@ pub enum Next {
 enum State {
     Walk,
     Barrier,
-    /// These nodes are to be forgotten.
-    Forget(Vec<crate::message::BlockRun>),
-    /// These blocks are to be freed.
-    Free(Vec<crate::message::BlockRun>),
-    Done,
+    Free(Freeing),
 }
 
 /// See the module's documentation.
@@ -133,7 +132,6 @@ pub struct Reclaim {
     reader: NodeReader,
     walk: Sole,
     state: State,
-    done: Reclaimed,
 }
 
 impl Reclaim {
@@ -144,7 +142,7 @@ impl Reclaim {
     pub fn new(store: &OpenedStore, plan: ReclaimPlan) -> Result<Self, ReclaimError> {
         let reader = NodeReader::new(store);
         let walk = Sole::new(&reader, plan.tree, plan.others.clone())?;
-        Ok(Self { plan, reader, walk, state: State::Walk, done: Reclaimed::default() })
+        Ok(Self { plan, reader, walk, state: State::Walk })
     }
 
     /// The snapshot.
@@ -154,12 +152,19 @@ impl Reclaim {
 
     /// What to do next.
     pub fn next(&self) -> Next {
-        match &self.state {
-            State::Walk => Next::Read,
-            State::Barrier => Next::AskAll(Command::Barrier),
-            State::Forget(nodes) => Next::AskAll(Command::Forget { nodes: nodes.clone() }),
-            State::Free(runs) => Next::AskAuthority(Command::Free { runs: runs.clone() }),
-            State::Done => Next::Done(self.done),
+        let freeing = match &self.state {
+            State::Walk => return Next::Read,
+            State::Barrier => return Next::AskAll(Command::Barrier),
+            State::Free(freeing) => freeing,
+        };
+        match freeing.next() {
+            Some(Ask::All(command)) => Next::AskAll(command),
+            Some(Ask::Authority(command)) => Next::AskAuthority(command),
+            None => Next::Done(Reclaimed {
+                data: freeing.data_freed,
+                nodes: freeing.nodes_freed,
+                nodes_read: self.reader.nodes_read(),
+            }),
         }
     }
 
@@ -169,7 +174,6 @@ impl Reclaim {
     /// When that fails: it is over then, and nothing has been freed.
     pub fn read<D: Device>(&mut self, io: &mut Blocking<'_, D>) -> Result<(), ReclaimError> {
         if self.walk.step(&mut self.reader, io)? {
-            self.done.nodes_read = self.reader.nodes_read();
             self.state = State::Barrier;
         }
         Ok(())
@@ -186,7 +190,7 @@ impl Reclaim {
         for reply in replies {
             match reply {
                 Reply::Done => {}
-                Reply::Passed { unsure } => {
+                Reply::Passed { unsure, .. } => {
                     let involved = unsure.into_iter().find(|id| self.plan.volumes.contains(id));
                     if let Some(volume) = involved {
                         return Err(ReclaimError::Unsure(volume));
@@ -196,28 +200,14 @@ impl Reclaim {
                 reply => unreachable!("it was answered with {reply:?}"),
             }
         }
-        self.state = match std::mem::replace(&mut self.state, State::Done) {
-            State::Forget(nodes) => State::Free(nodes),
-            _ => self.more(),
-        };
+        match &mut self.state {
+            State::Free(freeing) => freeing.answered(),
+            _ => {
+                let take = std::mem::take;
+                let (data, nodes) = (take(&mut self.walk.data), take(&mut self.walk.nodes));
+                self.state = State::Free(Freeing::new(data, nodes));
+            }
+        }
         Ok(())
-    }
-
-    /// The next blocks to free.
-    fn more(&mut self) -> State {
-        let count = |runs: &[crate::message::BlockRun]| {
-            runs.iter().map(|run| u64::from(run.count)).sum::<u64>()
-        };
-        let data = self.walk.data.take_runs(RUNS_MAX);
-        if !data.is_empty() {
-            self.done.data += count(&data);
-            return State::Free(data);
-        }
-        let nodes = self.walk.nodes.take_runs(RUNS_MAX);
-        if !nodes.is_empty() {
-            self.done.nodes += count(&nodes);
-            return State::Forget(nodes);
-        }
-        State::Done
     }
 }

@@ -139,6 +139,8 @@ pub struct Busy;
 pub struct CreatePlan {
     /// Where its record lives in the registry.
     pub registry_slot: u32,
+    /// Generation of the record that a volume long gone has left there; 0 for none.
+    pub generation: u64,
     /// Its identity.
     pub id: VolumeId,
     /// Its name, unique among volumes that are not deleted.
@@ -218,7 +220,7 @@ pub enum Command {
         /// The new label.
         label: Option<String>,
     },
-    /// Marks a snapshot deleted; the collector reclaims it.
+    /// Marks a snapshot deleted. What it alone held is the caller's to free ([`crate::reclaim`]).
     DeleteSnapshot {
         /// Which volume.
         volume: VolumeHandle,
@@ -284,10 +286,16 @@ pub enum Command {
         /// Which volume.
         volume: VolumeHandle,
     },
-    /// Answered when every guest request that is active now has ended, and every round of nodes that
+    /// Answered when every guest request that is active now has ended, and every round that is sealed or
     /// has begun is durable. Who then sees that no tree on the device leads to a block any more, and
     /// has seen it before this, may free that block.
     Barrier,
+    /// Begins a collection ([`crate::gc`]): from here on the shard notes which blocks pass through its
+    /// hands. Answered as [`Command::Barrier`] is, and when moreover all that was changed by then is
+    /// durable: a block that was handed out before is on the device where a tree has it, or nowhere.
+    Checkpoint,
+    /// Ends that, and tells which blocks have passed.
+    EndCheckpoint,
     /// Makes the shard forget what it has read of radix nodes that no tree leads to any more, so that
     /// their blocks can become others.
     Forget {
@@ -334,11 +342,17 @@ pub enum Reply {
     Snapshot(SnapshotInfo),
     /// These snapshots are marked deleted, durably. The answer to [`Command::DeleteSnapshots`].
     Deleted(Vec<u64>),
-    /// The answer to [`Command::Barrier`].
+    /// The answer to [`Command::Barrier`] and [`Command::Checkpoint`].
     Passed {
-        /// Volumes that were closed or failed meanwhile: what the device holds of them is not known.
+        /// Volumes that have failed since the shard was made: what the device holds of them is not known,
+        /// or was not for a time.
         unsure: Vec<VolumeId>,
+        /// How often one has.
+        failures: u64,
     },
+    /// The answer to [`Command::EndCheckpoint`]: blocks that were free in the shard's hands at the
+    /// checkpoint or have been since.
+    Watched(Box<crate::walk::BlockSet>),
     /// The answer to [`Command::Show`].
     Volume(Box<VolumeInfo>),
     /// The answer to [`Command::Stats`].
@@ -398,8 +412,8 @@ pub struct SpaceStats {
 pub enum CommandError {
     /// No free metadata block.
     #[error(
-        "the store is full: no free metadata block; discard (fstrim) in guests what no snapshot has: \
-         deleting frees nothing yet, and a store cannot grow"
+        "the store is full: no free metadata block; discard (fstrim) in guests what no snapshot has, or \
+         delete snapshots and volumes and run `bessel gc`: a store cannot grow"
     )]
     NoSpace,
     /// The device failed.
@@ -446,7 +460,7 @@ pub struct SnapshotInfo {
     pub root: BlockAddr,
     /// Levels of its tree.
     pub height: u8,
-    /// Marked deleted, awaiting the collector.
+    /// Marked deleted.
     pub deleted: bool,
     /// Writes that were in flight when it was taken have not drained.
     pub settling: bool,
@@ -516,6 +530,6 @@ mod tests {
     fn a_full_store_is_told_what_helps_today() {
         let told = CommandError::NoSpace.to_string();
         assert!(told.contains("fstrim"), "{told}");
-        assert!(!told.contains("delete volumes") && !told.contains("or grow"), "{told}");
+        assert!(told.contains("bessel gc") && !told.contains("or grow"), "{told}");
     }
 }

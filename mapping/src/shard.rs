@@ -175,6 +175,8 @@ pub struct Shard<D: Device> {
     pub(crate) commands_ready: bool,
     /// Volumes that have latched since the shard was made, whatever became of them.
     pub(crate) have_failed: Vec<VolumeId>,
+    /// How often a volume has latched.
+    pub(crate) failures: u64,
     /// Barriers that have not been passed, oldest first.
     pub(crate) barriers: Vec<Barrier>,
 
@@ -250,6 +252,7 @@ impl<D: Device> Shard<D> {
             commands: VecDeque::new(),
             commands_ready: false,
             have_failed: Vec::new(),
+            failures: 0,
             barriers: Vec::new(),
             done: VecDeque::with_capacity(config.requests_max),
             replies: VecDeque::new(),
@@ -346,8 +349,8 @@ impl<D: Device> Shard<D> {
                     if self.may_log() {
                         tracing::error!(
                             "the store is full: no free {} block; writes that need one fail until \
-                             guests discard (fstrim) blocks that no snapshot has; deleting frees \
-                             nothing yet, and a store cannot grow",
+                             guests discard (fstrim) blocks that no snapshot has, or what was \
+                             deleted is collected (`bessel gc`); a store cannot grow",
                             kind.name()
                         );
                     }

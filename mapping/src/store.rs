@@ -19,6 +19,7 @@ pub use create::{FormatError, FormatOptions, FormatReport, format};
 pub(crate) use open::{Losses, survey};
 pub use open::{OpenError, OpenMode, OpenedStore, begin_life, close, open};
 pub use probe::{Found, probe};
+pub(crate) use reopen::read_record;
 pub use reopen::{ReopenError, reread};
 
 use bessel_reactor::device::{Device, DeviceError};

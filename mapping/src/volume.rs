@@ -85,6 +85,8 @@ pub(crate) struct Volume {
     pub(crate) commit_wanted: bool,
     pub(crate) next_round: u64,
     pub(crate) durable_round: u64,
+    /// How many rounds have become durable, those included that have no number of their own.
+    pub(crate) rounds_ended: u64,
     /// Rounds whose contents are fixed, oldest first, behind the one in flight.
     pub(crate) sealed: VecDeque<Sealed>,
     pub(crate) flight: Option<Flight>,
@@ -150,6 +152,7 @@ impl Volume {
             commit_wanted: false,
             next_round: first_round,
             durable_round: first_round - 1,
+            rounds_ended: 0,
             sealed: VecDeque::with_capacity(16),
             flight: None,
             queued_for_round: false,
@@ -237,6 +240,11 @@ impl Volume {
         let in_flight = self.flight.as_ref().map(Flight::round);
         let in_flight = in_flight.filter(|_| !planted::is(Bug::FlushForgetsRound));
         sealed.or(in_flight).unwrap_or(0)
+    }
+
+    /// How many rounds have to end until all have that are sealed or in flight now.
+    pub(crate) fn rounds_under_way(&self) -> u64 {
+        self.rounds_ended + self.sealed.len() as u64 + u64::from(self.flight.is_some())
     }
 
     /// True when blocks come free with a round that has not ended. Those that wait for requests do

@@ -26,19 +26,20 @@ pub use sole::Sole;
 pub use usage::{Space, TreeSpace, UsageWalk};
 
 use bessel_reactor::device::{Device, DeviceError};
-use bessel_reactor::units::BlockAddr;
+use bessel_reactor::units::{BLOCK_SIZE, BlockAddr};
 
 use crate::blocking::{Blocking, Span};
 use crate::format::{
     Entry, ExtentMap, NODE_BITS, NODE_ENTRIES, Node, NodeFault, TagKey, check_node,
-    node_as_bytes_mut,
+    node_as_bytes_mut, node_from_bytes,
 };
+use crate::message::BlockRun;
 use crate::store::OpenedStore;
 
 /// Nodes read together.
 const BATCH: usize = 64;
 /// How often a node with a bad entry is read before that counts. A write under way takes far less.
-const READS_MAX: u32 = 1000;
+pub(crate) const READS_MAX: u32 = 1000;
 
 /// Why a walk cannot go on.
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
@@ -106,6 +107,38 @@ impl NodeReader {
         Ok(nodes)
     }
 
+    /// Reads all nodes of these runs, of one level, in any order; `each` gets one after the other.
+    pub(crate) fn read_runs<D: Device>(
+        &mut self,
+        io: &mut Blocking<'_, D>,
+        runs: &[BlockRun],
+        level: u8,
+        mut each: impl FnMut(&Node),
+    ) -> Result<(), WalkError> {
+        let mut unsettled = Vec::new();
+        let span = |run: &BlockRun| Span { start: run.start, blocks: u64::from(run.count) };
+        let first = runs.first().map_or(BlockAddr::new(0), |run| run.start);
+        io.read(runs.iter().map(span), |start, bytes| {
+            let blocks = bytes.chunks_exact(BLOCK_SIZE as usize);
+            for (addr, bytes) in (0..).map(|index| start.add(index)).zip(blocks) {
+                let node = node_from_bytes(bytes);
+                if check_node(node, addr, level, self.key, &self.extents).is_ok() {
+                    each(node);
+                } else {
+                    unsettled.push(addr);
+                }
+            }
+        })
+        .map_err(|source| WalkError::Device { addr: first, source })?;
+        let mut node = Box::new([Entry::default(); NODE_ENTRIES]);
+        for addr in unsettled {
+            self.settle(io, addr, level, &mut node)?;
+            each(&node);
+        }
+        self.nodes_read += runs.iter().map(|run| u64::from(run.count)).sum::<u64>();
+        Ok(())
+    }
+
     /// Reads a node again for as long as it has bad entries: its write may be under way.
     fn settle<D: Device>(
         &self,
@@ -125,7 +158,7 @@ impl NodeReader {
     }
 
     /// Refuses a root that no node can be at.
-    fn check_root(&self, root: BlockAddr) -> Result<(), WalkError> {
+    pub(crate) fn check_root(&self, root: BlockAddr) -> Result<(), WalkError> {
         if self.extents.holds(root, crate::format::ExtentType::Metadata) {
             Ok(())
         } else {
@@ -140,6 +173,6 @@ const fn span(level: u8) -> u64 {
 }
 
 /// Where an entry leads: none for a hole.
-fn target(entry: Entry) -> Option<BlockAddr> {
+pub(crate) fn target(entry: Entry) -> Option<BlockAddr> {
     (!entry.is_hole()).then(|| entry.block())
 }

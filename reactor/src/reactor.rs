@@ -147,6 +147,14 @@ pub fn usable_cores() -> Vec<usize> {
     cores.into_iter().map(|core| core.id).collect()
 }
 
+/// Gives the calling thread the lowest priority there is: it gets what others leave over.
+///
+/// # Errors
+/// The system's.
+pub fn give_way() -> std::io::Result<()> {
+    crate::sys::give_way()
+}
+
 fn check_core<E: std::error::Error>(core: Option<usize>) -> Result<(), SpawnError<E>> {
     match core {
         Some(core) if !usable_cores().contains(&core) => Err(no_such_core(core)),

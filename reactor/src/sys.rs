@@ -154,3 +154,10 @@ pub(crate) fn block_device_sector(fd: BorrowedFd<'_>) -> io::Result<u32> {
     unsafe { ioctls::block_sector_bytes(fd.as_raw_fd(), &raw mut bytes) }?;
     Ok(bytes as u32)
 }
+
+/// Gives the calling thread the lowest priority there is; on Linux threads have their own.
+pub(crate) fn give_way() -> io::Result<()> {
+    // SAFETY: the call takes numbers alone. 0 is the calling thread.
+    let result = unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, 19) };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}

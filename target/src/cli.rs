@@ -8,6 +8,7 @@ mod check;
 mod client;
 mod export;
 mod format;
+mod gc;
 pub(crate) mod output;
 mod snapshot;
 mod stats;
@@ -40,6 +41,8 @@ enum Command {
     Snapshot(snapshot::SnapshotArgs),
     /// Show volumes and snapshots by descent
     Tree(tree::TreeArgs),
+    /// Free everything that no volume or snapshot needs, while volumes are served
+    Gc(gc::GcArgs),
     /// Show counters and space
     Stats(stats::StatsArgs),
     /// Verify a store that no daemon serves, and repair what follows from the rest
@@ -85,6 +88,7 @@ pub(crate) fn run() -> Outcome {
         Command::Volume(arguments) => volume::run(&arguments),
         Command::Snapshot(arguments) => snapshot::run(&arguments),
         Command::Tree(arguments) => tree::run(&arguments),
+        Command::Gc(arguments) => gc::run(&arguments),
         Command::Stats(arguments) => stats::run(&arguments),
         Command::Check(arguments) => check::run(&arguments),
     }
@@ -136,6 +140,9 @@ mod tests {
             "tree",
             "tree --format dot",
             "tree --json",
+            "gc",
+            "gc --status --json",
+            "gc --stop",
             "stats --json",
             "check /dev/sdb --json",
             "check /dev/sdb --repair",
@@ -167,6 +174,7 @@ mod tests {
             "snapshot label vm1 golden",
             "snapshot create vm1 --label a/b",
             "tree --format png",
+            "gc --status --stop",
             "format",
             "check /dev/sdb --yes",
         ] {

@@ -72,6 +72,8 @@ pub(crate) struct Config {
     pub(crate) reactors: ReactorsConfig,
     /// `api:`
     pub(crate) api: ApiConfig,
+    /// `gc:`
+    pub(crate) gc: GcConfig,
     /// `volumes:`, in the order of the file. Names and sockets are unique.
     pub(crate) volumes: Vec<VolumeConfig>,
     /// For errors found later, which still name the line.
@@ -118,6 +120,34 @@ pub(crate) struct ApiConfig {
     pub(crate) socket: PathBuf,
     /// TCP address for read-only metrics, when wanted.
     pub(crate) listen: Option<SocketAddr>,
+}
+
+/// When garbage is collected by itself, and how fast.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) struct GcConfig {
+    /// So often, whatever there is.
+    pub(crate) every: Option<Duration>,
+    /// When less than so many hundredths of the store are free, if something was deleted.
+    pub(crate) low_space_percent: Option<u8>,
+    /// Bytes of radix nodes read in a second, at most.
+    pub(crate) rate: Option<ByteCount>,
+}
+
+/// Half of what one core of a usual machine can read and check, and some 128 GiB of guests' data.
+const GC_RATE_DEFAULT: ByteCount = ByteCount::new(256 << 20);
+/// Least rate: a slower collection never ends on a store of some size.
+const GC_RATE_MIN: ByteCount = ByteCount::new(1 << 20);
+/// Least time between two collections by schedule.
+const GC_EVERY_MIN: Duration = Duration::from_secs(1);
+/// Free hundredths of the store below which a collection is begun.
+const GC_LOW_SPACE_DEFAULT: u8 = 10;
+const GC_LOW_SPACE_MAX: u8 = 90;
+
+impl Default for GcConfig {
+    fn default() -> Self {
+        let (low_space_percent, rate) = (Some(GC_LOW_SPACE_DEFAULT), Some(GC_RATE_DEFAULT));
+        Self { every: None, low_space_percent, rate }
+    }
 }
 
 /// A volume that shall exist and be served.
@@ -183,6 +213,8 @@ struct RawConfig {
     #[serde(default)]
     api: RawApi,
     #[serde(default)]
+    gc: RawGc,
+    #[serde(default)]
     volumes: Vec<RawVolume>,
 }
 
@@ -214,6 +246,31 @@ struct RawApi {
     socket: Option<PathBuf>,
     #[serde(default)]
     listen: Option<String>,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RawGc {
+    #[serde(default)]
+    every: Option<Span>,
+    #[serde(default)]
+    low_space: Option<String>,
+    #[serde(default)]
+    rate: Option<RawRate>,
+}
+
+/// A size, or no limit.
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum RawRate {
+    Off(Off),
+    Size(Size),
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "lowercase")]
+enum Off {
+    Unlimited,
 }
 
 #[derive(Deserialize)]
@@ -345,8 +402,9 @@ impl Config {
         let store = checked_store(raw.store, &source)?;
         let reactors = checked_reactors(raw.reactors, &source)?;
         let api = checked_api(raw.api, &source)?;
+        let gc = checked_gc(raw.gc, &source)?;
         let volumes = checked_volumes(raw.volumes, &api, &source)?;
-        Ok(Self { store, reactors, api, volumes, source })
+        Ok(Self { store, reactors, api, gc, volumes, source })
     }
 
     /// An error at the value of `path`, for what turns out later: a locked device, a full store.
@@ -573,6 +631,40 @@ fn checked_api(raw: RawApi, source: &Source) -> Result<ApiConfig, ConfigError> {
     Ok(ApiConfig { socket, listen })
 }
 
+fn checked_gc(raw: RawGc, source: &Source) -> Result<GcConfig, ConfigError> {
+    let error = |key, message: String| Err(source.error(&[Key("gc"), Key(key)], message));
+    let every = raw.every.map(|every| every.0);
+    if every.is_some_and(|every| every < GC_EVERY_MIN) {
+        return error("every", "a collection more than once a second will not do".to_owned());
+    }
+    let low_space_percent = match raw.low_space.as_deref() {
+        None => Some(GC_LOW_SPACE_DEFAULT),
+        Some("off") => None,
+        Some(text) => {
+            let percent = text.strip_suffix('%').and_then(|digits| digits.parse().ok());
+            match percent.filter(|percent| (1..=GC_LOW_SPACE_MAX).contains(percent)) {
+                Some(percent) => Some(percent),
+                None => {
+                    let what =
+                        format!("{text:?} is no share of the store; write 1% to 90%, or off");
+                    return error("low_space", what);
+                }
+            }
+        }
+    };
+    let rate = match raw.rate {
+        None => Some(GC_RATE_DEFAULT),
+        Some(RawRate::Off(Off::Unlimited)) => None,
+        Some(RawRate::Size(Size(rate))) if rate < GC_RATE_MIN => {
+            let what =
+                format!("a rate of {} a second will not do; give at least 1MiB", rate.exact());
+            return error("rate", what);
+        }
+        Some(RawRate::Size(Size(rate))) => Some(rate),
+    };
+    Ok(GcConfig { every, low_space_percent, rate })
+}
+
 fn check_socket_length(socket: &Path, path: &[Step], source: &Source) -> Result<(), ConfigError> {
     let length = socket.as_os_str().len();
     if (1..=SOCKET_PATH_MAX).contains(&length) {
@@ -664,6 +756,7 @@ reactors:
 api:
   socket: /run/bessel/api.sock
   listen: 127.0.0.1:9400
+gc: { every: 1d, low_space: 5%, rate: 64MiB }
 volumes:
   - name: vm1
     size: 4GiB
@@ -700,6 +793,12 @@ volumes:
         assert!(!config.reactors.pin_guest_memory);
         assert_eq!(config.api.socket, Path::new("/run/bessel/api.sock"));
         assert_eq!(config.api.listen, Some("127.0.0.1:9400".parse().unwrap()));
+        let gc = GcConfig {
+            every: Some(Duration::from_secs(86_400)),
+            low_space_percent: Some(5),
+            rate: Some(ByteCount::new(64 << 20)),
+        };
+        assert_eq!(config.gc, gc);
         let [vm1, vm2] = &config.volumes[..] else { panic!("two volumes") };
         assert_eq!((vm1.name.as_str(), vm1.size, vm1.queues), ("vm1", ByteCount::new(4 << 30), 2));
         assert_eq!(vm1.cache, Cache::Writethrough);
@@ -718,6 +817,10 @@ volumes:
         assert_eq!(config.api.socket, Path::new("/run/bessel/api.sock"));
         assert_eq!(config.store.node_cache, ByteCount::new(64 << 20));
         assert!(config.volumes.is_empty() && config.reactors.cores.is_none());
+        assert_eq!(config.gc, GcConfig::default());
+        let off = parse("store: { device: /dev/sdb }\ngc: { low_space: off, rate: unlimited }");
+        let nothing = GcConfig { every: None, low_space_percent: None, rate: None };
+        assert_eq!(off.unwrap().gc, nothing);
     }
 
     #[test]

@@ -142,7 +142,8 @@ fn control_plane(
         opened: Arc::clone(store),
     };
     let api = config.api.socket.clone();
-    ControlPlane::new(store.directory.clone(), homes, schedules, facts, api, life.clock)
+    let gc = config.gc;
+    ControlPlane::new(store.directory.clone(), homes, schedules, facts, gc, api, life.clock)
 }
 
 /// Runs reactors, volumes and API over an open store, and has all of them ended when it returns.
@@ -174,6 +175,7 @@ fn serve_plane(
     signals: &SigSet,
 ) -> Outcome {
     let greeting = greeting(config, &plane);
+    let stopper = plane.stopper();
     let (control, thread) = Control::start(plane)?;
     let scheduler = Scheduler::start(schedules, seat, control.clone(), clock);
     let outcome = match ApiServer::start(&config.api, control) {
@@ -189,7 +191,10 @@ fn serve_plane(
         drop(scheduler);
         outcome
     });
-    // API and scheduler held the last `Control`, so the thread ends.
+    // API and scheduler held the last `Control`, but for a collection: so the thread ends.
+    if let Some(stopper) = stopper {
+        stopper.stop();
+    }
     thread.join().shut_down();
     tracing::info!("stopped");
     outcome

@@ -6,6 +6,7 @@
 //! reactor refuses, nothing has changed.
 
 mod attachment;
+mod collect;
 mod forest;
 mod open;
 mod schedule;
@@ -19,8 +20,9 @@ use crate::api::types::{
 };
 use crate::api::{Refusal, RefusalKind};
 use crate::attach::{CoreCounters, CoreMessage, CorePort, VolumeHost};
+use crate::config::GcConfig;
 use crate::placement::Placement;
-use crate::reclaimer::Reclaimer;
+use crate::reclaimer::{Reclaimer, Stopper};
 use crate::reference::{Moment, SnapshotReference};
 use crate::scheduler::Schedules;
 use crate::time::rfc3339;
@@ -43,6 +45,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use attachment::{Condition, Detached};
+use collect::Collections;
 pub(crate) use open::Service;
 use schedule::Scheduled;
 pub(crate) use view::uuid;
@@ -107,8 +110,9 @@ pub(crate) struct ControlPlane {
     /// Snapshots of volumes that were deleted since the start: clones may descend from them.
     departed: BTreeMap<VolumeId, Vec<SnapshotInfo>>,
     store: StoreFacts,
-    /// Frees what deleted snapshots alone held.
+    /// Frees what deleted snapshots alone held, and collects; none once the daemon stops.
     reclaimer: Option<Reclaimer>,
+    collections: Collections,
     pins: Pins,
     /// Clones that could not be made: whether the device has them, nobody knows.
     unborn: Vec<(VolumeId, SnapshotId)>,
@@ -127,6 +131,7 @@ impl ControlPlane {
         homes: Vec<Home>,
         schedules: Schedules,
         store: StoreFacts,
+        gc: GcConfig,
         api_socket: PathBuf,
         clock: SystemClock,
     ) -> Self {
@@ -136,6 +141,7 @@ impl ControlPlane {
             directory,
             placement: Placement::new(homes.len()),
             reclaimer: Some(reclaimer),
+            collections: Collections::new(gc, store.opened.was_clean),
             pins: Pins::default(),
             unborn: Vec::new(),
             homes,
@@ -283,6 +289,7 @@ impl ControlPlane {
             let served = plane.served.remove(&id).expect("it was found above");
             plane.placement.remove(served.home, served.queues);
             plane.directory.removed(id);
+            plane.collections.note_deletion();
             plane.departed.insert(id, snapshots);
             Ok(())
         })?;
@@ -354,7 +361,8 @@ impl ControlPlane {
     ///
     /// # Errors
     /// Why that, for some of them, is left to the collector.
-    fn reclaim(&self, volume: VolumeId, sequences: &[u64]) -> Result<(), String> {
+    fn reclaim(&mut self, volume: VolumeId, sequences: &[u64]) -> Result<(), String> {
+        self.collections.note_deletion();
         let Some(reclaimer) = &self.reclaimer else { return Ok(()) };
         let left = |why: String| {
             sequences.iter().for_each(|_| reclaimer.leave());
@@ -468,6 +476,7 @@ impl ControlPlane {
             volumes,
             snapshot_latency: self.snapshot_latency(),
             reclaim: self.reclaimer.as_ref().map(Reclaimer::counters).unwrap_or_default(),
+            gc: self.reclaimer.as_ref().map(Reclaimer::gc).unwrap_or_default(),
         })
     }
 
@@ -543,7 +552,16 @@ impl ControlPlane {
         }
     }
 
+    /// Ends what is being freed, so that nobody waits for that at the end.
+    pub(crate) fn stopper(&self) -> Option<Stopper> {
+        self.reclaimer.as_ref().map(Reclaimer::stopper)
+    }
+
     // What operations are made of.
+
+    fn reclaimer(&self) -> Answered<&Reclaimer> {
+        self.reclaimer.as_ref().ok_or_else(Refusal::stopping)
+    }
 
     fn ask(&self, home: usize, command: Command) -> Answered<Reply> {
         match self.homes[home].port.command(command).reply {

@@ -5,6 +5,8 @@
 //! snapshots and the others nothing ([`Timetable`] says which are skipped). What thinning deletes goes
 //! through the control plane, like every other deletion.
 //!
+//! It also has the control plane look every few seconds whether a collection is due.
+//!
 //! The control plane starts and ends a volume's schedule, and tells of what others do with its
 //! snapshots. Once [`Schedules::end`] has returned, nothing more is sent for the volume, so that its
 //! handle may go to another.
@@ -21,8 +23,9 @@ use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-/// How long the thread sleeps when no schedule is due sooner.
-const IDLE: Duration = Duration::from_secs(3600);
+/// How often it is looked whether a collection is due: often enough to begin one before a store that
+/// fills up is full, and no load on an idle machine.
+const COLLECTION_LOOK: Duration = Duration::from_secs(5);
 /// Most deletions of one thinning; the rest go with the next ones. Keeps the control plane's thread free
 /// for others.
 const THINNED_MAX: usize = 4096;
@@ -179,6 +182,7 @@ impl Scheduler {
             due: BTreeSet::new(),
             control,
             schedules: messages,
+            look: clock.now(),
             clock,
         };
         let thread = std::thread::Builder::new()
@@ -221,6 +225,8 @@ struct Timer {
     control: Control,
     /// To answer to ourselves.
     schedules: Schedules,
+    /// When to look next whether a collection is due.
+    look: Instant,
     clock: SystemClock,
 }
 
@@ -228,13 +234,24 @@ impl Timer {
     fn run(&mut self, inbox: &Receiver<Message>) {
         loop {
             let now = self.clock.now();
-            let wait = self.due.first().map_or(IDLE, |(due, _)| due.since(now));
+            let next = self.due.first().map_or(self.look, |(due, _)| self.look.min(*due));
+            let wait = next.since(now);
             match inbox.recv_timeout(wait) {
                 Ok(Message::Stop) | Err(RecvTimeoutError::Disconnected) => return,
                 Ok(message) => self.take(message),
                 Err(RecvTimeoutError::Timeout) => {}
             }
             self.do_what_is_due();
+            self.look_at_collections();
+        }
+    }
+
+    fn look_at_collections(&mut self) {
+        let now = self.clock.now();
+        if self.look <= now {
+            self.look = now.after(COLLECTION_LOOK);
+            let control = self.control.clone();
+            let _ = self.control.send(move |plane| plane.collect_if_due(control));
         }
     }
 

@@ -570,6 +570,32 @@ operations! {
         a.write(0, 24)?;
         a.ask_alone(|a| Some(Action::Delete { volume: a.first()? }))
     };
+    collect_garbage: |w| {
+        cloned(w)?;
+        let clone = *w.volumes().last().expect("it was just made");
+        w.snapshot(clone)?;
+        w.io(clone, Write, LEAF, block(2))?;
+        w.io(clone, Flush, 0, 0)?;
+        let gone = first(w);
+        w.perform(Action::Delete { volume: gone })?;
+        // And what a killed daemon had claimed.
+        w.crash(bessel_reactor::device::sim::Keep::Everything);
+        w.recover();
+        // Each shard has claims again.
+        for _ in 0..2 {
+            let volume = w.create(SMALL)?;
+            w.io(volume, Write, 0, block(1))?;
+            w.io(volume, Flush, 0, 0)?;
+        }
+        Ok(())
+    }, |a| {
+        a.world.start_collection();
+        a.write(0, 24)?;
+        a.snapshot(a.last())?;
+        a.write(LEAF, block(1))?;
+        a.io(Discard, 0, LEAF)?;
+        a.world.await_collection()
+    };
     rename_a_volume: written, |a| {
         let name = a.world.fresh_name();
         match a.first() {

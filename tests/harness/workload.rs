@@ -48,6 +48,7 @@ impl Workload {
             return;
         }
         world.run_schedules();
+        world.collect_sometimes(1, 60);
         if world.random.below(1000) < self.commands {
             self.command(world);
         } else if world.requests_in_flight() < self.concurrency {

@@ -25,6 +25,7 @@ use bessel_reactor::units::{BLOCK_SIZE, BlockAddr, ByteCount, SECTOR_SIZE, Secto
 use crate::model::Model;
 
 mod attachment;
+mod collects;
 mod faulty;
 mod memory;
 mod observer;
@@ -209,6 +210,8 @@ enum Pending {
     Shutdown,
     /// Of who frees what deleted snapshots held.
     Reclaim,
+    /// Of the collector.
+    Collect,
 }
 
 /// How something that was started ended.
@@ -270,6 +273,7 @@ pub struct World {
     observer: Option<observer::Observer>,
     progress: observer::Progress,
     reclaims: reclaims::Reclaims,
+    collects: collects::Collects,
 }
 
 impl World {
@@ -325,6 +329,7 @@ impl World {
             observer: None,
             progress: observer::Progress::default(),
             reclaims: reclaims::Reclaims::new(config.seed),
+            collects: collects::Collects::new(config.seed),
         };
         world.start_shards();
         world.begin_life();
@@ -370,6 +375,7 @@ impl World {
         }
         progress |= self.deliver_mail();
         progress |= self.step_reclaims();
+        progress |= self.step_collection();
         self.resubmit();
         self.now = self.now.after(Duration::from_nanos(self.random.below(20_000)));
         self.tell_observer();
@@ -456,6 +462,7 @@ impl World {
             world.disk.in_flight() == 0
                 && world.shards.iter().all(|s| s.deadline().is_none())
                 && world.reclaims.is_idle()
+                && world.collects.is_idle()
                 || world.now >= end
         })
     }
@@ -714,6 +721,9 @@ impl World {
         if matches!(pending, Pending::Reclaim) {
             return self.reclaim_answered(ticket, reply);
         }
+        if matches!(pending, Pending::Collect) {
+            return self.collection_answered(ticket, reply);
+        }
         if let Reply::Failed(error) = &reply {
             self.failed(&pending, error);
             self.outcomes.insert(ticket, Outcome::Reply(reply));
@@ -824,9 +834,11 @@ impl World {
             Pending::Open { .. } => self.note_damage(self.life_strikes),
             Pending::Create { plan, .. } => {
                 self.store.directory.abandoned(plan);
-                let origin = plan.origin.map(|origin| (plan.id, origin.snapshot));
-                self.reclaims.unborn.extend(origin);
-                if !unknown {
+                if unknown {
+                    let origin = plan.origin.map(|origin| (plan.id, origin.snapshot));
+                    self.reclaims.unborn.extend(origin);
+                    self.collects.doubtful_creation = true;
+                } else {
                     self.model.fail_create(plan.id);
                 }
             }
@@ -886,12 +898,10 @@ impl World {
         }
     }
 
-    /// True while the registry has a slot for one more volume. Those of deleted volumes stay taken.
+    /// True while the registry has a slot for one more volume. Those of deleted volumes stay taken until
+    /// they are collected.
     pub fn may_create(&self) -> bool {
-        let making = |pending: &&Pending| matches!(pending, Pending::Create { .. });
-        let making = self.commands.values().filter(making).count();
-        let taken = self.store.directory.volumes().count() + making;
-        taken < self.store.geometry.registry_slots as usize
+        self.store.directory.free_slots() > 0
     }
 
     /// Makes a clone, once the snapshot has settled. `None` when the snapshot is deleted, or the

@@ -1,32 +1,88 @@
-//! Giving back blocks that only a deleted snapshot held: see [`crate::reclaim`], which finds them.
+//! What a shard does for who frees blocks: see [`crate::reclaim`] and [`crate::gc`], which find them.
 
 use bessel_reactor::device::Device;
 use bessel_reactor::units::BlockAddr;
 
 use super::{NotNow, Tried};
-use crate::message::{BlockRun, Message};
+use crate::extents::Authority;
+use crate::message::{BlockKind, BlockRun, Message};
 use crate::nodes::cache::FrameState;
 use crate::planted::{self, Bug};
 use crate::request::{CommandError, Reply, VolumeHandle, VolumeId};
 use crate::shard::Shard;
 
+/// Who frees a lot waits while so many jobs of the authority have not begun: claims go first, and the list
+/// has an end.
+const JOBS_WAITING_MAX: usize = 64;
+
 /// Somebody waits for all that is under way now.
 #[derive(Debug)]
 pub(crate) struct Barrier {
     ticket: u64,
-    /// Volumes of which something is: their last request by then, and their last round.
-    waiting: Vec<(VolumeHandle, VolumeId, u64, u64)>,
-    unsure: Vec<VolumeId>,
+    waiting: Vec<Waiting>,
+    /// Claims, and jobs of the authority, that must have ended.
+    claims: [u64; 2],
+    jobs: u64,
+    /// When all have ended, what they have changed is to be committed.
+    commits: bool,
+}
+
+/// A volume of which something is under way.
+#[derive(Debug)]
+struct Waiting {
+    handle: VolumeHandle,
+    id: VolumeId,
+    /// Its last request.
+    stamp: u64,
+    /// How many rounds must have ended, and which must be durable.
+    rounds: u64,
+    round: u64,
 }
 
 impl<D: Device> Shard<D> {
-    pub(super) fn set_barrier(&mut self, ticket: u64) {
+    pub(super) fn set_barrier(&mut self, ticket: u64, commits: bool) {
         let open = self.volumes.iter().flatten();
-        let waiting = open.map(|volume| {
-            (volume.handle, volume.record.id, volume.last_stamp, volume.next_round - 1)
+        let waiting = open.map(|volume| Waiting {
+            handle: volume.handle,
+            id: volume.record.id,
+            stamp: volume.last_stamp,
+            rounds: volume.rounds_under_way(),
+            round: 0,
         });
         let waiting = waiting.collect();
-        self.barriers.push(Barrier { ticket, waiting, unsure: Vec::new() });
+        let jobs = self.authority.as_ref().map_or(0, Authority::jobs_under_way);
+        self.barriers.push(Barrier {
+            ticket,
+            waiting,
+            claims: self.claims.claiming(),
+            jobs,
+            commits,
+        });
+    }
+
+    /// Notes what passes from here on, and waits for what is under way, then for what that has changed.
+    pub(super) fn set_checkpoint(&mut self, ticket: u64) {
+        self.claims.watch();
+        if let Some(authority) = &mut self.authority {
+            authority.watch();
+        }
+        self.set_barrier(ticket, !planted::is(Bug::CheckpointNotCommitted));
+    }
+
+    pub(super) fn end_checkpoint(&mut self, ticket: u64) {
+        let (mut passed, held) = self.claims.unwatch();
+        for run in held {
+            self.give_back(BlockKind::Metadata, run);
+        }
+        if let Some(authority) = &mut self.authority {
+            passed.insert_all(&authority.unwatch());
+        }
+        // On their way to the claims: some request or round still has them.
+        for volume in self.volumes.iter().flatten() {
+            volume.unlinked.iter().for_each(|unlinked| passed.insert_run(unlinked.run));
+        }
+        self.released = true; // There may be nodes' blocks again.
+        self.reply(ticket, Reply::Watched(Box::new(passed)));
     }
 
     /// Answers those whose time has come. Nobody waits as a rule, and that costs nothing.
@@ -35,28 +91,58 @@ impl<D: Device> Shard<D> {
             return;
         }
         let mut barriers = std::mem::take(&mut self.barriers);
-        for barrier in &mut barriers {
-            let Barrier { waiting, unsure, .. } = barrier;
-            waiting.retain(|&(handle, id, stamp, round)| {
-                let found = self.volumes.get(handle.0 as usize).and_then(Option::as_ref);
-                let Some(volume) = found.filter(|volume| volume.record.id == id) else {
-                    unsure.push(id);
-                    return false; // What was under way has ended with it.
-                };
-                let oldest = self.oldest_stamp(handle);
-                let ended = oldest.is_none_or(|oldest| oldest > stamp);
-                let ended = ended || planted::is(Bug::FreedUnderRequests);
-                // The rounds of a volume that has failed end no more.
-                let durable = volume.durable_round >= round || volume.latched.is_some();
-                let durable = durable || planted::is(Bug::FreedBeforeRounds);
-                !(ended && durable)
-            });
-        }
-        for passed in barriers.extract_if(.., |barrier| barrier.waiting.is_empty()) {
-            let unsure = passed.unsure.into_iter().chain(self.have_failed.iter().copied());
-            self.replies.push_back((passed.ticket, Reply::Passed { unsure: unsure.collect() }));
-        }
+        barriers.retain_mut(|barrier| {
+            if !self.has_passed(barrier) {
+                return true;
+            }
+            if std::mem::take(&mut barrier.commits) {
+                self.await_changes(barrier);
+                return true;
+            }
+            let (unsure, failures) = (self.have_failed.clone(), self.failures);
+            self.reply(barrier.ticket, Reply::Passed { unsure, failures });
+            false
+        });
         self.barriers = barriers;
+    }
+
+    fn has_passed(&self, barrier: &mut Barrier) -> bool {
+        barrier.waiting.retain(|waiting| {
+            let found = self.volumes.get(waiting.handle.0 as usize).and_then(Option::as_ref);
+            // What was under way of one that was closed has ended with it, or has failed.
+            let Some(volume) = found.filter(|volume| volume.record.id == waiting.id) else {
+                return false;
+            };
+            let oldest = self.oldest_stamp(waiting.handle);
+            let ended = oldest.is_none_or(|oldest| oldest > waiting.stamp);
+            let ended = ended
+                || planted::is(Bug::FreedUnderRequests)
+                || barrier.commits && planted::is(Bug::CheckpointUnderRequests);
+            // The rounds of a volume that has failed end no more.
+            let durable = volume.latched.is_some()
+                || volume.rounds_ended >= waiting.rounds && volume.durable_round >= waiting.round;
+            let durable = durable || planted::is(Bug::FreedBeforeRounds);
+            !(ended && durable)
+        });
+        let idle = |authority: &Authority| authority.have_finished(barrier.jobs);
+        barrier.waiting.is_empty()
+            && self.claims.have_answered(barrier.claims)
+            && self.authority.as_ref().is_none_or(idle)
+    }
+
+    /// Commits what has been changed by now, and waits for that.
+    fn await_changes(&mut self, barrier: &mut Barrier) {
+        for index in 0..self.volumes.len() {
+            let Some(volume) = &self.volumes[index] else { continue };
+            let round = volume.newest_change_round();
+            if volume.latched.is_some() || volume.durable_round >= round {
+                continue;
+            }
+            let (handle, id) = (volume.handle, volume.record.id);
+            barrier.waiting.push(Waiting { handle, id, stamp: 0, rounds: 0, round });
+            self.want_commit(handle);
+        }
+        self.released = true; // In the next turn.
     }
 
     /// Frees the frames of nodes that no tree leads to any more.
@@ -89,9 +175,12 @@ impl<D: Device> Shard<D> {
 
     /// Hands blocks to the authority.
     pub(super) fn free(&mut self, ticket: u64, runs: &[BlockRun]) -> Tried {
-        if self.authority.is_none() {
+        let Some(authority) = &self.authority else {
             let what = "blocks are freed by shard 0 alone".to_owned();
             return Err(CommandError::Limit(what).into());
+        };
+        if authority.jobs_waiting() >= JOBS_WAITING_MAX {
+            return Err(NotNow::Wait);
         }
         for run in runs {
             self.device.retire(run.start, u64::from(run.count));

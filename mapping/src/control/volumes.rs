@@ -47,12 +47,13 @@ impl<D: Device> Shard<D> {
             return Err(CommandError::Latched(why).into());
         }
         let source = self.origin_node(plan.origin.as_ref(), ticket)?;
-        self.needs(2, 1)?;
+        let reused = plan.generation > 0;
+        self.needs(2 + usize::from(reused), 1)?;
         let origin_height = plan.origin.map_or(0, |origin| origin.height);
         let height = height_for(plan.size).max(origin_height);
         let root = self.make_root(height, plan.origin.as_ref(), source)?;
         let record = VolumeRecord {
-            generation: 0,
+            generation: if planted::is(Bug::SlotBegunAnew) { 0 } else { plan.generation },
             id: plan.id,
             deleted: false,
             size: plan.size,
@@ -78,7 +79,15 @@ impl<D: Device> Shard<D> {
                 return Err(error);
             }
         };
-        self.seal_root(handle, root, None, After::Create { ticket });
+        if reused {
+            // Into both slots: a volume whose record is damaged later must not pass for the one before it,
+            // which is deleted.
+            self.seal_root(handle, root, None, After::Nothing);
+            let none = SealedImages::default();
+            self.seal_plain(handle, none, true, After::Create { ticket });
+        } else {
+            self.seal_root(handle, root, None, After::Create { ticket });
+        }
         Ok(())
     }
 

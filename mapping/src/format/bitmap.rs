@@ -138,6 +138,18 @@ impl Bitmap {
         self.words.iter().map(|word| word.count_zeros()).sum()
     }
 
+    /// The allocated blocks, in order.
+    pub fn allocated(&self) -> impl Iterator<Item = u32> {
+        (0u32..).step_by(64).zip(&self.words).flat_map(|(first, word)| {
+            let mut left = *word;
+            std::iter::from_fn(move || {
+                let bit = (left != 0).then(|| left.trailing_zeros())?;
+                left &= left - 1;
+                Some(first + bit)
+            })
+        })
+    }
+
     /// The first run of free blocks at or after `from`, as its start and length, cut to `max`.
     pub fn find_free_run(&self, from: u32, max: u32) -> Option<(u32, u32)> {
         let start = self.next(from, 0)?;

@@ -228,6 +228,9 @@ impl<D: Device> Shard<D> {
 
     /// Puts blocks back that were used, and that nothing refers to any more.
     pub(crate) fn give_back(&mut self, kind: BlockKind, run: BlockRun) {
+        if kind == BlockKind::Metadata && self.claims.hold(run) {
+            return;
+        }
         self.device.retire(run.start, u64::from(run.count));
         self.claims.put(kind, run);
     }

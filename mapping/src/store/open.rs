@@ -850,7 +850,11 @@ fn read_volume<D: Device>(
 ) {
     let copy = record.clone();
     let outcome = check_root(store, losses, record.root, record.deleted)
-        .and_then(|()| read_log(io, store, losses, &record))
+        .and_then(|()| match read_log(io, store, losses, &record) {
+            // The collector may have freed it, and somebody else may have the blocks.
+            Err(_) if record.deleted => Ok((Vec::new(), Vec::new())),
+            read => read,
+        })
         .and_then(|(log, log_blocks)| {
             let entry = VolumeEntry { slot, record, log, log_blocks };
             store.directory.add(entry).map_err(|fault| {

@@ -8,7 +8,7 @@ use super::OpenedStore;
 use super::open::{Losses, VolumeFault, check_root, read_log, read_pair, wrong_slot};
 use crate::blocking::Blocking;
 use crate::directory::VolumeEntry;
-use crate::format::{SlotPair, VolumeRecord, choose_slot, refuse_wrong_slot, seal};
+use crate::format::{Geometry, SlotPair, VolumeRecord, choose_slot, refuse_wrong_slot, seal};
 use crate::request::VolumeId;
 
 /// Why a volume could not be read again.
@@ -36,6 +36,26 @@ pub enum ReopenError {
     Corrupt(String),
 }
 
+/// Reads the record in a slot of the registry.
+///
+/// # Errors
+/// The device's.
+pub(crate) fn read_record<D: Device>(
+    io: &mut Blocking<'_, D>,
+    geometry: &Geometry,
+    secret: u64,
+    slot: u32,
+) -> Result<SlotPair<VolumeRecord>, DeviceError> {
+    let start = geometry.registry_slot(slot, 0);
+    let mut bytes = [0; 2 * BLOCK_SIZE as usize];
+    io.read_into(start, &mut bytes)?;
+    let mut pair =
+        read_pair(&bytes, start, |block, addr| VolumeRecord::decode_slot(block, addr, secret));
+    let wrong = |index: usize| wrong_slot(seal::Kind::Volume, start.add(index as u64));
+    refuse_wrong_slot(&mut pair, |record| record.generation, wrong);
+    Ok(choose_slot(pair, |record| record.generation))
+}
+
 /// Reads record and snapshot log of volume `id`, whose record lies in `slot` of the registry, from
 /// the device as they are now. Nobody has the volume open.
 ///
@@ -48,19 +68,10 @@ pub fn reread<D: Device>(
     id: VolumeId,
 ) -> Result<VolumeEntry, ReopenError> {
     let mut io = Blocking::new(device);
-    let start = store.geometry.registry_slot(slot, 0);
-    let mut bytes = [0; 2 * BLOCK_SIZE as usize];
-    io.read_into(start, &mut bytes).map_err(|source| ReopenError::Device { slot, source })?;
-    let mut pair = read_pair(&bytes, start, |block, addr| {
-        VolumeRecord::decode_slot(block, addr, store.secret)
-    });
-    refuse_wrong_slot(
-        &mut pair,
-        |record| record.generation,
-        |index| wrong_slot(seal::Kind::Volume, start.add(index as u64)),
-    );
+    let pair = read_record(&mut io, &store.geometry, store.secret, slot)
+        .map_err(|source| ReopenError::Device { slot, source })?;
     let wrong = |what| Err(ReopenError::Record { slot, what });
-    let record = match choose_slot(pair, |record| record.generation) {
+    let record = match pair {
         SlotPair::Record(record, _) if record.id == id => record,
         SlotPair::Record(record, _) => {
             return wrong(format!("it holds volume {}, not {id}", record.id));
@@ -71,6 +82,10 @@ pub fn reread<D: Device>(
     let mut none = Losses::none(store.geometry);
     let corrupt = |fault: VolumeFault| ReopenError::Corrupt(fault.2);
     check_root(store, &mut none, record.root, record.deleted).map_err(corrupt)?;
-    let (log, log_blocks) = read_log(&mut io, store, &mut none, &record).map_err(corrupt)?;
+    let (log, log_blocks) = match read_log(&mut io, store, &mut none, &record) {
+        // As in `open`: it may have been collected.
+        Err(_) if record.deleted => (Vec::new(), Vec::new()),
+        read => read.map_err(corrupt)?,
+    };
     Ok(VolumeEntry { slot, record, log, log_blocks })
 }

@@ -156,6 +156,12 @@ pub(super) fn prometheus(stats: &StatsView) -> String {
         .write(&mut text, one(reclaim.left_to_collector));
     gauge("bessel_reclaims_waiting", "Deleted snapshots whose own space is to be freed.")
         .write(&mut text, one(reclaim.waiting));
+    let gc = &stats.gc;
+    gauge("bessel_gc_running", "1 while garbage is collected.")
+        .write(&mut text, one(u64::from(gc.running)));
+    counter("bessel_gc_runs_total", "Collections that have ended.").write(&mut text, one(gc.ended));
+    counter("bessel_gc_freed_bytes_total", "Freed by collections.")
+        .write(&mut text, one(gc.freed_bytes_total));
     let latency = &stats.snapshot_latency;
     counter("bessel_snapshots_total", "Snapshots taken.").write(&mut text, one(latency.count));
     let seconds = |nanoseconds: u64| nanoseconds as f64 / 1e9;

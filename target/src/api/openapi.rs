@@ -71,6 +71,11 @@ fn paths() -> Value {
         "/v1/snapshots/{snapshot}/export/{to}": {
             "get": export("Read out the difference between two snapshots of one forest", &[SNAPSHOT, TO]),
         },
+        "/v1/gc": {
+            "get": operation("The collection of garbage under way, and the last one", &[], None, reference("Gc")),
+            "post": operation("Begin a collection of garbage", &[], None, reference("Gc")),
+            "delete": operation("End the collection under way; what it has freed stays free", &[], None, reference("Gc")),
+        },
         "/v1/tree": {
             "get": operation("Volumes and snapshots by descent", &[], None, reference("Tree")),
         },
@@ -314,6 +319,33 @@ fn schemas() -> Value {
             ("volumes", "VolumeStats[]"),
             ("snapshot_latency", "Latency"),
             ("reclaim", "Reclaim"),
+            ("gc", "Gc"),
+        ]),
+        "Gc": object(&[
+            ("running", "boolean"),
+            ("trigger", "string?"),
+            ("started", "string?"),
+            ("phase", "string?"),
+            ("nodes_read", "integer"),
+            ("nodes_found", "integer"),
+            ("garbage_bytes", "integer"),
+            ("freed_bytes", "integer"),
+            ("ended", "integer"),
+            ("freed_bytes_total", "integer"),
+            ("last", "GcReport?"),
+        ]),
+        "GcReport": object(&[
+            ("outcome", "string"),
+            ("reason", "string?"),
+            ("trigger", "string"),
+            ("started", "string"),
+            ("duration_ns", "integer"),
+            ("nodes_read", "integer"),
+            ("reachable_bytes", "integer"),
+            ("freed_data_bytes", "integer"),
+            ("freed_metadata_bytes", "integer"),
+            ("volumes_reclaimed", "integer"),
+            ("bitmaps_damaged", "integer"),
         ]),
         "Reclaim": object(&[
             ("snapshots", "integer"),
@@ -503,6 +535,23 @@ mod tests {
             },
         );
         describes("Reclaim", ReclaimView::default());
+        let report = GcReport {
+            outcome: GcOutcome::Done,
+            reason: None,
+            trigger: GcTrigger::Command,
+            started: String::new(),
+            duration_ns: 1,
+            nodes_read: 0,
+            reachable_bytes: 0,
+            freed_data_bytes: 0,
+            freed_metadata_bytes: 0,
+            volumes_reclaimed: 0,
+            bitmaps_damaged: 0,
+        };
+        describes("GcReport", report.clone());
+        describes("Gc", GcView::default());
+        let (trigger, phase) = (Some(GcTrigger::Crash), Some(GcPhase::Mark));
+        describes("Gc", GcView { trigger, phase, last: Some(report), ..GcView::default() });
         describes("Tree", TreeView { volumes: Vec::new() });
         describes(
             "TreeVolume",

@@ -5,8 +5,8 @@
 
 use super::types::{
     CLONES_MAX, ChangeSnapshot, ChangeVolume, CreateClones, CreateSnapshot, CreateVolume, DiffView,
-    Rollback, RolledBack, SetSchedule, SnapshotCreated, SnapshotDeleted, SnapshotView, SpaceView,
-    StatsView, TreeView, VolumeView,
+    GcView, Rollback, RolledBack, SetSchedule, SnapshotCreated, SnapshotDeleted, SnapshotView,
+    SpaceView, StatsView, TreeView, VolumeView,
 };
 use super::{Refusal, RefusalKind, metrics, openapi};
 use crate::control::Control;
@@ -15,6 +15,7 @@ use crate::reference::{SnapshotReference, label, volume_name};
 use axum::body::{Body, Bytes};
 use axum::extract::rejection::BytesRejection;
 use axum::extract::{DefaultBodyLimit, FromRequestParts, Path, State};
+use axum::http::StatusCode;
 use axum::http::header::CONTENT_TYPE;
 use axum::http::request::Parts;
 use axum::response::{IntoResponse, Response};
@@ -50,6 +51,7 @@ fn table() -> Vec<(&'static str, MethodRouter<Control>)> {
         ("/v1/snapshots/{snapshot}/diff/{to}", get(diff_snapshots)),
         ("/v1/snapshots/{snapshot}/export", get(export_snapshot)),
         ("/v1/snapshots/{snapshot}/export/{to}", get(export_difference)),
+        ("/v1/gc", get(show_gc).post(collect).delete(end_collection)),
         ("/v1/tree", get(show_tree)),
         ("/v1/stats", get(show_stats)),
         ("/metrics", get(show_metrics)),
@@ -359,6 +361,20 @@ async fn on_a_thread<T: Send + 'static>(
     });
     spawned.map_err(|error| Refusal::failed(format!("cannot start a thread: {error}")))?;
     answered.await.unwrap_or_else(|_| Err(Refusal::failed("the walk ended early; see the log")))
+}
+
+async fn show_gc(State(control): State<Control>) -> Answer<GcView> {
+    control.call(|plane| plane.gc()).await.map(Json)
+}
+
+async fn collect(State(control): State<Control>) -> Result<(StatusCode, Json<GcView>), Refusal> {
+    let asked_by = control.clone();
+    let view = control.call(move |plane| plane.collect(asked_by)).await?;
+    Ok((StatusCode::ACCEPTED, Json(view)))
+}
+
+async fn end_collection(State(control): State<Control>) -> Answer<GcView> {
+    control.call(|plane| plane.end_collection()).await.map(Json)
 }
 
 async fn show_tree(State(control): State<Control>) -> Answer<TreeView> {

@@ -413,6 +413,9 @@ pub(crate) struct StatsView {
     /// What deleted snapshots alone held.
     #[serde(default)]
     pub(crate) reclaim: ReclaimView,
+    /// Collections.
+    #[serde(default)]
+    pub(crate) gc: GcView,
 }
 
 /// Freeing what deleted snapshots alone held, since the start.
@@ -426,6 +429,96 @@ pub(crate) struct ReclaimView {
     pub(crate) waiting: u64,
     /// What was freed.
     pub(crate) freed_bytes: u64,
+}
+
+/// `GET /v1/gc`: the collection under way, and the last one.
+#[derive(Clone, PartialEq, Eq, Default, Debug, Serialize, Deserialize)]
+pub(crate) struct GcView {
+    /// One was asked for and has not ended.
+    pub(crate) running: bool,
+    /// Why it was begun.
+    pub(crate) trigger: Option<GcTrigger>,
+    /// When it was asked for, RFC 3339.
+    pub(crate) started: Option<String>,
+    /// Where it is; none while something else is freed first.
+    pub(crate) phase: Option<GcPhase>,
+    /// Radix nodes read.
+    pub(crate) nodes_read: u64,
+    /// Radix nodes known by now, those that were read included.
+    pub(crate) nodes_found: u64,
+    /// What is found to be free, once that is known.
+    pub(crate) garbage_bytes: u64,
+    /// What of that is free by now.
+    pub(crate) freed_bytes: u64,
+    /// How many have ended since the daemon started.
+    pub(crate) ended: u64,
+    /// What these have freed.
+    pub(crate) freed_bytes_total: u64,
+    /// The last one that has ended.
+    pub(crate) last: Option<GcReport>,
+}
+
+/// Why a collection is begun.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum GcTrigger {
+    /// Somebody asked for it.
+    Command,
+    /// It was time.
+    Schedule,
+    /// Space, or room for volumes, runs out.
+    LowSpace,
+    /// The daemon before this one was not stopped in order.
+    Crash,
+}
+
+/// The part of its work that a collection is at.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum GcPhase {
+    /// Waiting for what is under way, reading where trees begin.
+    Checkpoint,
+    /// Reading nodes.
+    Mark,
+    /// Freeing.
+    Sweep,
+}
+
+/// What a collection came to.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub(crate) struct GcReport {
+    /// Whether it came to its end.
+    pub(crate) outcome: GcOutcome,
+    /// Why not.
+    pub(crate) reason: Option<String>,
+    /// Why it was begun.
+    pub(crate) trigger: GcTrigger,
+    /// When, RFC 3339.
+    pub(crate) started: String,
+    /// How long it took.
+    pub(crate) duration_ns: u64,
+    /// Radix nodes read.
+    pub(crate) nodes_read: u64,
+    /// What volumes and snapshots hold.
+    pub(crate) reachable_bytes: u64,
+    /// Guests' data that is free now and was not.
+    pub(crate) freed_data_bytes: u64,
+    /// The same, radix nodes and snapshot logs.
+    pub(crate) freed_metadata_bytes: u64,
+    /// Deleted volumes of which nothing is left.
+    pub(crate) volumes_reclaimed: u64,
+    /// Bitmap blocks that are damaged, where nothing is freed.
+    pub(crate) bitmaps_damaged: u64,
+}
+
+/// Whether a collection came to its end.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum GcOutcome {
+    /// It did.
+    Done,
+    /// It did not.
+    Failed,
 }
 
 /// Space on the store.

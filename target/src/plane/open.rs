@@ -101,15 +101,23 @@ impl ControlPlane {
         let opened = self
             .check_socket(&service.socket)
             .and_then(|()| self.open_at_home(Command::Create(plan.clone()), service.queues));
-        let (home, handle) = opened.inspect_err(|_| {
+        let (home, handle) = opened.inspect_err(|refusal| {
             self.directory.abandoned(&plan);
-            // Its record may have reached the device all the same, and turn up at the next start.
-            self.unborn.extend(origin.map(|origin| (plan.id, origin.snapshot)));
+            self.note_unmade(plan.id, origin.as_ref(), refusal);
         })?;
         self.directory.created(&plan);
         self.serve(plan.id, home, handle, service).map_err(|refusal| {
             Refusal::failed(format!("volume {name:?} was created but is not served: {refusal}"))
         })
+    }
+
+    /// A volume could not be made. After a failure of the device its record may be there all the same, and
+    /// turn up at the next start; when it was refused, nothing was written.
+    fn note_unmade(&mut self, id: VolumeId, origin: Option<&CloneOrigin>, refusal: &Refusal) {
+        if matches!(refusal.kind, RefusalKind::Failed | RefusalKind::Damaged) {
+            self.collections.doubtful_creation = true;
+            self.unborn.extend(origin.map(|origin| (id, origin.snapshot)));
+        }
     }
 
     /// Makes clones of a settled snapshot, durably, and serves them. All are on their way before the
@@ -170,7 +178,7 @@ impl ControlPlane {
                 }
                 Err(refusal) => {
                     self.directory.abandoned(&plan);
-                    self.unborn.push((plan.id, origin.snapshot));
+                    self.note_unmade(plan.id, Some(origin), &refusal);
                     failed.get_or_insert(refusal);
                 }
             }

@@ -65,6 +65,16 @@ impl Reclaims {
         self.waiting.is_empty() && matches!(self.now, Now::Nothing)
     }
 
+    /// Nothing is under way, whatever waits.
+    pub(super) fn is_between(&self) -> bool {
+        matches!(self.now, Now::Nothing)
+    }
+
+    /// Snapshots that wait.
+    pub(super) fn waiting(&self) -> impl Iterator<Item = SnapshotId> {
+        self.waiting.iter().copied()
+    }
+
     /// The process ends.
     pub(super) fn clear(&mut self) {
         self.waiting.clear();
@@ -125,6 +135,7 @@ impl World {
     pub(super) fn step_reclaims(&mut self) -> bool {
         // Its reads are waited for: they must come.
         if self.reclaims.is_idle()
+            || self.collects.is_running()
             || self.faults.is_some()
             || self.disk.stopped()
             || self.disk.is_holding()
@@ -268,7 +279,7 @@ impl World {
 }
 
 /// The snapshots that a command marks deleted.
-fn marks(pending: &Pending) -> Vec<SnapshotId> {
+pub(super) fn marks(pending: &Pending) -> Vec<SnapshotId> {
     match pending {
         Pending::Act { action: Action::DeleteSnapshot { snapshot }, .. } => vec![*snapshot],
         Pending::Act { action: Action::DeleteSnapshots { volume, sequences }, .. } => {

@@ -16,6 +16,7 @@ use bessel_reactor::device::sim::{
 };
 use bessel_reactor::units::{ByteCount, SECTOR_SIZE, SECTORS_PER_BLOCK, Sector};
 
+use super::collects::Collects;
 use super::memory::Memory;
 use super::observer::Progress;
 use super::reclaims::Reclaims;
@@ -103,6 +104,7 @@ impl World {
             assert_eq!(shard.double_uses(), 0, "a block was free and in use at once");
         }
         self.reclaims.clear();
+        self.collects.clear();
         self.shards.clear(); // Before the guest memory that their requests point to.
         self.requests.clear();
         self.waiting.clear();
@@ -121,6 +123,7 @@ impl World {
             self.pause_faults();
         }
         self.reclaims.clear();
+        self.collects.clear();
         self.settle()?;
         // The authority last: the others give their claims back to it.
         for shard in (0..self.shards.len()).rev() {
@@ -455,6 +458,7 @@ impl Outage {
             observer: None,
             progress: Progress::default(),
             reclaims: Reclaims::new(seed),
+            collects: Collects::new(seed),
         };
         // Killed when all was made: again.
         if world.serve() {

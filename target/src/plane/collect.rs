@@ -1,0 +1,170 @@
+//! Collections: when one is begun, and what it must know of the volumes.
+//!
+//! One is begun by hand, by schedule, when free space or room for volumes runs out, and after a daemon
+//! that was killed, since that has leaked what it had claimed. The thread that frees runs it
+//! (`reclaimer`).
+
+use super::{Answered, ControlPlane};
+use crate::api::Refusal;
+use crate::api::types::{GcTrigger, GcView};
+use crate::config::GcConfig;
+use crate::control::Control;
+use crate::reclaimer::Order;
+use bessel_mapping::forest::Tree;
+use bessel_mapping::gc::DeletedVolume;
+use bessel_reactor::clock::Instant;
+use std::time::Duration;
+
+/// Least time between two collections that low space begins.
+const LOW_SPACE_PAUSE: Duration = Duration::from_secs(60);
+
+/// When collections are begun by themselves.
+pub(super) struct Collections {
+    config: GcConfig,
+    /// The daemon before this one was not stopped in order, and nothing was collected since.
+    after_crash: bool,
+    /// Something was deleted since the last one began, or before this daemon did.
+    deleted: bool,
+    begun: Option<Instant>,
+    /// A clone or volume could not be made: whether the device has it, nobody knows.
+    pub(super) doubtful_creation: bool,
+}
+
+impl Collections {
+    pub(super) fn new(config: GcConfig, was_clean: bool) -> Self {
+        Self {
+            config,
+            after_crash: !was_clean,
+            deleted: true,
+            begun: None,
+            doubtful_creation: false,
+        }
+    }
+
+    /// Something was deleted, and may have left something behind.
+    pub(super) fn note_deletion(&mut self) {
+        self.deleted = true;
+    }
+}
+
+impl ControlPlane {
+    /// Begins a collection because somebody asks for one.
+    pub(crate) fn collect(&mut self, control: Control) -> Answered<GcView> {
+        if self.reclaimer()?.is_collecting() {
+            return Err(Refusal::conflict(
+                "a collection is running already; `bessel gc --status` shows how far it is",
+            ));
+        }
+        self.begin_collection(GcTrigger::Command, control)
+    }
+
+    /// Begins a collection if it is time for one.
+    pub(crate) fn collect_if_due(&mut self, control: Control) {
+        let Ok(reclaimer) = self.reclaimer() else { return };
+        if reclaimer.is_collecting() {
+            return;
+        }
+        if let Some(trigger) = self.due() {
+            // It is logged when it ends.
+            let _ = self.begin_collection(trigger, control);
+        }
+    }
+
+    fn due(&mut self) -> Option<GcTrigger> {
+        let now = self.clock.now();
+        let Collections { config, after_crash, deleted, begun, .. } = &self.collections;
+        if *after_crash {
+            return Some(GcTrigger::Crash);
+        }
+        if let Some(every) = config.every
+            && now.since(begun.unwrap_or(self.started)) >= every
+        {
+            return Some(GcTrigger::Schedule);
+        }
+        let rested = begun.is_none_or(|begun| now.since(begun) >= LOW_SPACE_PAUSE);
+        let low = config.low_space_percent.filter(|_| *deleted && rested)?;
+        if self.directory.free_slots() == 0 {
+            return Some(GcTrigger::LowSpace);
+        }
+        let shards: Vec<_> = (0..self.homes.len())
+            .map(|home| self.shard_stats(home))
+            .collect::<Answered<_>>()
+            .ok()?;
+        let store = self.store_view(&shards);
+        let is_low = store.free_bytes < store.total_bytes / 100 * u64::from(low);
+        is_low.then_some(GcTrigger::LowSpace)
+    }
+
+    fn begin_collection(&mut self, trigger: GcTrigger, control: Control) -> Answered<GcView> {
+        let (clock, rate) = (self.clock, self.collections.config.rate);
+        let order = Order { trigger, control, clock, rate };
+        if !self.reclaimer()?.collect(order) {
+            return Err(Refusal::failed("the thread that collects is not there; see the log"));
+        }
+        let collections = &mut self.collections;
+        (collections.after_crash, collections.deleted) = (false, false);
+        collections.begun = Some(clock.now());
+        self.gc()
+    }
+
+    /// The collection under way, and the last one.
+    pub(crate) fn gc(&self) -> Answered<GcView> {
+        Ok(self.reclaimer()?.gc())
+    }
+
+    /// Ends the collection under way. What it has freed stays free.
+    pub(crate) fn end_collection(&self) -> Answered<GcView> {
+        if !self.reclaimer()?.end_collection() {
+            return Err(Refusal::conflict("no collection is running"));
+        }
+        self.gc()
+    }
+
+    /// The trees that deleted snapshots need which wait to be freed by themselves: a collection leaves
+    /// them whole.
+    ///
+    /// # Errors
+    /// When nobody knows what some volume has on the device: then nothing can be told to be garbage.
+    pub(crate) fn trees_to_spare(&mut self) -> Result<Vec<Tree>, String> {
+        if let Some(slot) = self.directory.unreadable() {
+            return Err(format!(
+                "the volume record in registry slot {slot} cannot be read; stop the daemon and run \
+                 `bessel check --repair`"
+            ));
+        }
+        if self.collections.doubtful_creation {
+            return Err(
+                "a volume could not be made when the device failed, and the device may have \
+                        its record; check the device and start the daemon again"
+                    .to_owned(),
+            );
+        }
+        for home in 0..self.homes.len() {
+            let failed = self.shard_stats(home).map_err(|refusal| refusal.to_string())?.latched;
+            if let Some(name) = failed.into_iter().find_map(|id| self.name_of_present(id)) {
+                return Err(format!(
+                    "volume {name:?} has failed; check the device, then `bessel volume detach {name}` \
+                     and `bessel volume attach {name}`"
+                ));
+            }
+        }
+        let present = self.directory.volumes().filter(|volume| !volume.deleted);
+        let is_known = |id| {
+            let detached = self.detached.get(id);
+            self.served.contains_key(id) || detached.is_some_and(|it| it.current.is_some())
+        };
+        if let Some(volume) = present.into_iter().find(|volume| !is_known(&volume.id)) {
+            return Err(format!(
+                "nobody knows what volume {:?} has, which could not be opened; `bessel volume show {}` \
+                 says why",
+                volume.name, volume.name
+            ));
+        }
+        Ok(self.reclaimer().map_err(|refusal| refusal.to_string())?.trees_waiting())
+    }
+
+    /// A collection has found that nothing is left of these volumes but their records.
+    pub(crate) fn note_collected(&mut self, deleted: &[DeletedVolume]) {
+        self.directory.collected(deleted);
+    }
+}

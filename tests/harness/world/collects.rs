@@ -1,0 +1,251 @@
+//! The collector beside everything else, as the daemon's thread runs it: a step of its own between
+//! steps of the shards, and never while a deleted snapshot's blocks are being freed.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use bessel_mapping::blocking::Blocking;
+use bessel_mapping::forest::Tree;
+use bessel_mapping::gc::{CollectError, Collected, Collection, Next, Progress};
+use bessel_mapping::request::{Command, Reply, VolumeId, VolumeInfo};
+use bessel_reactor::device::sim::Random;
+
+use super::reclaims::marks;
+use super::{OpenVolume, Pending, Ticket, World};
+
+/// What is being done.
+#[derive(Debug)]
+enum Now {
+    /// The shards, or shard 0, are asked.
+    Asked { asked: BTreeSet<Ticket>, replies: Vec<Reply> },
+    /// Volumes are asked what they have: some of their deleted snapshots wait to be freed.
+    Look { asked: BTreeMap<Ticket, VolumeId>, shown: Vec<VolumeInfo> },
+}
+
+#[derive(Debug)]
+struct Running {
+    job: Box<Collection>,
+    now: Option<Now>,
+}
+
+/// See the module's documentation.
+#[derive(Debug)]
+pub(super) struct Collects {
+    wanted: bool,
+    running: Option<Running>,
+    /// What is under way goes no further for now.
+    held: bool,
+    /// A volume could not be made: whether the disk has it, nobody knows.
+    pub(super) doubtful_creation: bool,
+    /// Not the world's: worlds without collections go as they always went.
+    dice: Random,
+    done: Vec<Result<Collected, CollectError>>,
+}
+
+impl Collects {
+    pub(super) fn new(seed: u64) -> Self {
+        let dice = Random::new(seed ^ 0xc011ec7);
+        Self {
+            wanted: false,
+            running: None,
+            held: false,
+            doubtful_creation: false,
+            dice,
+            done: Vec::new(),
+        }
+    }
+
+    /// Nothing is wanted or under way.
+    pub(super) fn is_idle(&self) -> bool {
+        !self.wanted && self.running.is_none()
+    }
+
+    /// One is under way.
+    pub(super) fn is_running(&self) -> bool {
+        self.running.is_some()
+    }
+
+    /// The process ends.
+    pub(super) fn clear(&mut self) {
+        self.wanted = false;
+        self.running = None;
+        self.doubtful_creation = false;
+    }
+}
+
+impl World {
+    /// Has the store collected, once nothing is being freed otherwise.
+    pub fn start_collection(&mut self) {
+        self.collects.wanted = true;
+    }
+
+    /// The collections that have ended, in order.
+    pub fn collections(&self) -> &[Result<Collected, CollectError>] {
+        &self.collects.done
+    }
+
+    /// Collects, from start to end.
+    pub fn collect_garbage(&mut self) -> Result<Result<Collected, CollectError>, super::PowerCut> {
+        let before = self.collects.done.len();
+        self.start_collection();
+        self.run_until(|world| world.collects.done.len() > before)?;
+        Ok(self.collects.done[before].clone())
+    }
+
+    /// How far the collection has come that is under way.
+    pub fn collection_progress(&self) -> Option<Progress> {
+        self.collects.running.as_ref().map(|running| running.job.progress())
+    }
+
+    /// Keeps the collection under way from going further, while everything else does.
+    pub fn hold_collection(&mut self, held: bool) {
+        self.collects.held = held;
+    }
+
+    /// Goes on until no collection is wanted or under way.
+    pub fn await_collection(&mut self) -> Result<(), super::PowerCut> {
+        self.run_until(|world| world.collects.is_idle())
+    }
+
+    /// Wants a collection now and then, as often as `times` of `of` times that it is asked.
+    pub fn collect_sometimes(&mut self, times: u64, of: u64) {
+        if self.collects.is_idle() && self.collects.dice.chance(times, of) {
+            self.start_collection();
+        }
+    }
+
+    /// Does a little of what is to be done, or nothing.
+    pub(super) fn step_collection(&mut self) -> bool {
+        // Its reads are waited for: they must come.
+        if self.collects.is_idle()
+            || self.collects.held
+            || self.faults.is_some()
+            || self.disk.stopped()
+            || self.disk.is_holding()
+        {
+            return false;
+        }
+        if self.collects.dice.chance(1, 2) {
+            return true;
+        }
+        let Some(running) = &mut self.collects.running else {
+            if !self.reclaims.is_between() {
+                return false;
+            }
+            self.collects.wanted = false;
+            self.tell(format_args!("collecting"));
+            let job = Box::new(Collection::new(&self.store));
+            self.collects.running = Some(Running { job, now: None });
+            return true;
+        };
+        match running.now.take() {
+            Some(Now::Asked { asked, replies }) if asked.is_empty() => {
+                running.job.answered(replies);
+            }
+            Some(Now::Look { asked, shown }) if asked.is_empty() => self.spare(&shown),
+            None => {}
+            waiting => {
+                running.now = waiting;
+                return false;
+            }
+        }
+        self.go_on_collecting();
+        true
+    }
+
+    fn go_on_collecting(&mut self) {
+        let Some(running) = &mut self.collects.running else { return };
+        let (shards, command) = match running.job.next() {
+            Next::Read => {
+                let mut device = self.disk.connect();
+                running.job.read(&mut Blocking::new(&mut device));
+                return;
+            }
+            Next::Spare => return self.look_for_waiting(),
+            Next::AskAll(command) => (self.shards.len(), command),
+            Next::AskAuthority(command) => (1, command),
+            Next::Done(outcome) => {
+                self.tell(format_args!("collected: {outcome:?}"));
+                self.collects.running = None;
+                match &outcome {
+                    Ok(collected) => self.store.directory.collected(&collected.deleted_volumes),
+                    Err(CollectError::Refused(_)) => {}
+                    Err(error) => assert!(self.may_fail(), "{error}"),
+                }
+                self.collects.done.push(outcome);
+                return;
+            }
+        };
+        let mut asked = BTreeSet::new();
+        for shard in 0..shards {
+            let ticket = self.ticket();
+            asked.insert(ticket);
+            self.commands.insert(ticket, Pending::Collect);
+            self.shards[shard].control(ticket, command.clone());
+        }
+        self.now_collecting(Now::Asked { asked, replies: Vec::new() });
+    }
+
+    fn now_collecting(&mut self, now: Now) {
+        let running = self.collects.running.as_mut().expect("one is under way");
+        running.now = Some(now);
+    }
+
+    /// Asks all volumes what they have.
+    fn look_for_waiting(&mut self) {
+        let unknown = self.store.directory.volumes().find(|volume| {
+            let open =
+                self.volumes.contains_key(&volume.id) || self.deleting.contains_key(&volume.id);
+            !volume.deleted && !open
+        });
+        if unknown.is_some() || self.store.directory.unreadable().is_some() {
+            let running = self.collects.running.as_mut().expect("one is under way");
+            return running.job.fail("not all volumes are open".to_owned());
+        }
+        let open: Vec<(VolumeId, OpenVolume)> =
+            self.volumes.iter().map(|(id, open)| (*id, *open)).collect();
+        let mut asked = BTreeMap::new();
+        for (id, OpenVolume { shard, handle, .. }) in open {
+            let ticket = self.ticket();
+            asked.insert(ticket, id);
+            self.commands.insert(ticket, Pending::Collect);
+            self.shards[shard].control(ticket, Command::Show { volume: handle });
+        }
+        self.now_collecting(Now::Look { asked, shown: Vec::new() });
+    }
+
+    /// The trees of deleted snapshots that wait, or whose mark is not durable yet.
+    fn spare(&mut self, shown: &[VolumeInfo]) {
+        let mut waiting: Vec<_> = self.reclaims.waiting().collect();
+        waiting.extend(self.commands.values().flat_map(marks));
+        let failed = shown.iter().any(|it| it.latched.is_some()) || self.collects.doubtful_creation;
+        let trees = shown.iter().flat_map(|volume| &volume.snapshots);
+        let trees = trees.filter(|snapshot| waiting.contains(&snapshot.id));
+        let trees: Vec<_> = trees.map(|it| Tree { root: it.root, height: it.height }).collect();
+        let running = self.collects.running.as_mut().expect("one is under way");
+        if failed {
+            running.job.fail("a volume has failed".to_owned());
+        } else {
+            running.job.spare(trees);
+        }
+    }
+
+    /// A shard has answered.
+    pub(super) fn collection_answered(&mut self, ticket: Ticket, reply: Reply) {
+        let Some(running) = &mut self.collects.running else { return };
+        match &mut running.now {
+            Some(Now::Asked { asked, replies }) => {
+                let ours = asked.remove(&ticket);
+                replies.extend(ours.then_some(reply));
+            }
+            Some(Now::Look { asked, shown }) => {
+                // Else its volume went meanwhile, with the command that was before this one.
+                if asked.remove(&ticket).is_some()
+                    && let Reply::Volume(info) = reply
+                {
+                    shown.push(*info);
+                }
+            }
+            None => {}
+        }
+    }
+}
