@@ -67,7 +67,7 @@ fn watch(client: &Client, ended: u64, quiet: bool) -> Result<GcReport, Box<dyn s
 
 /// How much is done of what is known: reading nodes is nine tenths of it, freeing the last.
 fn done(view: &GcView) -> (u64, u64) {
-    let share = |done: u64, all: u64| if all == 0 { 0 } else { done.saturating_mul(900) / all };
+    let share = |done: u64, all: u64| done.saturating_mul(900).checked_div(all).unwrap_or(0);
     match view.phase {
         None | Some(GcPhase::Checkpoint) => (0, 1000),
         Some(GcPhase::Mark) => (share(view.nodes_read, view.nodes_found), 1000),
