@@ -108,6 +108,11 @@ impl Site {
         self.files.path().join("raw.img")
     }
 
+    /// Bessel's store.
+    pub(crate) fn store_file(&self) -> PathBuf {
+        self.files.path().join("store.img")
+    }
+
     /// Makes the raw file, sparse: a fill writes it.
     pub(crate) fn make_raw_file(&self) -> Result<(), String> {
         let path = self.raw_file();
@@ -182,7 +187,7 @@ impl Site {
              api:\n  socket: {api}\n\
              volumes:\n  - name: bench\n    size: {size}\n    socket: {socket}\n    \
              cache: writeback\n    queues: 1\n",
-            device = quoted(&self.files.path().join("store.img")),
+            device = quoted(&self.store_file()),
             store = size::format(self.store_bytes),
             core = self.server_core,
             api = quoted(&self.run.path().join("api.sock")),
