@@ -236,6 +236,7 @@ impl SnapshotsArguments {
             client_core: self.client_core,
             server_core: self.server_core,
             json: self.json,
+            waits: snapshots::Waits::default(),
         })
     }
 }

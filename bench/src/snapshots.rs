@@ -25,12 +25,14 @@ use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
+use std::sync::Mutex;
 use std::time::Duration;
 
 use clap::ValueEnum;
 use serde::Serialize;
 
 use crate::clock::unix_time;
+use crate::report::{Report, WAIT_TOLERATED};
 use crate::{compare, interrupt};
 
 /// What to measure, and where.
@@ -55,6 +57,23 @@ pub(crate) struct Plan {
     pub(crate) client_core: usize,
     pub(crate) server_core: usize,
     pub(crate) json: Option<PathBuf>,
+    pub(crate) waits: Waits,
+}
+
+/// Shares of the time for which the loads of a part were without their core.
+#[derive(Default)]
+pub(crate) struct Waits(Mutex<Vec<f64>>);
+
+impl Waits {
+    fn note(&self, report: &Report) {
+        self.0.lock().expect("no holder of this lock panics").extend(report.client_waited);
+    }
+
+    /// The median of those noted since the last call.
+    fn take(&self) -> f64 {
+        let waits = std::mem::take(&mut *self.0.lock().expect("no holder of this lock panics"));
+        if waits.is_empty() { 0.0 } else { median(waits) }
+    }
 }
 
 /// A part that can be measured alone.
@@ -154,6 +173,8 @@ impl Row {
 #[derive(Serialize)]
 struct Entry {
     part: Part,
+    /// Share of the time for which the generator was without its core, while this part was measured.
+    client_waited: f64,
     #[serde(flatten)]
     row: Row,
 }
@@ -186,9 +207,11 @@ pub(crate) fn run(plan: &Plan) -> Result<(), String> {
     };
     let wanted = |part: &&Part| plan.only.is_empty() || plan.only.contains(*part);
     for &part in Part::value_variants().iter().filter(wanted) {
-        for row in part.measure(plan)? {
+        let rows = part.measure(plan)?;
+        let client_waited = plan.waits.take();
+        for row in rows {
             eprintln!("{}: {}", row.what, row.measured);
-            results.rows.push(Entry { part, row });
+            results.rows.push(Entry { part, client_waited, row });
         }
         if let Some(path) = &plan.json {
             write(path, &results)?;
@@ -211,8 +234,15 @@ fn render(results: &Results) -> String {
          | what | measured | paper or peer | goal |\n| --- | --- | --- | --- |\n",
         directory.display()
     );
-    for Entry { row: Row { what, measured, paper_or_peer, goal, .. }, .. } in &results.rows {
-        let _ = writeln!(text, "| {what} | {measured} | {paper_or_peer} | {goal} |");
+    for Entry { row, client_waited, .. } in &results.rows {
+        let Row { what, measured, paper_or_peer, goal, .. } = row;
+        let busy = match client_waited * 100.0 {
+            percent if *client_waited > WAIT_TOLERATED => {
+                format!(" (BUSY: the client was without its core for {percent:.0} % of the time)")
+            }
+            _ => String::new(),
+        };
+        let _ = writeln!(text, "| {what} | {measured}{busy} | {paper_or_peer} | {goal} |");
     }
     text
 }
@@ -337,7 +367,7 @@ mod tests {
             size_bytes: 1,
             seconds: 1.0,
             rounds: 1,
-            rows: vec![Entry { part: Part::Idle, row }],
+            rows: vec![Entry { part: Part::Idle, client_waited: 0.01, row }],
         };
         assert!(render(&results).ends_with("| --- |\n| what | 1 | 3 | ≤ 2 |\n"));
         let json = serde_json::to_value(&results).unwrap();

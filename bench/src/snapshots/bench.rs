@@ -1,6 +1,6 @@
 //! A daemon over a store of its own, with one written volume and whatever else a part asks for.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use nix::sys::statfs::{TMPFS_MAGIC, statfs};
@@ -12,7 +12,7 @@ use crate::clock::Clock;
 use crate::load::{self, AfterWrite, Options};
 use crate::plan::Workload;
 use crate::report::Report;
-use crate::server::{Contender, Poll, Scratch, Server, Site};
+use crate::server::{Contender, Poll, START_TIMEOUT, Scratch, Server, Site};
 use crate::{cli, interrupt, process};
 
 /// The volume that is there from the start.
@@ -20,9 +20,9 @@ pub(super) const MAIN: &str = "bench";
 /// Beyond what was asked for, one load may take this long to connect, flush and stop.
 const SLACK: Duration = Duration::from_secs(60);
 const WARMUP: Duration = Duration::from_millis(300);
-/// Requests that are sent to the API before the first is answered: enough that neither side waits for the
-/// other, and little enough to fit a socket's buffer.
-const REQUESTS_AHEAD: usize = 64;
+/// Requests that are sent to the API before the first is answered, twice as fast as one by one. They and their
+/// answers, 100 KB, fit the buffers of a socket, so neither side waits for the other to read.
+const REQUESTS_AHEAD: u64 = 256;
 /// Threads of the daemon that serve guests have names that begin so.
 const REACTOR_THREADS: &str = "reactor-";
 
@@ -70,6 +70,13 @@ impl<'a> Bench<'a> {
 
     /// The same over a store of another size.
     pub(super) fn with_store(plan: &'a Plan, store_bytes: u64) -> Result<Self, String> {
+        let bench = Self::empty(plan, store_bytes)?;
+        bench.fill(bench.site.socket())?;
+        Ok(bench)
+    }
+
+    /// Starts a daemon whose volume is left unwritten: for parts that make their own, all in the same way.
+    pub(super) fn empty(plan: &'a Plan, store_bytes: u64) -> Result<Self, String> {
         let kind = statfs(&plan.dir)
             .map_err(|error| format!("cannot look at {}: {error}", plan.dir.display()))?;
         let site = Site {
@@ -82,25 +89,33 @@ impl<'a> Bench<'a> {
             poll: Poll::Adaptive,
             bessel: Some(plan.bessel.clone()),
         };
-        let server = Some(site.start(Contender::Bessel)?);
-        let api = Api { socket: site.run.path().join("api.sock") };
-        let bench = Self { plan, server, api, site };
-        bench.fill(bench.site.socket())?;
-        Ok(bench)
+        let mut server = site.start(Contender::Bessel)?;
+        let api = Api { socket: site.api_socket() };
+        server.wait_for(&api.socket)?;
+        Ok(Self { plan, server: Some(server), api, site })
     }
 
     fn server(&self) -> &Server {
         self.server.as_ref().expect("only a restart, which borrows all of it, is without a server")
     }
 
-    /// Stops the daemon in order, starts it again and reads one block of the volume. Returns the time from the
-    /// start of the process until that was answered.
-    pub(super) fn restart(&mut self) -> Result<Duration, String> {
+    /// Stops the daemon in order, starts it again and reads one block of the volume at `socket`. Returns the time
+    /// from the start of the process until that was answered.
+    pub(super) fn restart(&mut self, socket: &Path) -> Result<Duration, String> {
         drop(self.server.take());
         let clock = Clock::start();
         self.server = Some(self.site.start(Contender::Bessel)?);
-        self.load(Options { requests: Some(1), depth: 1, ..Options::default() })?;
-        Ok(Duration::from_nanos(clock.now_ns()))
+        self.load(Options {
+            socket: socket.to_owned(),
+            requests: Some(1),
+            depth: 1,
+            connect_patience: START_TIMEOUT,
+            ..Options::default()
+        })?;
+        let took = Duration::from_nanos(clock.now_ns());
+        let server = self.server.as_mut().expect("it was started above");
+        server.wait_for(&self.api.socket)?; // Its sockets come one after the other.
+        Ok(took)
     }
 
     /// Makes a volume, and returns where it is served.
@@ -151,7 +166,9 @@ impl<'a> Bench<'a> {
             };
             scope.spawn(load).join().expect("a load does not panic")
         });
-        loaded.map_err(|error| self.server().explain(&error))
+        let report = loaded.map_err(|error| self.server().explain(&error))?;
+        self.plan.waits.note(&report);
+        Ok(report)
     }
 
     /// Random 4 KiB requests for some time.
@@ -198,7 +215,7 @@ impl<'a> Bench<'a> {
         let mut connection = self.api.connect()?;
         let mut taken = 0;
         while taken < count {
-            let batch = (count - taken).min(REQUESTS_AHEAD as u64);
+            let batch = (count - taken).min(REQUESTS_AHEAD);
             connection.ask_many(("POST", &path), &json!({}), batch as usize, |_| ())?;
             taken += batch;
             progress(taken)?;

@@ -1,26 +1,35 @@
 //! Snapshots of one volume by the hundred thousand: they must change neither how long opening takes nor reads.
 
-use super::bench::{Bench, MAIN};
+use std::path::Path;
+
+use serde_json::Value;
+
+use super::bench::{Bench, number};
 use super::reads::{READ_SLICES, read_in_turns};
 use super::{Plan, Progress, Row, Sorted, median, ratios};
 use crate::clock::Clock;
 
-/// The volume beside it, of which no snapshot is taken.
-const OTHER: &str = "other";
+/// The volume that snapshots are taken of, and one beside it that has none.
+const MANY: &str = "many";
+const NONE: &str = "none";
 
 pub(super) fn million(plan: &Plan) -> Result<Vec<Row>, String> {
     let count = plan.million;
-    let mut bench = Bench::start(plan)?;
-    let other = bench.create(OTHER, plan.size_bytes)?;
-    bench.fill(other.clone())?;
-    let before = restarts(&mut bench)?;
+    let mut bench = Bench::empty(plan, plan.store_bytes)?;
+    let sockets = [NONE, MANY].map(|name| bench.create(name, plan.size_bytes));
+    let [none, many] = sockets;
+    let sockets = [none?, many?];
+    for socket in &sockets {
+        bench.fill(socket.clone())?;
+    }
+    let before = restarts(&mut bench, &sockets[1])?;
 
     let mut progress = Progress::new("snapshots of one volume", count);
     let clock = Clock::start();
-    bench.snapshots(MAIN, count, |taken| progress.at(taken))?;
+    bench.snapshots(MANY, count, |taken| progress.at(taken))?;
     let seconds = clock.now_ns() as f64 / 1e9;
-    let volume = bench.api.ask("GET", &format!("/v1/volumes/{MAIN}"), &serde_json::Value::Null)?;
-    let there = super::bench::number(&volume, "snapshots")?;
+    let volume = bench.api.ask("GET", &format!("/v1/volumes/{MANY}"), &Value::Null)?;
+    let there = number(&volume, "snapshots")?;
     let each_us = seconds * 1e6 / count as f64;
     let taken = Row::new(
         "snapshots of one volume",
@@ -30,7 +39,7 @@ pub(super) fn million(plan: &Plan) -> Result<Vec<Row>, String> {
     .goal("1,000,000")
     .figures([("count", there as f64), ("seconds", seconds), ("each_us", each_us)]);
 
-    let after = restarts(&mut bench)?;
+    let after = restarts(&mut bench, &sockets[1])?;
     let (with, without) = (after.median(), before.median());
     let more = with - without;
     let measured = format!(
@@ -45,7 +54,6 @@ pub(super) fn million(plan: &Plan) -> Result<Vec<Row>, String> {
             .goal("unchanged")
             .figures([("milliseconds", with), ("without_milliseconds", without)]);
 
-    let sockets = [other, bench.site.socket()];
     let samples = read_in_turns(&bench, &sockets, plan.rounds * READ_SLICES)?;
     let ratio = ratios(&samples[1], &samples[0]);
     let kilo = median(samples[1].iter().copied()) / 1e3;
@@ -63,8 +71,8 @@ pub(super) fn million(plan: &Plan) -> Result<Vec<Row>, String> {
 }
 
 /// Milliseconds from start to first read, a few times.
-fn restarts(bench: &mut Bench<'_>) -> Result<Sorted, String> {
+fn restarts(bench: &mut Bench<'_>, socket: &Path) -> Result<Sorted, String> {
     let rounds = bench.plan.rounds.max(3);
-    let times = (0..rounds).map(|_| bench.restart().map(|time| time.as_secs_f64() * 1e3));
+    let times = (0..rounds).map(|_| bench.restart(socket).map(|time| time.as_secs_f64() * 1e3));
     Ok(Sorted::new(times.collect::<Result<Vec<_>, _>>()?))
 }

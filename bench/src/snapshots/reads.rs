@@ -11,20 +11,20 @@ use crate::load::Options;
 use crate::plan::Workload;
 
 /// A measurement is cut into so many: the more turns, the less a moment's neighbour decides.
-pub(super) const READ_SLICES: u32 = 5;
+pub(super) const READ_SLICES: u32 = 20;
 /// Snapshots from one time that something is written to the next.
 const WRITES_EVERY: u64 = 100;
 
 pub(super) fn reads(plan: &Plan) -> Result<Vec<Row>, String> {
-    let bench = Bench::start(plan)?;
+    let bench = Bench::empty(plan, plan.store_bytes)?;
     let counts: Vec<u64> = std::iter::once(0)
         .chain(std::iter::successors(Some(1u64), |it| it.checked_mul(10)))
         .take_while(|count| *count <= plan.behind_max)
         .collect();
-    let mut sockets = vec![bench.site.socket()];
+    let mut sockets = Vec::new();
     let mut progress = Progress::new("snapshots behind reads", counts.iter().sum());
     let mut done = 0;
-    for count in &counts[1..] {
+    for count in &counts {
         let name = format!("behind-{count}");
         let socket = bench.create(&name, plan.size_bytes)?;
         bench.fill(socket.clone())?;
@@ -76,6 +76,7 @@ pub(super) fn read_in_turns(
     let duration = bench.plan.duration / READ_SLICES;
     in_turns(turns, sockets.len(), |which, turn| {
         let options = random(Workload::RandRead, duration, turn);
-        Ok(bench.load(Options { socket: sockets[which].clone(), ..options })?.iops)
+        let socket = sockets[which].clone();
+        Ok(bench.load(Options { socket, warmup: duration / 5, ..options })?.iops)
     })
 }
