@@ -323,7 +323,7 @@ pub(crate) struct Driver {
     in_flight: u32,
     issued: u64,
     window: Window,
-    /// Of a paced load, what was due before does not count: it may come as a crowd.
+    /// Of a paced load, what was due before does not count.
     counts_from_ns: u64,
     finished: u64,
     bytes: u64,
@@ -406,11 +406,10 @@ impl Driver {
         let server_cpu = || server_pid.and_then(process::cpu_time);
 
         self.progress_ns = self.now_ns;
-        self.pace = limits.rate.map(|rate| Pace {
-            start_ns: self.now_ns,
-            period_ns: 1e9 / rate,
-            issued: 0,
-        });
+        let pace = |start_ns: u64| {
+            limits.rate.map(|rate| Pace { start_ns, period_ns: 1e9 / rate, issued: 0 })
+        };
+        self.pace = pace(self.now_ns);
         if !limits.warmup.is_zero() {
             let until_ns = self.now_ns + limits.warmup.as_nanos() as u64;
             self.work(&mut source, until_ns, u64::MAX, &watch)?;
@@ -421,11 +420,15 @@ impl Driver {
         let start_ns = self.read_clock();
         self.issued = 0;
         self.window = Window::Open;
+        // A paced load begins anew: what a server is behind with after warming up is not held against it.
+        self.pace = pace(start_ns);
         self.counts_from_ns = if self.pace.is_some() { start_ns } else { 0 };
         let until_ns =
             limits.duration.map_or(u64::MAX, |length| start_ns + length.as_nanos() as u64);
         self.work(&mut source, until_ns, limits.requests.unwrap_or(u64::MAX), &watch)?;
-        let not_issued = self.pace.map_or(0, |pace| pace.behind(self.now_ns.min(until_ns)));
+        let wanted = limits.requests.unwrap_or(u64::MAX) - self.issued;
+        let behind = self.pace.map_or(0, |pace| pace.behind(self.now_ns.min(until_ns)));
+        let not_issued = behind.min(wanted);
         if self.now_ns < until_ns || self.pace.is_some() {
             // Stopped by count: the measurement ends with the last request. So it does with a pace: what was due
             // in time counts, however late it was answered.
@@ -701,6 +704,7 @@ fn check_status(operation: Operation, status: u8) -> Result<(), String> {
 mod tests {
     use super::*;
     use crate::fake_device::{FakeDevice, Fault};
+    use std::sync::atomic::{AtomicU64, Ordering};
 
     const NO_LIMIT: Limits = Limits {
         warmup: Duration::ZERO,
@@ -728,6 +732,14 @@ mod tests {
 
     /// Drives 2000 verified requests on two queues against a device in this process.
     fn drive(case: Case) -> Result<Measured, String> {
+        drive_with(case, Limits { requests: Some(2000), ..NO_LIMIT }, None)
+    }
+
+    fn drive_with(
+        case: Case,
+        limits: Limits,
+        after_write: Option<AfterWrite>,
+    ) -> Result<Measured, String> {
         let settings = Settings {
             workload: case.workload,
             region_bytes: 64 * 4096 + 512,
@@ -745,13 +757,13 @@ mod tests {
         };
         let queues = lay_out_queues(shape, 2).unwrap();
         let mut driver = Driver::new(queues, settings, true);
+        driver.after_write = after_write;
         let device = FakeDevice::serve(
             &driver.memory,
             &driver.queues,
             settings.region_bytes as usize,
             case.fault,
         );
-        let limits = Limits { requests: Some(2000), ..NO_LIMIT };
         driver.drive(limits, true, &|| device.check_alive(), None)
     }
 
@@ -788,6 +800,50 @@ mod tests {
             let error = error.unwrap_or_else(|| panic!("{fault:?} went unnoticed"));
             assert!(error.contains(expected), "{fault:?}: {error}");
         }
+    }
+
+    #[test]
+    fn what_a_paced_server_is_behind_shows_in_latency_and_count() {
+        let duration = Duration::from_millis(20);
+        // More than the clock lets through one by one.
+        let rate = 1e9;
+        let limits = Limits { duration: Some(duration), rate: Some(rate), ..NO_LIMIT };
+        let Measured { requests, not_issued, histograms, .. } =
+            drive_with(PLAIN, limits, None).unwrap();
+        let due = (duration.as_secs_f64() * rate) as u64;
+        assert!(not_issued > 0, "{requests} requests of {due}");
+        assert!(requests + not_issued >= due, "{requests} and {not_issued} of {due}");
+        // The last one was due when those before it were, and was answered when the time was over.
+        let waited_ns = due - requests;
+        let longest_ns = histograms.data().max();
+        assert!(longest_ns >= waited_ns / 100 * 99, "{longest_ns} ns, not {waited_ns}");
+    }
+
+    #[test]
+    fn a_paced_load_asks_for_no_more_than_is_due() {
+        let limits =
+            Limits { requests: Some(50), duration: None, rate: Some(10_000.0), ..NO_LIMIT };
+        let measured = drive_with(PLAIN, limits, None).unwrap();
+        assert_eq!((measured.requests, measured.not_issued), (50, 0));
+        let period_ns = 100_000;
+        assert!(measured.nanoseconds >= 49 * period_ns, "the last came before it was due");
+    }
+
+    #[test]
+    fn something_can_be_done_after_each_write_and_its_failure_ends_the_load() {
+        let case = || Case { workload: Workload::RandWrite, ..PLAIN };
+        let (count, limits) =
+            (Arc::new(AtomicU64::new(0)), Limits { requests: Some(300), ..NO_LIMIT });
+        let counter = Arc::clone(&count);
+        let each = move || {
+            counter.fetch_add(1, Ordering::Relaxed);
+            Ok(())
+        };
+        drive_with(case(), limits, Some(Box::new(each))).unwrap();
+        assert_eq!(count.load(Ordering::Relaxed), 300);
+        let fails = Box::new(|| Err("no snapshot".to_owned()));
+        let error = drive_with(case(), limits, Some(fails)).err();
+        assert_eq!(error.as_deref(), Some("no snapshot"));
     }
 
     #[test]

@@ -34,6 +34,12 @@ impl Histograms {
         Self { data: empty(), flush: empty() }
     }
 
+    /// Those of reads and writes.
+    #[cfg(test)]
+    pub(crate) fn data(&self) -> &Histogram<u64> {
+        &self.data
+    }
+
     /// Notes the latency of one request.
     pub(crate) fn record(&mut self, kind: Kind, latency_ns: u64) {
         match kind {

@@ -101,8 +101,8 @@ fn collect(api: &Api) -> Result<Collection, String> {
     let deadline = Clock::start().deadline(PATIENCE);
     loop {
         let state = api.ask("GET", PATH, &Value::Null)?;
-        if state["running"] == false {
-            let last = &state["last"];
+        let last = &state["last"];
+        if state["running"] == false && !last.is_null() {
             if last["outcome"] != "done" {
                 return Err(format!("the collection ended so: {last}"));
             }
