@@ -314,15 +314,19 @@ fn ratios(these: &[f64], those: &[f64]) -> Sorted {
     Sorted::new(these.iter().zip(those).map(|(this, that)| this / that))
 }
 
-/// Measures `count` things `rounds` times, in an order that rotates; the samples of each, round by round.
+/// Measures `count` things `rounds` times, in an order that rotates; the samples of each, round by round. On a
+/// terminal it says how far `what` has come.
 fn in_turns<T>(
+    what: &'static str,
     rounds: u32,
     count: usize,
     mut measure: impl FnMut(usize, u32) -> Result<T, String>,
 ) -> Result<Vec<Vec<T>>, String> {
     let mut samples: Vec<Vec<T>> = (0..count).map(|_| Vec::new()).collect();
+    let mut progress = Progress::new(what, u64::from(rounds) * count as u64);
     for round in 0..rounds {
         for turn in 0..count {
+            progress.at(u64::from(round) * count as u64 + turn as u64)?;
             let which = (turn + round as usize) % count;
             samples[which].push(measure(which, round)?);
         }
@@ -350,7 +354,8 @@ mod tests {
 
     #[test]
     fn ratios_are_between_samples_of_the_same_round() {
-        let samples = in_turns(3, 2, |which, round| Ok([10.0, 5.0][which] * f64::from(round + 1)));
+        let samples =
+            in_turns("ratios", 3, 2, |which, round| Ok([10.0, 5.0][which] * f64::from(round + 1)));
         let samples = samples.unwrap();
         assert_eq!(samples[1], [5.0, 10.0, 15.0]);
         assert_eq!(ratios(&samples[1], &samples[0]).0, [0.5; 3]);

@@ -156,7 +156,7 @@ pub(super) fn first_writes(plan: &Plan) -> Result<Vec<Row>, String> {
         let bench = Bench::start(plan)?;
         // One turn in place before all others, so that none is the first.
         Pass::measure(&bench, workload)?;
-        let passes = in_turns(plan.rounds.max(3), 2, |which, _| {
+        let passes = in_turns("first writes", plan.rounds.max(3), 2, |which, _| {
             if which == 1 {
                 bench.snapshot()?;
             }

@@ -3,7 +3,7 @@
 //! The store maps tens of gigabytes without taking them: see `store_file`. A daemon without a collector is measured no
 //! further, and the row says so.
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use serde_json::{Value, json};
@@ -123,28 +123,29 @@ fn collect(api: &Api) -> Result<Collection, String> {
 
 /// What collections over and over cost a write load, in turns.
 fn cost(bench: &Bench<'_>) -> Result<Row, String> {
-    let collected = std::sync::atomic::AtomicU64::new(0);
-    let samples = in_turns(bench.plan.rounds.max(3), 2, |which, round| {
-        let load = || bench.random(Workload::RandWrite, bench.plan.duration, round);
-        if which == 0 {
-            return Ok(load()?.iops);
-        }
-        let stop = AtomicBool::new(false);
-        let (report, collecting) = std::thread::scope(|scope| {
-            let collecting = scope.spawn(|| {
-                while !stop.load(Ordering::Relaxed) {
-                    collect(&bench.api)?;
-                    collected.fetch_add(1, Ordering::Relaxed);
-                }
-                Ok::<_, String>(())
+    let collected = AtomicU64::new(0);
+    let samples =
+        in_turns("writes beside the collector", bench.plan.rounds.max(3), 2, |which, round| {
+            let load = || bench.random(Workload::RandWrite, bench.plan.duration, round);
+            if which == 0 {
+                return Ok(load()?.iops);
+            }
+            let stop = AtomicBool::new(false);
+            let (report, collecting) = std::thread::scope(|scope| {
+                let collecting = scope.spawn(|| {
+                    while !stop.load(Ordering::Relaxed) {
+                        collect(&bench.api)?;
+                        collected.fetch_add(1, Ordering::Relaxed);
+                    }
+                    Ok::<_, String>(())
+                });
+                let report = load();
+                stop.store(true, Ordering::Relaxed);
+                (report, collecting.join().expect("a collection does not panic"))
             });
-            let report = load();
-            stop.store(true, Ordering::Relaxed);
-            (report, collecting.join().expect("a collection does not panic"))
-        });
-        collecting?;
-        Ok(report?.iops)
-    })?;
+            collecting?;
+            Ok(report?.iops)
+        })?;
     let ratio = ratios(&samples[1], &samples[0]);
     let kilo = median(samples[1].iter().copied()) / 1e3;
     let count = collected.into_inner();
@@ -154,4 +155,66 @@ fn cost(bench: &Bench<'_>) -> Result<Row, String> {
         ("ratio", ratio.median()),
         ("collections", count as f64),
     ]))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::server::Scratch;
+    use std::io::{Read, Write};
+    use std::os::unix::net::UnixListener;
+
+    /// Collects from a daemon that gives these answers, each on a connection of its own.
+    fn collect_from(name: &str, answers: &[(u16, Value)]) -> Result<Collection, String> {
+        let scratch = Scratch::new(&std::env::temp_dir(), name)?;
+        let api = Api { socket: scratch.path().join("api.sock") };
+        let listener = UnixListener::bind(&api.socket).unwrap();
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                for (status, body) in answers {
+                    let (mut stream, body) = (listener.accept().unwrap().0, body.to_string());
+                    let (mut request, mut byte) = (Vec::new(), [0]);
+                    while !request.ends_with(b"\r\n\r\n") {
+                        stream.read_exact(&mut byte).unwrap();
+                        request.push(byte[0]);
+                    }
+                    if request.starts_with(b"POST") {
+                        stream.read_exact(&mut [0; 2]).unwrap(); // Its body: an empty object.
+                    }
+                    let length = body.len();
+                    let head = format!("HTTP/1.1 {status} x\r\ncontent-length: {length}\r\n\r\n");
+                    stream.write_all((head + &body).as_bytes()).unwrap();
+                }
+            });
+            collect(&api)
+        })
+    }
+
+    fn ended(outcome: &str) -> Value {
+        json!({ "running": false, "phase": null, "last": {
+            "outcome": outcome, "reason": "the device failed", "duration_ns": 500_000_000,
+            "nodes_read": 7, "reachable_bytes": 50_000_000_000u64, "freed_data_bytes": 4096,
+            "freed_metadata_bytes": 8192, "volumes_reclaimed": 1,
+        } })
+    }
+
+    #[test]
+    fn a_collection_is_waited_for_and_its_end_is_read() {
+        let began = json!({ "running": false, "last": null });
+        let running = json!({ "running": true, "phase": "mark", "last": null });
+        let answers = [(202, json!({})), (200, began), (200, running), (200, ended("done"))];
+        let collection = collect_from("test-gc", &answers).unwrap();
+        assert_eq!(collection.reachable_bytes as f64 / collection.seconds, 100e9);
+        assert_eq!((collection.freed_bytes, collection.nodes_read), (12_288, 7));
+    }
+
+    #[test]
+    fn a_collection_that_failed_or_was_refused_is_an_error() {
+        let answers = [(202, json!({})), (200, ended("failed"))];
+        let error = collect_from("test-gc-failed", &answers).err().unwrap();
+        assert!(error.contains("the device failed"), "{error}");
+        let refused = [(409, json!({ "error": "one is running" }))];
+        let error = collect_from("test-gc-refused", &refused).err().unwrap();
+        assert_eq!(error, "POST /v1/gc: one is running");
+    }
 }

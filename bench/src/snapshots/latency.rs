@@ -72,7 +72,9 @@ struct Turn {
 
 pub(super) fn under_writes(plan: &Plan) -> Result<Vec<Row>, String> {
     let rates = [0, UNDER_WRITES_PER_SECOND];
-    let turns = in_turns(plan.rounds, rates.len(), |which, round| turn(plan, rates[which], round))?;
+    let turns = in_turns("snapshots under writes", plan.rounds, rates.len(), |which, round| {
+        turn(plan, rates[which], round)
+    })?;
     let [without, with] = &turns[..] else { unreachable!("two rates were measured") };
     let count: u64 = with.iter().map(|turn| turn.snapshots[3]).sum();
     let [p50, p99, max] =

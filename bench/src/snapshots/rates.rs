@@ -20,7 +20,7 @@ const SUSTAINED_WRITES: f64 = 5_000.0;
 const PACED_DEPTH: u16 = 256;
 
 pub(super) fn flat_out(plan: &Plan) -> Result<Vec<Row>, String> {
-    let samples = in_turns(plan.rounds, RATES.len(), |which, round| {
+    let samples = in_turns("writes flat out", plan.rounds, RATES.len(), |which, round| {
         // Each on a store of its own: what is written after a snapshot is never given back meanwhile.
         let bench = Bench::start(plan)?;
         bench.schedule(RATES[which])?;
@@ -141,7 +141,7 @@ fn paced_row(what: String, more: &str, with: &[Paced], without: &[Paced]) -> Row
 
 pub(super) fn paced(plan: &Plan) -> Result<Vec<Row>, String> {
     let rates = [0, 100];
-    let turns = in_turns(plan.rounds, rates.len(), |which, round| {
+    let turns = in_turns("writes with a pace", plan.rounds, rates.len(), |which, round| {
         Paced::measure(plan, PACED_WRITES, rates[which], plan.duration, round)
     })?;
     let what = "20 k/s of 4 KiB random writes, 100 snapshots a second";
@@ -166,8 +166,9 @@ pub(super) fn sustained(plan: &Plan) -> Result<Vec<Row>, String> {
 }
 
 pub(super) fn continuous(plan: &Plan) -> Result<Vec<Row>, String> {
-    let samples =
-        in_turns(plan.rounds, 2, |which, round| continuous_turn(plan, which == 1, round))?;
+    let samples = in_turns("a snapshot after every write", plan.rounds, 2, |which, round| {
+        continuous_turn(plan, which == 1, round)
+    })?;
     let column = |which: usize, of: usize| samples[which].iter().map(move |it: &[f64; 3]| it[of]);
     let collect = |which: usize| column(which, 0).collect::<Vec<_>>();
     let ratio = ratios(&collect(1), &collect(0)).median();

@@ -74,7 +74,7 @@ pub(super) fn read_in_turns(
     turns: u32,
 ) -> Result<Vec<Vec<f64>>, String> {
     let duration = bench.plan.duration / READ_SLICES;
-    in_turns(turns, sockets.len(), |which, turn| {
+    in_turns("reads in turns", turns, sockets.len(), |which, turn| {
         let options = random(Workload::RandRead, duration, turn);
         let socket = sockets[which].clone();
         Ok(bench.load(Options { socket, warmup: duration / 5, ..options })?.iops)
