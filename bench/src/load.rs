@@ -22,7 +22,7 @@ use crate::frontend::{Disk, Frontend, Wanted};
 use crate::interrupt;
 use crate::memory::{GuestMemory, PAGE};
 use crate::pattern::{self, Found, Ledger};
-use crate::plan::{self, Plan, Settings, Source, Workload};
+use crate::plan::{self, Plan, RUN_ALIGNMENT, Settings, Source, Workload};
 use crate::process;
 use crate::queue::{Completion, Kind, Operation, Queue, Shape};
 use crate::report::{Histograms, Report, Verified};
@@ -199,6 +199,12 @@ fn settle(options: &Options, disk: Disk) -> Result<Settings, String> {
     }
     if options.verify && region_bytes / u64::from(options.block_bytes) > LEDGER_BLOCKS_MAX {
         return Err(format!("{} is too much to verify; use --region", size::format(region_bytes)));
+    }
+    if options.verify
+        && options.workload == Workload::Runs
+        && !RUN_ALIGNMENT.is_multiple_of(u64::from(options.block_bytes))
+    {
+        return Err("runs of larger blocks would overlap; verify with --block-size 4KiB".into());
     }
     Ok(Settings {
         workload: options.workload,
@@ -881,6 +887,14 @@ mod tests {
         ] {
             let options = crate::cli::tests::load_options(arguments);
             assert!(settle(&options, disk).is_err(), "{arguments:?} was accepted");
+        }
+        let disk = Disk { read_only: false, ..disk };
+        let runs = ["--rw", "runs", "--verify", "--block-size"];
+        for (block_size, fits) in [("4KiB", true), ("512", true), ("1536", false), ("64KiB", false)]
+        {
+            let arguments = [runs.as_slice(), &[block_size]].concat();
+            let options = crate::cli::tests::load_options(&arguments);
+            assert_eq!(settle(&options, disk).is_ok(), fits, "{arguments:?}");
         }
     }
 }

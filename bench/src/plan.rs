@@ -37,6 +37,9 @@ const STRIDE_BYTES: u64 = 64 << 10;
 /// The shortest and the longest run of [`Workload::Runs`].
 const RUN_BYTES: [u64; 2] = [64 << 10, 256 << 10];
 
+/// A run begins at a multiple of this.
+pub(crate) const RUN_ALIGNMENT: u64 = 4096;
+
 impl Workload {
     /// True when requests of this load change the disk.
     pub(crate) fn writes(self) -> bool {
@@ -148,10 +151,10 @@ impl Plan {
     fn advance_in_run(&mut self) -> (u64, u32) {
         let Settings { region_bytes, block_bytes, .. } = self.settings;
         if self.cursor >= self.run_end {
-            let [shortest, longest] = RUN_BYTES.map(|bytes| bytes / 4096);
+            let [shortest, longest] = RUN_BYTES.map(|bytes| bytes / RUN_ALIGNMENT);
             let blocks = shortest + self.random_below(longest - shortest + 1);
-            self.cursor = self.random_below(region_bytes.div_ceil(4096)) * 4096;
-            self.run_end = (self.cursor + blocks * 4096).min(region_bytes);
+            self.cursor = self.random_below(region_bytes.div_ceil(RUN_ALIGNMENT)) * RUN_ALIGNMENT;
+            self.run_end = (self.cursor + blocks * RUN_ALIGNMENT).min(region_bytes);
         }
         let offset = self.cursor;
         let bytes = (self.run_end - offset).min(u64::from(block_bytes)) as u32;

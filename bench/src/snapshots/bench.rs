@@ -216,7 +216,7 @@ impl<'a> Bench<'a> {
         let mut taken = 0;
         while taken < count {
             let batch = (count - taken).min(REQUESTS_AHEAD);
-            connection.ask_many(("POST", &path), &json!({}), batch as usize, |_| ())?;
+            connection.ask_many(("POST", &path), &json!({}), batch as usize)?;
             taken += batch;
             progress(taken)?;
         }
