@@ -2,10 +2,10 @@
 # `target/` is source (the bessel program): cargo builds in build/, here as in .cargo/config.toml.
 export CARGO_TARGET_DIR := $(CURDIR)/build
 
-.PHONY: help build demo test soak planted fuzz loom miri asan bench fmt clean-guest
+.PHONY: help build demo test soak planted fuzz loom miri asan bench bench-snapshots fmt clean-guest
 
 help: ## list the targets
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 22
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 26
 
 build: ## the bessel program, in build/release
 	cargo build --locked --release
@@ -38,6 +38,9 @@ asan: ## unit tests of reactor, mapping and vhost under AddressSanitizer
 
 bench: build ## measured beside qemu-storage-daemon
 	@scripts/bench
+
+bench-snapshots: ## what snapshots cost, beside what they are to cost (some ten minutes, 10 GiB of /dev/shm)
+	@scripts/bench-snapshots $(ARGUMENTS)
 
 fmt: ## format the code
 	cargo fmt --all

@@ -10,6 +10,7 @@ A test that this machine lacks something for is skipped, and the line says what.
 
 import argparse
 import functools
+import json
 import os
 import shutil
 import subprocess
@@ -239,12 +240,59 @@ def a_cloud_hypervisor_guest_outlives_a_daemon_killed_again_and_again(world):
     world.check_store()
 
 
+def what_snapshots_cost_is_measured_row_by_row(world):
+    """Small, in memory: that each row is there and counts what it says, not how fast anything was."""
+    out, count, clones = world.run.path("snapshots.json"), 300, 20
+    done = subprocess.run([world.bench, "snapshots", "--bessel", world.program, "--size", "16MiB", "--store-size", "8GiB",
+                           "--seconds", "0.2", "--rounds", "1", "--long", "1", "--behind", "10", "--million", str(count),
+                           "--mapped", "64MiB", "--clones", str(clones), "--json", out],
+                          capture_output=True, text=True, timeout=240, check=False)
+    world.expect(done.returncode == 0, f"bessel-bench exited {done.returncode}: {done.stderr.strip()}")
+    with open(out, encoding="utf-8") as file:
+        rows = json.load(file)["rows"]
+    by_part = {}
+    for row in rows:
+        by_part.setdefault(row["part"], []).append(row["figures"])
+        world.expect(f"| {row['what']} | {row['measured']}" in done.stdout, f"the table lacks {row['what']}")
+
+    def expect(condition, part):
+        world.expect(condition, f"{part}: {by_part.get(part)}")
+
+    rows_of = {"idle": 1, "under-writes": 3, "paced": 1, "flat-out": 4, "sustained": 1, "million": 3, "metadata": 3,
+               "first-writes": 2, "lone-writes": 1, "reads": 3, "continuous": 1, "collector": 2, "clones": 1}
+    found = {part: len(figures) for part, figures in by_part.items()}
+    world.expect(found == rows_of, f"rows by part: {found}")
+    idle = by_part["idle"][0]
+    expect(idle["count"] == 500 and 0 < idle["p50_us"] <= idle["p99_us"] <= idle["max_us"], "idle")
+    latency, delays, _ = by_part["under-writes"]
+    expect(0 < delays["at_count"] <= latency["count"] and delays["midway_count"] > 0, "under-writes")
+    for part in ("paced", "sustained"):
+        expect(by_part[part][0]["taken"] > 0 and by_part[part][0]["writes_per_second"] > 0, part)
+    expect([row["taken"] > 0 for row in by_part["flat-out"]] == [False, True, True, True], "flat-out")
+    expect(by_part["million"][0]["count"] == count and by_part["million"][2]["ratio"] > 0, "million")
+    # A snapshot keeps a root, and every 24 a block of the log; what is written between two comes on top.
+    light, unwritten, written = (row["kilobytes_each"] for row in by_part["metadata"])
+    expect(4.096 < unwritten < 4.5 and light > unwritten and written > unwritten, "metadata")
+    for first in by_part["first-writes"]:
+        expect(1 < first["written_per_asked"] <= 1.5 and first["ratio"] > 0, "first-writes")
+    lone = by_part["lone-writes"][0]
+    expect(1 < lone["written_per_asked"] <= 4 < lone["with_snapshots"], "lone-writes")
+    expect([row["snapshots"] for row in by_part["reads"]] == [0, 1, 10], "reads")
+    # Each write copies its path again, since a snapshot has come between: nothing of it is shared with the next.
+    expect(by_part["continuous"][0]["written_per_asked"] > 4, "continuous")
+    if "reachable_gigabytes" in by_part["collector"][0]:
+        expect(by_part["collector"][0]["reachable_gigabytes"] * 1e9 >= 64 << 20, "collector")
+        expect(by_part["collector"][1]["collections"] > 0, "collector")
+    expect(by_part["clones"][0]["count"] == clones, "clones")
+
+
 TESTS = [
     a_guest_makes_writes_trims_and_checks_a_file_system,
     fsynced_files_survive_killing_daemon_and_guest_again_and_again,
     a_guest_outlives_the_daemon_with_a_pause,
     a_clone_has_the_older_files_and_goes_its_own_way,
     the_load_generator_reads_back_what_it_wrote,
+    what_snapshots_cost_is_measured_row_by_row,
     a_block_device_of_4096_byte_sectors_serves_and_survives_kills,
     a_cloud_hypervisor_guest_reads_writes_flushes_and_discards,
     a_cloud_hypervisor_guest_outlives_a_daemon_killed_again_and_again,

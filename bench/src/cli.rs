@@ -10,7 +10,11 @@ use crate::load::{self, Options};
 use crate::plan::Workload;
 use crate::queue::DEPTH_MAX;
 use crate::server::Poll;
-use crate::{report::Report, size, snapshots};
+use crate::snapshots::{self, Part};
+use crate::{report::Report, size};
+
+/// The smallest disk that snapshots are measured on: it holds a run of writes.
+const SNAPSHOTS_SIZE_MIN: u64 = 1 << 20;
 
 #[derive(Parser)]
 #[command(version, about = "Loads and measures vhost-user-blk servers")]
@@ -79,6 +83,10 @@ struct LoadArguments {
     /// Stop after this many requests
     #[arg(long, value_parser = clap::value_parser!(u64).range(1..))]
     requests: Option<u64>,
+    /// Requests a second that come due, whether or not those before are answered; their latency counts from
+    /// then [default: as many as the server takes]
+    #[arg(long, value_parser = rate)]
+    rate: Option<f64>,
     /// Load for this long before measuring, in seconds
     #[arg(long, default_value_t = 0.0, value_parser = seconds)]
     warmup: f64,
@@ -162,6 +170,9 @@ struct SnapshotsArguments {
     /// Directory for the scratch files
     #[arg(long, default_value = "/dev/shm")]
     dir: PathBuf,
+    /// Measure only these [default: all]
+    #[arg(long, value_enum, value_delimiter = ',')]
+    only: Vec<Part>,
     /// Size of the disk
     #[arg(long, default_value = "1GiB", value_parser = size::parse)]
     size: u64,
@@ -171,12 +182,24 @@ struct SnapshotsArguments {
     /// Length of one measurement
     #[arg(long, default_value_t = 2.0, value_parser = seconds)]
     seconds: f64,
-    /// How often each rate is measured; the medians are shown
+    /// How often each rate is measured, in turns; the medians are shown
     #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=1000))]
     rounds: u32,
+    /// Length of what needs long, in seconds: 1,000 snapshots a second, and light writing
+    #[arg(long, default_value_t = 60.0, value_parser = seconds)]
+    long: f64,
     /// Read with 1, 10 and so on up to so many snapshots behind
     #[arg(long, default_value_t = 10_000)]
     behind: u64,
+    /// Most snapshots of one volume; a million take 5 GiB of the directory
+    #[arg(long, default_value_t = 1_000_000, value_parser = clap::value_parser!(u64).range(1..))]
+    million: u64,
+    /// Data that the store maps on which the collector is measured; it takes no space
+    #[arg(long, default_value = "50GiB", value_parser = size::parse)]
+    mapped: u64,
+    /// Clones of one snapshot
+    #[arg(long, default_value_t = 1000, value_parser = clap::value_parser!(u32).range(1..=4096))]
+    clones: u32,
     /// Core of the load generator
     #[arg(long, default_value_t = 0)]
     client_core: usize,
@@ -191,17 +214,29 @@ struct SnapshotsArguments {
 impl SnapshotsArguments {
     fn plan(self) -> Result<snapshots::Plan, String> {
         snapshots::check_dir(&self.dir)?;
+        if !self.size.is_multiple_of(4096) || !(SNAPSHOTS_SIZE_MIN..1 << 40).contains(&self.size) {
+            return Err("--size is not a multiple of 4096 from 1MiB to 1TiB".into());
+        }
+        if !self.mapped.is_multiple_of(SNAPSHOTS_SIZE_MIN) || !(1..1 << 50).contains(&self.mapped) {
+            return Err("--mapped is not a multiple of 1MiB below 1024TiB".into());
+        }
         Ok(snapshots::Plan {
             bessel: self.bessel,
             dir: self.dir,
+            only: self.only,
             size_bytes: self.size,
             store_bytes: self.store_size,
             duration: Duration::from_secs_f64(self.seconds),
             rounds: self.rounds,
+            long: Duration::from_secs_f64(self.long),
             behind_max: self.behind,
+            million: self.million,
+            mapped_bytes: self.mapped,
+            clones: self.clones,
             client_core: self.client_core,
             server_core: self.server_core,
             json: self.json,
+            waits: snapshots::Waits::default(),
         })
     }
 }
@@ -254,6 +289,13 @@ fn seconds(text: &str) -> Result<f64, String> {
     }
 }
 
+fn rate(text: &str) -> Result<f64, String> {
+    match text.parse() {
+        Ok(value) if (0.001..=1e9).contains(&value) => Ok(value),
+        _ => Err("not a number of requests a second from 0.001 to 1e9".into()),
+    }
+}
+
 fn block_size(text: &str) -> Result<u32, String> {
     let bytes = size::parse(text)?;
     match u32::try_from(bytes) {
@@ -292,6 +334,7 @@ impl LoadArguments {
         Ok(Options {
             duration: seconds.map(Duration::from_secs_f64),
             requests: self.requests,
+            rate: self.rate,
             warmup: Duration::from_secs_f64(self.warmup),
             queues: self.queues,
             read_percent: self.read_percent,

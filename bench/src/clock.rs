@@ -6,7 +6,7 @@
 use std::time::{Duration, Instant};
 
 /// A monotonic clock counting from when it was started.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Debug)]
 pub(crate) struct Clock {
     start: Instant,
 }
@@ -49,4 +49,51 @@ pub(crate) fn unix_time() -> Duration {
     std::time::SystemTime::now()
         .duration_since(std::time::UNIX_EPOCH)
         .expect("the system clock is set after 1970")
+}
+
+/// Nanoseconds since 1970 of a time as the API prints it: `2026-11-20T11:40:00.123456789Z`.
+pub(crate) fn parse_utc(text: &str) -> Option<u64> {
+    let (date, time) = text.strip_suffix('Z')?.split_once('T')?;
+    let (time, fraction) = time.split_once('.').unwrap_or((time, "0"));
+    let [year, month, day] = numbers(date, '-')?;
+    let [hour, minute, second] = numbers(time, ':')?;
+    if !(1970..10_000).contains(&year) || !(1..=12).contains(&month) || !(1..=31).contains(&day) {
+        return None;
+    }
+    // Years that begin in March end with the day that is there every fourth year only.
+    let (year, month) = if month > 2 { (year, month - 3) } else { (year - 1, month + 9) };
+    let before_1970 = 719_468; // Days from 0000-03-01.
+    let days = 365 * year + year / 4 - year / 100 + year / 400 + (153 * month + 2) / 5 + day - 1;
+    let seconds = ((days - before_1970) * 24 + hour) * 3600 + minute * 60 + second;
+    let digits: u64 = fraction.parse().ok()?;
+    let nanoseconds = digits * 10u64.pow(9u32.checked_sub(fraction.len() as u32)?);
+    seconds.checked_mul(1_000_000_000)?.checked_add(nanoseconds)
+}
+
+/// Exactly three numbers.
+fn numbers(text: &str, separator: char) -> Option<[u64; 3]> {
+    let numbers: Vec<u64> = text.split(separator).map(str::parse).collect::<Result<_, _>>().ok()?;
+    numbers.try_into().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn times_of_the_api_are_read_to_the_nanosecond() {
+        const S: u64 = 1_000_000_000;
+        for (nanoseconds, text) in [
+            (0, "1970-01-01T00:00:00.000000000Z"),
+            (951_782_399 * S, "2000-02-28T23:59:59Z"),
+            (951_782_400 * S, "2000-02-29T00:00:00.000000000Z"),
+            (1_700_000_000 * S + 123_456_789, "2023-11-14T22:13:20.123456789Z"),
+            (4_107_542_400 * S, "2100-03-01T00:00:00.0Z"),
+        ] {
+            assert_eq!(parse_utc(text), Some(nanoseconds), "{text}");
+        }
+        for text in ["", "2023-11-14T22:13:20", "2023-13-14T22:13:20Z", "2023-11-14T22:13Z"] {
+            assert_eq!(parse_utc(text), None, "{text}");
+        }
+    }
 }

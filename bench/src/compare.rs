@@ -293,6 +293,7 @@ fn fio_name(workload: Workload) -> &'static str {
     match workload {
         Workload::Mix => "randrw",
         Workload::Stride => "write:60k",
+        Workload::Runs => "randwrite:40",
         other => other.name(),
     }
 }

@@ -8,6 +8,10 @@
 //! Time is read once for each batch of completions. A request's latency runs from the reading
 //! before it was shown to the server to the reading after it was found finished, so the loop's own
 //! work counts against the server, equally for all.
+//!
+//! A load may have a pace: then a request comes when it is due, whether or not those before it have
+//! been answered, and its latency counts from that moment. A stall delays all that come due meanwhile, and
+//! shows as what it is. Without a pace the next request comes when one has been answered.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -18,11 +22,12 @@ use crate::frontend::{Disk, Frontend, Wanted};
 use crate::interrupt;
 use crate::memory::{GuestMemory, PAGE};
 use crate::pattern::{self, Found, Ledger};
-use crate::plan::{self, Plan, Settings, Source, Workload};
+use crate::plan::{self, Plan, RUN_ALIGNMENT, Settings, Source, Workload};
 use crate::process;
 use crate::queue::{Completion, Kind, Operation, Queue, Shape};
 use crate::report::{Histograms, Report, Verified};
 use crate::size;
+use crate::timeline::Timeline;
 
 /// No completion for this long, with requests in flight, means that the server hangs.
 const STALL_TIMEOUT: Duration = Duration::from_secs(20);
@@ -39,6 +44,10 @@ const MEMORY_BYTES_MAX: u64 = 4 << 30;
 /// Blocks whose generation we are willing to remember: 320 MiB of ledger.
 const LEDGER_BLOCKS_MAX: u64 = 64 << 20;
 
+/// Called after each write that has been answered, before the next request is issued. What it waits for, the
+/// load waits for.
+pub(crate) type AfterWrite = Box<dyn FnMut() -> Result<(), String> + Send>;
+
 /// A load, as asked for.
 #[derive(Clone, Debug)]
 pub(crate) struct Options {
@@ -52,10 +61,14 @@ pub(crate) struct Options {
     pub(crate) duration: Option<Duration>,
     /// Stop after this many requests.
     pub(crate) requests: Option<u64>,
+    /// Requests a second that come due, answered or not; as many as the server takes when nothing is said.
+    pub(crate) rate: Option<f64>,
     /// Load for this long before measuring.
     pub(crate) warmup: Duration,
     /// Bytes from the start of the disk that are used; all when nothing is said.
     pub(crate) region_bytes: Option<u64>,
+    /// Where requests in order begin.
+    pub(crate) first_byte: u64,
     pub(crate) read_percent: u8,
     pub(crate) flush_every: u64,
     /// Stop when each byte of the region has been visited once, in order.
@@ -66,6 +79,8 @@ pub(crate) struct Options {
     pub(crate) event_index: bool,
     pub(crate) indirect: bool,
     pub(crate) seed: u64,
+    /// Read time from this clock, and keep a timeline by it.
+    pub(crate) timeline: Option<Clock>,
     /// The server's process; found through the socket when nothing is said.
     pub(crate) server_pid: Option<u32>,
     /// How long a server may take to make its socket.
@@ -85,9 +100,11 @@ impl Default for Options {
             queues: 1,
             duration: None,
             requests: None,
+            rate: None,
             one_pass: false,
             warmup: Duration::ZERO,
             region_bytes: None,
+            first_byte: 0,
             read_percent: 70,
             flush_every: 0,
             flush_at_end: false,
@@ -95,6 +112,7 @@ impl Default for Options {
             event_index: true,
             indirect: false,
             seed: 1,
+            timeline: None,
             server_pid: None,
             connect_patience: Duration::from_secs(5),
             timeout: Duration::from_secs(600),
@@ -104,6 +122,14 @@ impl Default for Options {
 
 /// Runs a load against a server and returns what was measured.
 pub(crate) fn run(options: &Options) -> Result<Report, String> {
+    run_with(options, None)
+}
+
+/// The same, with something done after each write.
+pub(crate) fn run_with(
+    options: &Options,
+    after_write: Option<AfterWrite>,
+) -> Result<Report, String> {
     let wanted = Wanted {
         queues: options.queues,
         event_index: options.event_index,
@@ -120,6 +146,11 @@ pub(crate) fn run(options: &Options) -> Result<Report, String> {
     let queues = lay_out_queues(shape, options.queues)?;
     let memory = Arc::clone(&queues.memory);
     let mut driver = Driver::new(queues, settings, options.verify);
+    driver.after_write = after_write;
+    if let Some(clock) = options.timeline {
+        let longest = options.warmup + options.duration.unwrap_or(options.timeout);
+        driver.keep_timeline(clock, longest);
+    }
     frontend.start(&memory, &driver.queues)?;
     let pid = options.server_pid.or_else(|| frontend.server_pid());
     let measured = driver.drive(
@@ -130,6 +161,7 @@ pub(crate) fn run(options: &Options) -> Result<Report, String> {
                 true => Some(plan::requests_of_a_pass(&settings)),
                 false => options.requests,
             },
+            rate: options.rate,
             timeout: options.timeout,
         },
         options.flush_at_end,
@@ -156,6 +188,9 @@ fn settle(options: &Options, disk: Disk) -> Result<Settings, String> {
             size::format(options.block_bytes.into())
         ));
     }
+    if options.first_byte >= region_bytes {
+        return Err(format!("byte {} to begin at is not in the region", options.first_byte));
+    }
     if options.workload.writes() && disk.read_only {
         return Err("the disk is read-only; use --rw randread or read".into());
     }
@@ -165,9 +200,16 @@ fn settle(options: &Options, disk: Disk) -> Result<Settings, String> {
     if options.verify && region_bytes / u64::from(options.block_bytes) > LEDGER_BLOCKS_MAX {
         return Err(format!("{} is too much to verify; use --region", size::format(region_bytes)));
     }
+    if options.verify
+        && options.workload == Workload::Runs
+        && !RUN_ALIGNMENT.is_multiple_of(u64::from(options.block_bytes))
+    {
+        return Err("runs of larger blocks would overlap; verify with --block-size 4KiB".into());
+    }
     Ok(Settings {
         workload: options.workload,
         region_bytes,
+        first_byte: options.first_byte,
         block_bytes: options.block_bytes,
         read_percent: options.read_percent,
         flush_every: options.flush_every,
@@ -204,6 +246,7 @@ pub(crate) struct Limits {
     pub(crate) warmup: Duration,
     pub(crate) duration: Option<Duration>,
     pub(crate) requests: Option<u64>,
+    pub(crate) rate: Option<f64>,
     pub(crate) timeout: Duration,
 }
 
@@ -217,6 +260,11 @@ pub(crate) struct Measured {
     /// CPU time that the server took while measuring.
     pub(crate) server_cpu: Option<Duration>,
     pub(crate) kicks: u64,
+    /// How long the flush at the end took.
+    pub(crate) last_flush: Option<Duration>,
+    /// Requests of a paced load that were due while measuring and never issued: the server was that far behind.
+    pub(crate) not_issued: u64,
+    pub(crate) timeline: Option<Timeline>,
     /// Time that this side wanted to poll but had lost its core.
     pub(crate) client_waited: Option<Duration>,
     pub(crate) verified: Option<Verified>,
@@ -226,7 +274,31 @@ pub(crate) struct Measured {
 #[derive(Clone, Copy)]
 struct Flight {
     operation: Operation,
-    submitted_ns: u64,
+    /// When it was submitted; of a paced load, when it was due.
+    since_ns: u64,
+}
+
+/// When the requests of a paced load are due.
+#[derive(Clone, Copy)]
+struct Pace {
+    start_ns: u64,
+    period_ns: f64,
+    /// Requests that have been issued.
+    issued: u64,
+}
+
+impl Pace {
+    /// When the next one is due.
+    fn next_ns(&self) -> u64 {
+        // Not a sum of periods: what is rounded off would add up.
+        self.start_ns + (self.issued as f64 * self.period_ns) as u64
+    }
+
+    /// How many were due before `end_ns` and have not been issued.
+    fn behind(&self, end_ns: u64) -> u64 {
+        let due = (end_ns.saturating_sub(self.start_ns) as f64 / self.period_ns) as u64;
+        due.saturating_sub(self.issued)
+    }
 }
 
 /// Which completions count.
@@ -257,9 +329,14 @@ pub(crate) struct Driver {
     in_flight: u32,
     issued: u64,
     window: Window,
+    /// Of a paced load, what was due before does not count.
+    counts_from_ns: u64,
     finished: u64,
     bytes: u64,
     histograms: Histograms,
+    pace: Option<Pace>,
+    timeline: Option<Timeline>,
+    after_write: Option<AfterWrite>,
 }
 
 impl Driver {
@@ -289,12 +366,22 @@ impl Driver {
             in_flight: 0,
             issued: 0,
             window: Window::WarmingUp,
+            counts_from_ns: 0,
             finished: 0,
             bytes: 0,
             histograms: Histograms::new(),
+            pace: None,
+            timeline: None,
+            after_write: None,
         };
         driver.fill_buffers();
         driver
+    }
+
+    /// Reads time from `clock` from here on, and notes what it sees in a timeline of at most `longest`.
+    fn keep_timeline(&mut self, clock: Clock, longest: Duration) {
+        self.clock = clock;
+        self.timeline = Some(Timeline::new(self.read_clock(), longest));
     }
 
     /// Data to write that is neither zero nor equal from slot to slot.
@@ -325,6 +412,10 @@ impl Driver {
         let server_cpu = || server_pid.and_then(process::cpu_time);
 
         self.progress_ns = self.now_ns;
+        let pace = |start_ns: u64| {
+            limits.rate.map(|rate| Pace { start_ns, period_ns: 1e9 / rate, issued: 0 })
+        };
+        self.pace = pace(self.now_ns);
         if !limits.warmup.is_zero() {
             let until_ns = self.now_ns + limits.warmup.as_nanos() as u64;
             self.work(&mut source, until_ns, u64::MAX, &watch)?;
@@ -335,11 +426,18 @@ impl Driver {
         let start_ns = self.read_clock();
         self.issued = 0;
         self.window = Window::Open;
+        // A paced load begins anew: what a server is behind with after warming up is not held against it.
+        self.pace = pace(start_ns);
+        self.counts_from_ns = if self.pace.is_some() { start_ns } else { 0 };
         let until_ns =
             limits.duration.map_or(u64::MAX, |length| start_ns + length.as_nanos() as u64);
         self.work(&mut source, until_ns, limits.requests.unwrap_or(u64::MAX), &watch)?;
-        if self.now_ns < until_ns {
-            // Stopped by count: the measurement ends with the last request.
+        let wanted = limits.requests.unwrap_or(u64::MAX) - self.issued;
+        let behind = self.pace.map_or(0, |pace| pace.behind(self.now_ns.min(until_ns)));
+        let not_issued = behind.min(wanted);
+        if self.now_ns < until_ns || self.pace.is_some() {
+            // Stopped by count: the measurement ends with the last request. So it does with a pace: what was due
+            // in time counts, however late it was answered.
             self.drain(&watch)?;
         }
         let nanoseconds = self.now_ns - start_ns;
@@ -349,13 +447,17 @@ impl Driver {
         let kicks = self.kicks() - kicks_before;
 
         self.drain(&watch)?;
+        let mut last_flush = None;
         if flush_at_end {
+            let asked_ns = self.read_clock();
             self.issue_flush()?;
             self.drain(&watch)?;
+            last_flush = Some(Duration::from_nanos(self.now_ns - asked_ns));
         }
         if self.ledger.is_some() && self.settings.workload.writes() {
             self.held = None;
             self.issued = 0;
+            self.pace = None;
             let mut read_back = Source::ReadBack { cursor: 0, settings: self.settings };
             self.work(&mut read_back, u64::MAX, u64::MAX, &watch)?;
             self.drain(&watch)?;
@@ -367,6 +469,9 @@ impl Driver {
             bytes: self.bytes,
             server_cpu: difference(cpu_before, cpu_after),
             kicks,
+            last_flush,
+            not_issued,
+            timeline: self.timeline.take(),
             client_waited: difference(waited_before, waited_after),
             verified: self.ledger.is_some().then_some(self.verified),
         })
@@ -382,6 +487,9 @@ impl Driver {
     ) -> Result<(), String> {
         while self.now_ns < until_ns {
             self.reap(watch)?;
+            if self.pace.is_some() {
+                self.read_clock(); // The next request may be due though nothing was answered.
+            }
             if !self.issue(source, requests)? {
                 return Ok(());
             }
@@ -454,6 +562,9 @@ impl Driver {
                     more = false;
                     break 'queues;
                 }
+                if self.pace.is_some_and(|pace| pace.next_ns() > self.now_ns) {
+                    break 'queues;
+                }
                 let next = self.held.take().or_else(|| source.next(self.ledger.as_ref()));
                 let Some(operation) = next else {
                     more = false;
@@ -496,7 +607,12 @@ impl Driver {
             self.memory.write(self.queues[index].data_offset(slot), data);
         }
         self.queues[index].submit(slot, operation);
-        let flight = Flight { operation, submitted_ns: self.now_ns };
+        let mut since_ns = self.now_ns;
+        if let Some(pace) = self.pace.as_mut().filter(|_| operation.kind != Kind::Flush) {
+            since_ns = pace.next_ns();
+            pace.issued += 1;
+        }
+        let flight = Flight { operation, since_ns };
         self.flights[index][usize::from(slot)] = Some(flight);
         self.in_flight += 1;
         self.issued += 1;
@@ -504,19 +620,25 @@ impl Driver {
 
     fn finish(&mut self, index: usize, completion: Completion) -> Result<(), String> {
         let Completion { slot, status } = completion;
-        let Flight { operation, submitted_ns } = self.flights[index][usize::from(slot)]
+        let Flight { operation, since_ns } = self.flights[index][usize::from(slot)]
             .take()
             .expect("the queue returns only slots that are in flight");
         self.free_slots[index].push(slot);
         self.in_flight -= 1;
         check_status(operation, status)?;
         self.verify(index, slot, operation)?;
-        if self.window == Window::Open {
+        if self.window == Window::Open && since_ns >= self.counts_from_ns {
             self.finished += 1;
             self.bytes += u64::from(operation.bytes);
-            self.histograms.record(operation.kind, self.now_ns - submitted_ns);
+            self.histograms.record(operation.kind, self.now_ns - since_ns);
         }
-        Ok(())
+        if let Some(timeline) = self.timeline.as_mut().filter(|_| operation.kind != Kind::Flush) {
+            timeline.note(since_ns, self.now_ns);
+        }
+        match &mut self.after_write {
+            Some(after_write) if operation.kind == Kind::Write => after_write(),
+            _ => Ok(()),
+        }
     }
 
     fn verify(&mut self, index: usize, slot: u16, operation: Operation) -> Result<(), String> {
@@ -588,11 +710,13 @@ fn check_status(operation: Operation, status: u8) -> Result<(), String> {
 mod tests {
     use super::*;
     use crate::fake_device::{FakeDevice, Fault};
+    use std::sync::atomic::{AtomicU64, Ordering};
 
     const NO_LIMIT: Limits = Limits {
         warmup: Duration::ZERO,
         duration: None,
         requests: None,
+        rate: None,
         timeout: Duration::from_secs(60),
     };
 
@@ -614,9 +738,18 @@ mod tests {
 
     /// Drives 2000 verified requests on two queues against a device in this process.
     fn drive(case: Case) -> Result<Measured, String> {
+        drive_with(case, Limits { requests: Some(2000), ..NO_LIMIT }, None)
+    }
+
+    fn drive_with(
+        case: Case,
+        limits: Limits,
+        after_write: Option<AfterWrite>,
+    ) -> Result<Measured, String> {
         let settings = Settings {
             workload: case.workload,
             region_bytes: 64 * 4096 + 512,
+            first_byte: 0,
             block_bytes: 4096,
             read_percent: 70,
             flush_every: case.flush_every,
@@ -630,13 +763,13 @@ mod tests {
         };
         let queues = lay_out_queues(shape, 2).unwrap();
         let mut driver = Driver::new(queues, settings, true);
+        driver.after_write = after_write;
         let device = FakeDevice::serve(
             &driver.memory,
             &driver.queues,
             settings.region_bytes as usize,
             case.fault,
         );
-        let limits = Limits { requests: Some(2000), ..NO_LIMIT };
         driver.drive(limits, true, &|| device.check_alive(), None)
     }
 
@@ -676,10 +809,55 @@ mod tests {
     }
 
     #[test]
+    fn what_a_paced_server_is_behind_shows_in_latency_and_count() {
+        let duration = Duration::from_millis(20);
+        // More than the clock lets through one by one.
+        let rate = 1e9;
+        let limits = Limits { duration: Some(duration), rate: Some(rate), ..NO_LIMIT };
+        let Measured { requests, not_issued, histograms, .. } =
+            drive_with(PLAIN, limits, None).unwrap();
+        let due = (duration.as_secs_f64() * rate) as u64;
+        assert!(not_issued > 0, "{requests} requests of {due}");
+        assert!(requests + not_issued >= due, "{requests} and {not_issued} of {due}");
+        // The last one was due when those before it were, and was answered when the time was over.
+        let waited_ns = due - requests;
+        let longest_ns = histograms.data().max();
+        assert!(longest_ns >= waited_ns / 100 * 99, "{longest_ns} ns, not {waited_ns}");
+    }
+
+    #[test]
+    fn a_paced_load_asks_for_no_more_than_is_due() {
+        let limits =
+            Limits { requests: Some(50), duration: None, rate: Some(10_000.0), ..NO_LIMIT };
+        let measured = drive_with(PLAIN, limits, None).unwrap();
+        assert_eq!((measured.requests, measured.not_issued), (50, 0));
+        let period_ns = 100_000;
+        assert!(measured.nanoseconds >= 49 * period_ns, "the last came before it was due");
+    }
+
+    #[test]
+    fn something_can_be_done_after_each_write_and_its_failure_ends_the_load() {
+        let case = || Case { workload: Workload::RandWrite, ..PLAIN };
+        let (count, limits) =
+            (Arc::new(AtomicU64::new(0)), Limits { requests: Some(300), ..NO_LIMIT });
+        let counter = Arc::clone(&count);
+        let each = move || {
+            counter.fetch_add(1, Ordering::Relaxed);
+            Ok(())
+        };
+        drive_with(case(), limits, Some(Box::new(each))).unwrap();
+        assert_eq!(count.load(Ordering::Relaxed), 300);
+        let fails = Box::new(|| Err("no snapshot".to_owned()));
+        let error = drive_with(case(), limits, Some(fails)).err();
+        assert_eq!(error.as_deref(), Some("no snapshot"));
+    }
+
+    #[test]
     fn a_load_ends_by_itself_when_its_time_is_over() {
         let settings = Settings {
             workload: Workload::RandRead,
             region_bytes: 1 << 20,
+            first_byte: 0,
             block_bytes: 512,
             read_percent: 70,
             flush_every: 0,
@@ -709,6 +887,14 @@ mod tests {
         ] {
             let options = crate::cli::tests::load_options(arguments);
             assert!(settle(&options, disk).is_err(), "{arguments:?} was accepted");
+        }
+        let disk = Disk { read_only: false, ..disk };
+        let runs = ["--rw", "runs", "--verify", "--block-size"];
+        for (block_size, fits) in [("4KiB", true), ("512", true), ("1536", false), ("64KiB", false)]
+        {
+            let arguments = [runs.as_slice(), &[block_size]].concat();
+            let options = crate::cli::tests::load_options(&arguments);
+            assert_eq!(settle(&options, disk).is_ok(), fits, "{arguments:?}");
         }
     }
 }

@@ -34,6 +34,7 @@ mod report;
 mod server;
 mod size;
 mod snapshots;
+mod timeline;
 
 use std::process::ExitCode;
 

@@ -27,10 +27,18 @@ pub(crate) enum Workload {
     Mix,
     /// One write at the start of each 64 KiB, in order.
     Stride,
+    /// Runs of 64 to 256 KiB at random places, each written in order: files, as a page cache writes them back.
+    Runs,
 }
 
 /// From one write of [`Workload::Stride`] to the next.
 const STRIDE_BYTES: u64 = 64 << 10;
+
+/// The shortest and the longest run of [`Workload::Runs`].
+const RUN_BYTES: [u64; 2] = [64 << 10, 256 << 10];
+
+/// A run begins at a multiple of this.
+pub(crate) const RUN_ALIGNMENT: u64 = 4096;
 
 impl Workload {
     /// True when requests of this load change the disk.
@@ -51,6 +59,7 @@ impl Workload {
             Self::Write => "write",
             Self::Mix => "mix",
             Self::Stride => "stride",
+            Self::Runs => "runs",
         }
     }
 }
@@ -61,6 +70,8 @@ pub(crate) struct Settings {
     pub(crate) workload: Workload,
     /// Bytes from the start of the disk; a multiple of 512, at least one block.
     pub(crate) region_bytes: u64,
+    /// Where requests in order begin; those after the end of the region begin at its start.
+    pub(crate) first_byte: u64,
     /// Bytes of a request; a multiple of 512.
     pub(crate) block_bytes: u32,
     /// Of 100 requests of a mixed load, how many are reads.
@@ -75,15 +86,24 @@ pub(crate) struct Plan {
     settings: Settings,
     state: u64,
     cursor: u64,
+    /// Where the run ends that the cursor is in, of [`Workload::Runs`].
+    run_end: u64,
     writes_since_flush: u64,
 }
 
 impl Plan {
     /// Starts from the seed.
     pub(crate) fn new(settings: Settings) -> Self {
-        let Settings { region_bytes, block_bytes, .. } = settings;
+        let Settings { region_bytes, block_bytes, first_byte, .. } = settings;
+        assert!(first_byte < region_bytes, "where to begin was not checked");
         assert!(u64::from(block_bytes) <= region_bytes, "the region was not checked");
-        Self { settings, state: mix(settings.seed), cursor: 0, writes_since_flush: 0 }
+        Self {
+            settings,
+            state: mix(settings.seed),
+            cursor: first_byte,
+            run_end: 0,
+            writes_since_flush: 0,
+        }
     }
 
     /// The next request.
@@ -97,6 +117,8 @@ impl Plan {
         self.writes_since_flush += u64::from(kind == Kind::Write);
         let (offset, bytes) = if self.settings.workload.is_sequential() {
             self.advance()
+        } else if self.settings.workload == Workload::Runs {
+            self.advance_in_run()
         } else {
             let blocks = self.settings.region_bytes / u64::from(self.settings.block_bytes);
             let block_bytes = self.settings.block_bytes;
@@ -108,7 +130,7 @@ impl Plan {
     fn draw_kind(&mut self) -> Kind {
         let reads = match self.settings.workload {
             Workload::RandRead | Workload::Read => true,
-            Workload::RandWrite | Workload::Write | Workload::Stride => false,
+            Workload::RandWrite | Workload::Write | Workload::Stride | Workload::Runs => false,
             Workload::Mix => self.random_below(100) < u64::from(self.settings.read_percent),
         };
         if reads { Kind::Read } else { Kind::Write }
@@ -122,6 +144,21 @@ impl Plan {
         let step = step(&self.settings).max(u64::from(bytes));
         let next = offset + step;
         self.cursor = if next < self.settings.region_bytes { next } else { 0 };
+        (offset, bytes)
+    }
+
+    /// The next piece of a run, or the first of another.
+    fn advance_in_run(&mut self) -> (u64, u32) {
+        let Settings { region_bytes, block_bytes, .. } = self.settings;
+        if self.cursor >= self.run_end {
+            let [shortest, longest] = RUN_BYTES.map(|bytes| bytes / RUN_ALIGNMENT);
+            let blocks = shortest + self.random_below(longest - shortest + 1);
+            self.cursor = self.random_below(region_bytes.div_ceil(RUN_ALIGNMENT)) * RUN_ALIGNMENT;
+            self.run_end = (self.cursor + blocks * RUN_ALIGNMENT).min(region_bytes);
+        }
+        let offset = self.cursor;
+        let bytes = (self.run_end - offset).min(u64::from(block_bytes)) as u32;
+        self.cursor = offset + u64::from(bytes);
         (offset, bytes)
     }
 
@@ -177,6 +214,7 @@ mod tests {
         Settings {
             workload,
             region_bytes: 10 * 4096 + 512,
+            first_byte: 0,
             block_bytes: 4096,
             read_percent: 70,
             flush_every: 0,
@@ -222,6 +260,24 @@ mod tests {
         let offsets: Vec<u64> = drawn.iter().map(|it| it.offset >> 10).collect();
         assert_eq!(offsets, [0, 64, 128, 192, 0]);
         assert!(drawn.iter().all(|it| it.kind == Kind::Write));
+    }
+
+    #[test]
+    fn runs_are_written_in_order_and_end_inside_the_region() {
+        let region_bytes = 4 << 20;
+        let settings = Settings { region_bytes, block_bytes: 65536, ..settings(Workload::Runs) };
+        let mut plan = Plan::new(settings);
+        let (mut runs, mut run_bytes, mut end) = (0, 0, 0);
+        for _ in 0..1000 {
+            let Operation { kind, offset, bytes } = plan.draw();
+            assert_eq!((kind, offset % 4096), (Kind::Write, 0));
+            assert!(offset + u64::from(bytes) <= region_bytes);
+            runs += u64::from(offset != end);
+            run_bytes += u64::from(bytes);
+            end = offset + u64::from(bytes);
+        }
+        let mean = run_bytes / runs;
+        assert!((100 << 10..170 << 10).contains(&mean), "{mean} bytes in a run");
     }
 
     #[test]

@@ -10,6 +10,7 @@ use crate::load::{Measured, Options};
 use crate::plan::{Settings, Workload};
 use crate::queue::Kind;
 use crate::size;
+use crate::timeline::Timeline;
 
 /// Latencies beyond this are recorded as this.
 const LATENCY_MAX: Duration = Duration::from_secs(60);
@@ -31,6 +32,12 @@ impl Histograms {
                 .expect("the bounds are constants that hdrhistogram takes")
         };
         Self { data: empty(), flush: empty() }
+    }
+
+    /// Those of reads and writes.
+    #[cfg(test)]
+    pub(crate) fn data(&self) -> &Histogram<u64> {
+        &self.data
     }
 
     /// Notes the latency of one request.
@@ -93,6 +100,10 @@ pub(crate) struct Report {
     /// Of reads and writes.
     pub(crate) latency_ns: Option<Latency>,
     pub(crate) flush_latency_ns: Option<Latency>,
+    /// Requests of a paced load that were due and never issued, since the server was that far behind.
+    pub(crate) not_issued: u64,
+    /// The flush at the end, in seconds: not part of the rest.
+    pub(crate) last_flush_seconds: Option<f64>,
     /// CPU time of the server for each request, waiting by polling included.
     pub(crate) server_cpu_us_per_request: Option<f64>,
     /// Share of one core that the server used: 1.0 is all of it.
@@ -103,6 +114,8 @@ pub(crate) struct Report {
     /// machine was too busy for the figures to mean much.
     pub(crate) client_waited: Option<f64>,
     pub(crate) verified: Option<Verified>,
+    #[serde(skip)]
+    pub(crate) timeline: Option<Timeline>,
 }
 
 impl Report {
@@ -125,6 +138,8 @@ impl Report {
             megabytes_per_second: rate(measured.bytes as f64) / 1e6,
             latency_ns,
             flush_latency_ns: Latency::of(&measured.histograms.flush),
+            not_issued: measured.not_issued,
+            last_flush_seconds: measured.last_flush.map(|it| it.as_secs_f64()),
             server_cpu_us_per_request: cpu
                 .filter(|_| measured.requests > 0)
                 .map(|cpu| cpu * 1e6 / measured.requests as f64),
@@ -132,6 +147,7 @@ impl Report {
             kicks: measured.kicks,
             client_waited: measured.client_waited.map(|waited| rate(waited.as_secs_f64())),
             verified: measured.verified,
+            timeline: measured.timeline,
         }
     }
 }
@@ -182,6 +198,9 @@ impl fmt::Display for Report {
             )?;
         }
         write!(out, "  kicks     {}", self.kicks)?;
+        if self.not_issued > 0 {
+            write!(out, "\n  BEHIND    {} requests were due and not issued", self.not_issued)?;
+        }
         if let Some(waited) = self.client_waited.filter(|waited| *waited > WAIT_TOLERATED) {
             let percent = waited * 100.0;
             write!(

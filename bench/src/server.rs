@@ -17,7 +17,7 @@ use crate::clock::Clock;
 use crate::{cli, interrupt, size};
 
 /// How long a server may take to open its store and listen.
-const START_TIMEOUT: Duration = Duration::from_secs(30);
+pub(crate) const START_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// How long a server may take to flush and leave.
 const STOP_TIMEOUT: Duration = Duration::from_secs(15);
@@ -108,6 +108,11 @@ impl Site {
         self.files.path().join("raw.img")
     }
 
+    /// Bessel's store.
+    pub(crate) fn store_file(&self) -> PathBuf {
+        self.files.path().join("store.img")
+    }
+
     /// Makes the raw file, sparse: a fill writes it.
     pub(crate) fn make_raw_file(&self) -> Result<(), String> {
         let path = self.raw_file();
@@ -121,6 +126,11 @@ impl Site {
         self.run.path().join("disk.sock")
     }
 
+    /// The socket at which Bessel serves its API.
+    pub(crate) fn api_socket(&self) -> PathBuf {
+        self.run.path().join("api.sock")
+    }
+
     /// Starts `contender`, pinned to the server's core, and waits until it has made its socket.
     pub(crate) fn start(&self, contender: Contender) -> Result<Server, String> {
         let command = match contender {
@@ -129,15 +139,16 @@ impl Site {
             Contender::Bessel => self.bessel()?,
             Contender::BareUring => panic!("fio serves nothing"),
         };
-        // One that was killed has left its socket, at which nobody answers.
-        let socket = self.socket();
-        if socket.exists() {
-            fs::remove_file(&socket)
-                .map_err(|error| format!("cannot remove {}: {error}", socket.display()))?;
+        // One that was killed has left its sockets, at which nobody answers.
+        for socket in [self.socket(), self.api_socket()] {
+            if socket.exists() {
+                fs::remove_file(&socket)
+                    .map_err(|error| format!("cannot remove {}: {error}", socket.display()))?;
+            }
         }
         let log = self.run.path().join("server.log");
         let mut server = Server::start(contender.name(), command, log, self.server_core)?;
-        server.wait_for_socket(&socket).map_err(|error| server.explain(&error))?;
+        server.wait_for(&self.socket())?;
         Ok(server)
     }
 
@@ -182,10 +193,10 @@ impl Site {
              api:\n  socket: {api}\n\
              volumes:\n  - name: bench\n    size: {size}\n    socket: {socket}\n    \
              cache: writeback\n    queues: 1\n",
-            device = quoted(&self.files.path().join("store.img")),
+            device = quoted(&self.store_file()),
             store = size::format(self.store_bytes),
             core = self.server_core,
-            api = quoted(&self.run.path().join("api.sock")),
+            api = quoted(&self.api_socket()),
             size = size::format(self.size_bytes),
             socket = quoted(&self.socket()),
         )
@@ -241,6 +252,11 @@ impl Server {
     /// Its process id.
     pub(crate) fn pid(&self) -> u32 {
         self.child.id()
+    }
+
+    /// Waits until the server has made `socket`.
+    pub(crate) fn wait_for(&mut self, socket: &Path) -> Result<(), String> {
+        self.wait_for_socket(socket).map_err(|error| self.explain(&error))
     }
 
     fn wait_for_socket(&mut self, socket: &Path) -> Result<(), String> {
