@@ -259,18 +259,32 @@ struct RawGc {
     rate: Option<RawRate>,
 }
 
-/// A size, or no limit.
-#[derive(Deserialize)]
-#[serde(untagged)]
-enum RawRate {
-    Off(Off),
-    Size(Size),
-}
+/// A size, or none when there is no limit.
+struct RawRate(Option<ByteCount>);
 
-#[derive(Deserialize)]
-#[serde(rename_all = "lowercase")]
-enum Off {
-    Unlimited,
+impl<'de> Deserialize<'de> for RawRate {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct RateVisitor;
+        impl Visitor<'_> for RateVisitor {
+            type Value = RawRate;
+
+            fn expecting(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+                formatter.write_str("a size a second such as 256MiB, or `unlimited`")
+            }
+
+            fn visit_u64<E: serde::de::Error>(self, bytes: u64) -> Result<RawRate, E> {
+                Ok(RawRate(Some(ByteCount::new(bytes))))
+            }
+
+            fn visit_str<E: serde::de::Error>(self, text: &str) -> Result<RawRate, E> {
+                if text == "unlimited" {
+                    return Ok(RawRate(None));
+                }
+                parse_size(text).map(|size| RawRate(Some(size))).map_err(E::custom)
+            }
+        }
+        deserializer.deserialize_any(RateVisitor)
+    }
 }
 
 #[derive(Deserialize)]
@@ -635,7 +649,7 @@ fn checked_gc(raw: RawGc, source: &Source) -> Result<GcConfig, ConfigError> {
     let error = |key, message: String| Err(source.error(&[Key("gc"), Key(key)], message));
     let every = raw.every.map(|every| every.0);
     if every.is_some_and(|every| every < GC_EVERY_MIN) {
-        return error("every", "a collection more than once a second will not do".to_owned());
+        return error("every", "a collection more than once a second will not do; give at least 1s".to_owned());
     }
     let low_space_percent = match raw.low_space.as_deref() {
         None => Some(GC_LOW_SPACE_DEFAULT),
@@ -652,16 +666,11 @@ fn checked_gc(raw: RawGc, source: &Source) -> Result<GcConfig, ConfigError> {
             }
         }
     };
-    let rate = match raw.rate {
-        None => Some(GC_RATE_DEFAULT),
-        Some(RawRate::Off(Off::Unlimited)) => None,
-        Some(RawRate::Size(Size(rate))) if rate < GC_RATE_MIN => {
-            let what =
-                format!("a rate of {} a second will not do; give at least 1MiB", rate.exact());
-            return error("rate", what);
-        }
-        Some(RawRate::Size(Size(rate))) => Some(rate),
-    };
+    let rate = raw.rate.map_or(Some(GC_RATE_DEFAULT), |rate| rate.0);
+    if let Some(rate) = rate.filter(|rate| *rate < GC_RATE_MIN) {
+        let what = format!("a rate of {} a second will not do; give at least 1MiB", rate.exact());
+        return error("rate", what);
+    }
     Ok(GcConfig { every, low_space_percent, rate })
 }
 
@@ -756,7 +765,6 @@ reactors:
 api:
   socket: /run/bessel/api.sock
   listen: 127.0.0.1:9400
-gc: { every: 1d, low_space: 5%, rate: 64MiB }
 volumes:
   - name: vm1
     size: 4GiB
@@ -769,6 +777,7 @@ volumes:
     snapshots:
       every: 10ms
       keep: [ { for: 1m }, { for: 1h, every: 1s } ]
+gc: { every: 1d, low_space: 5%, rate: 64MiB }
 ";
 
     fn parse(text: &str) -> Result<Config, ConfigError> {
@@ -877,6 +886,12 @@ volumes:
                 "    snapshots: { every: 1s, keep: [ { for: 1m }, { for: 1s } ] }",
                 "go from young",
             ),
+            (23, "gc: { every: 10ms }", "a collection more than once a second will not do; give"),
+            (23, "gc: { low_space: 95% }", "\"95%\" is no share of the store; write 1% to 90%"),
+            (23, "gc: { low_space: few }", "\"few\" is no share of the store; write 1% to 90%"),
+            (23, "gc: { rate: 1KiB }", "a rate of 1KiB a second will not do; give at least 1MiB"),
+            (23, "gc: { rate: some }", "\"some\" is not a size; write"),
+            (23, "gc: { sometimes: 1d }", "gc: unknown field `sometimes`, expected one of"),
             (16, "    queues: [2]", "volumes[0].queues: invalid type: sequence"),
             (16, "   queues: 2", "did not find expected"),
         ] {
