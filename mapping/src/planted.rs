@@ -174,6 +174,8 @@ bugs! {
     FreedBeforeRounds,
     /// Nodes of a deleted snapshot stay in the node cache when their blocks are freed.
     FreedNodesRemembered,
+    /// A diff does not look into what the later tree has nothing of.
+    DiffPassesOverHoles,
     // The collector.
     /// Claims that are open at the checkpoint of a collection count as retired.
     ClaimsNotRetired,

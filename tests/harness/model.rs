@@ -479,6 +479,19 @@ impl Model {
         all.filter(|(_, model)| there(model)).map(|(sequence, _)| *sequence).collect()
     }
 
+    /// What a sector of a snapshot may hold.
+    pub fn values_in(&self, snapshot: SnapshotId, sector: u64) -> Vec<Value> {
+        let image = self.volumes[&snapshot.volume].snapshots[&snapshot.sequence].image;
+        base_values(&self.images, Some(image), sector)
+    }
+
+    /// Sectors that were ever written in a snapshot or before it.
+    pub fn touched_by(&self, snapshot: SnapshotId) -> BTreeSet<u64> {
+        let image = self.volumes[&snapshot.volume].snapshots[&snapshot.sequence].image;
+        let content = Content { base: Some(image), ..Content::default() };
+        touched(&self.images, &content, 0..u64::MAX)
+    }
+
     // ---- volumes ----
 
     /// All volumes there ever were.

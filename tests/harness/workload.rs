@@ -49,6 +49,11 @@ impl Workload {
         }
         world.run_schedules();
         world.collect_sometimes(1, 60);
+        let volumes = world.volumes();
+        let volume = *world.random.pick(&volumes);
+        if world.diff_sometimes(volume, 1, 40).is_err() {
+            return;
+        }
         if world.random.below(1000) < self.commands {
             self.command(world);
         } else if world.requests_in_flight() < self.concurrency {

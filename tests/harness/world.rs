@@ -26,6 +26,7 @@ use crate::model::Model;
 
 mod attachment;
 mod collects;
+mod diffs;
 mod faulty;
 mod memory;
 mod observer;
@@ -274,6 +275,7 @@ pub struct World {
     progress: observer::Progress,
     reclaims: reclaims::Reclaims,
     collects: collects::Collects,
+    diffs: diffs::Diffs,
 }
 
 impl World {
@@ -330,6 +332,7 @@ impl World {
             progress: observer::Progress::default(),
             reclaims: reclaims::Reclaims::new(config.seed),
             collects: collects::Collects::new(config.seed),
+            diffs: diffs::Diffs::new(config.seed),
         };
         world.start_shards();
         world.begin_life();

@@ -7,6 +7,7 @@ use super::{BATCH, NodeReader, WalkError, span, target};
 use crate::blocking::Blocking;
 use crate::forest::Tree;
 use crate::format::{NODE_ENTRIES, Node};
+use crate::planted::{self, Bug};
 
 /// What the later tree has at a block where it differs.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -147,6 +148,9 @@ impl Changes {
                 continue;
             }
             if below > 0 {
+                if after.is_none() && planted::is(Bug::DiffPassesOverHoles) {
+                    continue;
+                }
                 self.stack.push(Visit { level: below, first, before, after });
                 continue;
             }

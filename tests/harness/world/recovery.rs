@@ -17,6 +17,7 @@ use bessel_reactor::device::sim::{
 use bessel_reactor::units::{ByteCount, SECTOR_SIZE, SECTORS_PER_BLOCK, Sector};
 
 use super::collects::Collects;
+use super::diffs::Diffs;
 use super::memory::Memory;
 use super::observer::Progress;
 use super::reclaims::Reclaims;
@@ -459,6 +460,7 @@ impl Outage {
             progress: Progress::default(),
             reclaims: Reclaims::new(seed),
             collects: Collects::new(seed),
+            diffs: Diffs::new(seed),
         };
         // Killed when all was made: again.
         if world.serve() {
