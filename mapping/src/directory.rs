@@ -312,6 +312,13 @@ impl Directory {
         self.slots_taken.remove(&plan.registry_slot);
     }
 
+    /// Notes that a volume is gone that the device never had a record of: its slot is free.
+    pub fn unmade(&mut self, id: VolumeId) {
+        if let Some(volume) = self.volumes.remove(&id) {
+            self.slots_taken.remove(&volume.slot);
+        }
+    }
+
     /// Checks a new name and reserves it. End the plan with [`Directory::rename_ended`].
     ///
     /// # Errors

@@ -8,6 +8,7 @@ mod check;
 mod client;
 mod export;
 mod format;
+mod import;
 pub(crate) mod output;
 mod snapshot;
 mod stats;
@@ -115,6 +116,9 @@ mod tests {
             "volume show vm1",
             "volume show vm1 --space",
             "snapshot list vm1 --space --json",
+            "volume import vm1 disk.img",
+            "volume import vm1 - --size 8GiB --json",
+            "volume import vm2 difference --from vm1@base",
             "volume resize vm1 8GiB",
             "volume rename vm1 vm9",
             "volume rollback vm1 1.3",

@@ -7,6 +7,7 @@
 
 mod attachment;
 mod forest;
+mod import;
 mod open;
 mod schedule;
 mod tree;
@@ -14,11 +15,12 @@ mod view;
 mod walks;
 
 use crate::api::types::{
-    LatencyView, RolledBack, SnapshotCreated, SnapshotDeleted, SnapshotView, StatsView, StoreView,
-    VolumeView,
+    JobView, LatencyView, RolledBack, SnapshotCreated, SnapshotDeleted, SnapshotView, StatsView,
+    StoreView, VolumeView,
 };
 use crate::api::{Refusal, RefusalKind};
 use crate::attach::{CoreCounters, CoreMessage, CorePort, VolumeHost};
+use crate::jobs::Jobs;
 use crate::placement::Placement;
 use crate::reclaimer::Reclaimer;
 use crate::reference::{Moment, SnapshotReference};
@@ -43,6 +45,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use attachment::{Condition, Detached};
+use import::Importing;
 pub(crate) use open::Service;
 use schedule::Scheduled;
 pub(crate) use view::uuid;
@@ -98,6 +101,8 @@ pub(crate) struct ControlPlane {
     served: BTreeMap<VolumeId, Served>,
     /// Volumes that are open on a reactor and not served yet.
     restored: BTreeMap<VolumeId, (usize, VolumeHandle)>,
+    /// Volumes that are open on a reactor and not whole yet.
+    importing: BTreeMap<VolumeId, Importing>,
     /// Volumes that an operator has taken away.
     detached: BTreeMap<VolumeId, Detached>,
     /// How volumes that could not be opened were to be served.
@@ -110,6 +115,8 @@ pub(crate) struct ControlPlane {
     /// Frees what deleted snapshots alone held.
     reclaimer: Option<Reclaimer>,
     pins: Pins,
+    /// Long work that is under way.
+    jobs: Jobs,
     /// Clones that could not be made: whether the device has them, nobody knows.
     unborn: Vec<(VolumeId, SnapshotId)>,
     /// Where the API is served, and in its directory the volumes without a socket of their own.
@@ -137,11 +144,13 @@ impl ControlPlane {
             placement: Placement::new(homes.len()),
             reclaimer: Some(reclaimer),
             pins: Pins::default(),
+            jobs: Jobs::new(clock),
             unborn: Vec::new(),
             homes,
             schedules,
             served: BTreeMap::new(),
             restored: BTreeMap::new(),
+            importing: BTreeMap::new(),
             detached: BTreeMap::new(),
             unopened: BTreeMap::new(),
             withheld: BTreeSet::new(),
@@ -432,6 +441,11 @@ impl ControlPlane {
 
     // Counters.
 
+    /// Long work that is under way, in the order in which it was begun.
+    pub(crate) fn jobs(&self) -> Vec<JobView> {
+        self.jobs.list()
+    }
+
     pub(crate) fn stats(&mut self) -> Answered<StatsView> {
         let shards = (0..self.homes.len()).map(|home| self.shard_stats(home));
         let shards: Vec<ShardStats> = shards.collect::<Answered<_>>()?;
@@ -450,7 +464,7 @@ impl ControlPlane {
         let closed = self
             .directory
             .volumes()
-            .filter(|volume| !volume.deleted && !self.served.contains_key(&volume.id));
+            .filter(|volume| !volume.deleted && self.open_at(volume.id).is_none());
         volumes.extend(closed.map(|volume| {
             let Condition { state, .. } = self.condition_of_closed(volume.id, &volume.name);
             let counters = (VolumeCounters::default(), ScheduleCounters::default());
@@ -468,6 +482,7 @@ impl ControlPlane {
             volumes,
             snapshot_latency: self.snapshot_latency(),
             reclaim: self.reclaimer.as_ref().map(Reclaimer::counters).unwrap_or_default(),
+            jobs: self.jobs.list(),
         })
     }
 
@@ -571,7 +586,16 @@ impl ControlPlane {
         Ok((served.handle, served.home))
     }
 
+    /// Where a volume is open, also when nobody can use it yet.
+    fn open_at(&self, id: VolumeId) -> Option<(VolumeHandle, usize)> {
+        let served = self.served.get(&id).map(|served| (served.handle, served.home));
+        served.or_else(|| self.importing.get(&id).map(|it| (it.handle, it.home)))
+    }
+
     fn not_open(&self, id: VolumeId) -> Refusal {
+        if let Some(refusal) = self.still_importing(id) {
+            return refusal;
+        }
         if self.detached.contains_key(&id) {
             let name = self.name_of_present(id).unwrap_or_else(|| id.to_string());
             return Refusal::conflict(format!(
@@ -585,7 +609,7 @@ impl ControlPlane {
     }
 
     fn info(&self, id: VolumeId) -> Answered<VolumeInfo> {
-        let (volume, home) = self.handle_of(id)?;
+        let (volume, home) = self.open_at(id).ok_or_else(|| self.not_open(id))?;
         match self.ask(home, Command::Show { volume })? {
             Reply::Volume(info) => Ok(*info),
             reply => unreachable!("a show command was answered with {reply:?}"),

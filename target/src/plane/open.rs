@@ -329,7 +329,7 @@ impl ControlPlane {
     }
 
     /// Refuses a socket path before a volume is made for it.
-    fn check_socket(&self, socket: &Path) -> Answered<()> {
+    pub(super) fn check_socket(&self, socket: &Path) -> Answered<()> {
         if socket.as_os_str().len() > SOCKET_PATH_MAX {
             return Err(Refusal::malformed(format!(
                 "the volume's socket {} would have more than {SOCKET_PATH_MAX} bytes; choose a \
