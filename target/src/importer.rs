@@ -60,8 +60,14 @@ pub(crate) fn run(
     let (header, decoder) = Decoder::new(source).map_err(|error| refuse_stream(&name, error))?;
     let seat = control.call_and_wait(move |plane| plane.begin_import(&request, &header))?;
     let mut import = Import::new(control, name, seat);
-    match import.receive(&header, decoder) {
-        Ok(received) => import.finish(received),
+    let received = import.receive(&header, decoder);
+    let published = received.and_then(|it| import.publish(it.size).map(|()| it.data_bytes));
+    match published {
+        Ok(data_bytes) => {
+            let id = import.id;
+            let volume = control.call_and_wait(move |plane| plane.serve_import(id))?;
+            Ok(Imported { volume, data_bytes })
+        }
         Err(refusal) => {
             import.give_up();
             Err(refusal)
@@ -179,11 +185,11 @@ impl<'a> Import<'a> {
     }
 
     /// Makes the volume one as any other.
-    fn finish(mut self, received: Received) -> Result<Imported, Refusal> {
-        let (id, Received { size, data_bytes }) = (self.id, received);
-        self.ended = true; // The plane takes it back by itself when that fails.
-        let volume = self.control.call_and_wait(move |plane| plane.finish_import(id, size))?;
-        Ok(Imported { volume, data_bytes })
+    fn publish(&mut self, size: ByteCount) -> Result<(), Refusal> {
+        let id = self.id;
+        self.control.call_and_wait(move |plane| plane.publish_import(id, size))?;
+        self.ended = true;
+        Ok(())
     }
 
     /// Takes it back, and gives its space back first, as far as that is possible.

@@ -5,12 +5,12 @@
 //! (docs/decisions/0013), so a daemon that ends in between leaves nothing to be mended.
 
 use super::open::Service;
-use super::{Answered, ControlPlane, refuse_command, refuse_plan, view};
+use super::{Answered, ControlPlane, refuse_plan, view};
 use crate::api::types::{JobKind, VolumeView};
 use crate::api::{Refusal, RefusalKind};
 use crate::importer::{ImportRequest, ImportSeat, SIZE_FIRST};
 use crate::stream::Header;
-use bessel_mapping::request::{CloneOrigin, Command, Reply, SnapshotId, VolumeHandle, VolumeId};
+use bessel_mapping::request::{CloneOrigin, Command, SnapshotId, VolumeHandle, VolumeId};
 use bessel_reactor::units::ByteCount;
 
 /// A volume that nobody can use yet.
@@ -111,30 +111,25 @@ impl ControlPlane {
         Ok(())
     }
 
-    /// Makes a volume one as any other, of this size, and serves it: all of it is there. When that
-    /// cannot be, it is gone.
-    pub(crate) fn finish_import(&mut self, id: VolumeId, size: ByteCount) -> Answered<VolumeView> {
+    /// Makes a volume one as any other, durably, and of this size: all of it is there. Next it is to be
+    /// served, or abandoned when this fails.
+    pub(crate) fn publish_import(&mut self, id: VolumeId, size: ByteCount) -> Answered<()> {
         let Importing { handle, home, origin, .. } = self.importing[&id];
-        let published = self.directory.check_grow(id, size).map_err(refuse_plan).and_then(|()| {
-            let command = Command::Publish { volume: handle, size };
-            match self.homes[home].port.command(command).reply {
-                Reply::Failed(error) => {
-                    // Its record may have reached the device all the same, and turn up whole at the
-                    // next start.
-                    self.unborn.extend(origin.map(|origin| (id, origin)));
-                    Err(refuse_command(error))
-                }
-                _ => Ok(()),
-            }
-        });
-        if let Err(refusal) = published {
-            self.abandon_import(id);
-            return Err(refusal);
-        }
+        self.directory.check_grow(id, size).map_err(refuse_plan)?;
+        self.ask(home, Command::Publish { volume: handle, size }).inspect_err(|_| {
+            // Its record may have reached the device all the same, and turn up whole at the next start.
+            self.unborn.extend(origin.map(|origin| (id, origin)));
+        })?;
         self.directory.grown(id, size);
-        let Importing { service, .. } = self.importing.remove(&id).expect("it was looked at above");
+        Ok(())
+    }
+
+    /// Serves a volume that was just published.
+    pub(crate) fn serve_import(&mut self, id: VolumeId) -> Answered<VolumeView> {
+        let importing = self.importing.remove(&id).expect("it was just published");
+        let Importing { handle, home, service, .. } = importing;
         let name = self.name_of_present(id).expect("it was just published");
-        tracing::info!(volume = name, size = size.human(), "imported");
+        tracing::info!(volume = name, "imported");
         self.serve(id, home, handle, service).map_err(|refusal| {
             Refusal::failed(format!("volume {name:?} was imported but is not served: {refusal}"))
         })?;

@@ -128,6 +128,13 @@ impl World {
         self.command(arguments).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
     }
 
+    /// The same, with a pipe to its standard input.
+    pub(crate) fn spawn_fed(&self, arguments: &str) -> Child {
+        let mut command = self.command(arguments);
+        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        command.spawn().unwrap()
+    }
+
     fn command(&self, arguments: &str) -> Command {
         let mut command = Command::new(PROGRAM);
         command
@@ -175,6 +182,14 @@ impl World {
         let mut answer = Vec::new();
         let _ = stream.read_to_end(&mut answer);
         String::from_utf8_lossy(&answer).into_owned()
+    }
+
+    /// Sends a stream of bytes to the API and returns the answer.
+    pub(crate) fn post(&self, path: &str, body: &[u8]) -> String {
+        let length = body.len();
+        let head = format!("POST {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n");
+        let head = format!("{head}content-length: {length}\r\n\r\n");
+        self.raw(&[head.as_bytes(), body].concat())
     }
 
     pub(crate) fn request(&self, method: &str, path: &str, body: &str) -> String {
