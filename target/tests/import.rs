@@ -6,13 +6,15 @@
 mod support;
 
 use bessel_tests::guest::{Guest, Options, block};
+use nix::fcntl::OFlag;
+use nix::pty::{grantpt, posix_openpt, ptsname_r, unlockpt};
 use std::fs::File;
 use std::io::Write;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::{Child, Command, Output};
-use support::World;
+use support::{World, refusal};
 
 const NOTHING: &str = "volumes: []\n";
 const BLOCK: u64 = 4096;
@@ -58,10 +60,7 @@ fn piped(world: &World, arguments: &str, bytes: &[u8]) -> Output {
 }
 
 fn refused(output: &Output) -> String {
-    let error = String::from_utf8(output.stderr.clone()).unwrap();
-    assert_eq!(output.status.code(), Some(1), "{error}");
-    assert!(error.starts_with("bessel: ") && error.lines().count() == 1, "{error:?}");
-    error
+    refusal("import", output)
 }
 
 fn volumes(world: &World) -> usize {
@@ -571,4 +570,51 @@ fn a_file_that_changes_its_size_while_it_is_read_is_not_imported() {
     }
     world.end("-TERM");
     is_clean(&world);
+}
+
+/// Long work draws its bar on standard error when that is a terminal.
+#[test]
+fn exports_and_imports_show_their_progress_on_a_terminal() {
+    let mut world = World::new("import-progress");
+    world.serve(NOTHING);
+    sparse(&world, "one.img", 8 << 20, &(0..2048).collect::<Vec<_>>());
+    let shown = |world: &World, arguments: &str, input: Option<&str>| {
+        let terminal = posix_openpt(OFlag::O_RDWR | OFlag::O_NOCTTY).unwrap();
+        grantpt(&terminal).unwrap();
+        unlockpt(&terminal).unwrap();
+        let name = ptsname_r(&terminal).unwrap();
+        let end = File::options().read(true).write(true).open(name).unwrap();
+        let input = input.map(|name| File::open(world.path(name)).unwrap());
+        let mut child = world.spawn_on_terminal(arguments, input, end);
+        let mut drawn = Vec::new();
+        // The kernel says EIO when the last holder of the other end is gone.
+        let _ = std::io::Read::read_to_end(&mut File::from(terminal.into_owned_fd()), &mut drawn);
+        assert!(child.wait().unwrap().success(), "{}", String::from_utf8_lossy(&drawn));
+        String::from_utf8_lossy(&drawn).into_owned()
+    };
+    for (arguments, input, what) in [
+        ("volume import vm1 one.img", None, "importing ["),
+        ("volume import vm2 -", Some("one.img"), "importing "),
+        ("snapshot create vm1 --label one", None, ""),
+        ("volume rollback vm1 1.0", None, ""),
+        ("snapshot export 1.0 out.img", None, "exporting ["),
+        ("snapshot export 1.0 -", None, "exporting ["),
+        ("volume create blank --size 8MiB", None, ""),
+    ] {
+        let drawn = shown(&world, arguments, input);
+        assert!(drawn.contains(what), "{arguments}: {drawn:?}");
+        assert!(!what.contains('[') || drawn.contains('%'), "{arguments}: {drawn:?}");
+    }
+    let socket = world.path("vm1.sock");
+    let mut guest =
+        Guest::connect(Path::new(&socket), Options { queues: 1, ..Options::default() }).unwrap();
+    for place in 0..16 {
+        assert_eq!(guest.write(0, place * 128, &[7; 64 << 10]), block::DONE);
+    }
+    world.text("snapshot create vm1 --label two");
+    let drawn = shown(&world, "snapshot export vm1@two diff --from vm1@one", None);
+    assert!(drawn.contains("exporting [") && drawn.contains('%'), "{drawn:?}");
+    let drawn = shown(&world, "volume import vm3 diff --from vm1@one", None);
+    assert!(drawn.contains("importing [") && drawn.contains('%'), "{drawn:?}");
+    assert_eq!(shown(&world, "volume import vm4 one.img --json", None), "", "not for programs");
 }

@@ -123,9 +123,36 @@ impl World {
         self.command(arguments).output().unwrap()
     }
 
+    /// The same, with `word` in it replaced by something that may have spaces.
+    pub(crate) fn run_of(&self, arguments: &str, (word, text): (&str, &str)) -> Output {
+        let arguments = arguments.split_whitespace();
+        let replaced = arguments.map(|argument| if argument == word { text } else { argument });
+        self.command("").args(replaced).output().unwrap()
+    }
+
+    /// The same, with its output going into a file.
+    pub(crate) fn run_into(&self, arguments: &str, file: std::fs::File) -> Output {
+        let mut command = self.command(arguments);
+        command.stdout(file).stderr(Stdio::piped());
+        command.spawn().unwrap().wait_with_output().unwrap()
+    }
+
     /// Starts a command of `bessel` against this daemon.
     pub(crate) fn spawn(&self, arguments: &str) -> Child {
         self.command(arguments).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
+    }
+
+    /// The same, with a terminal for its standard error.
+    pub(crate) fn spawn_on_terminal(
+        &self,
+        arguments: &str,
+        input: Option<std::fs::File>,
+        terminal: std::fs::File,
+    ) -> Child {
+        let mut command = self.command(arguments);
+        command.stdin(input.map_or_else(Stdio::null, Stdio::from));
+        command.stdout(Stdio::null()).stderr(terminal).env("TERM", "xterm");
+        command.spawn().unwrap()
     }
 
     /// The same, with a pipe to its standard input.
@@ -159,11 +186,12 @@ impl World {
 
     /// Runs a command that must be refused with one line, and returns that.
     pub(crate) fn refused(&self, arguments: &str) -> String {
-        let output = self.run(arguments);
-        let error = String::from_utf8(output.stderr).unwrap();
-        assert_eq!(output.status.code(), Some(1), "{arguments}: {error}");
-        assert!(error.starts_with("bessel: ") && error.lines().count() == 1, "{error:?}");
-        error
+        refusal(arguments, &self.run(arguments))
+    }
+
+    /// The same, with `word` in it replaced by something that may have spaces.
+    pub(crate) fn refused_of(&self, arguments: &str, word: (&str, &str)) -> String {
+        refusal(arguments, &self.run_of(arguments, word))
     }
 
     /// Sends bytes to the API that are no whole request, and waits until the server has hung up.
@@ -197,6 +225,14 @@ impl World {
         let head = format!("{method} {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n");
         self.raw(format!("{head}content-length: {length}\r\n\r\n{body}").as_bytes())
     }
+}
+
+/// The one line of a refused command.
+pub(crate) fn refusal(arguments: &str, output: &Output) -> String {
+    let error = String::from_utf8(output.stderr.clone()).unwrap();
+    assert_eq!(output.status.code(), Some(1), "{arguments}: {error}");
+    assert!(error.starts_with("bessel: ") && error.lines().count() == 1, "{error:?}");
+    error
 }
 
 impl Drop for World {
