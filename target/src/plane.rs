@@ -790,3 +790,42 @@ fn refuse_command(error: CommandError) -> Refusal {
     };
     Refusal::new(kind, error.to_string())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use bessel_mapping::format::Parent;
+    use bessel_reactor::units::BlockAddr;
+
+    fn snapshot(sequence: u64, seconds: u64, label: Option<&str>) -> SnapshotInfo {
+        SnapshotInfo {
+            id: SnapshotId { volume: VolumeId(1), sequence },
+            time: WallTime::from_unix_nanos(seconds * 1_000_000_000),
+            label: label.map(str::to_owned),
+            size: ByteCount::new(4096),
+            root: BlockAddr::new(1000),
+            height: 3,
+            deleted: false,
+            settling: false,
+            blocks_allocated: 0,
+            parent: Parent::Origin,
+        }
+    }
+
+    /// A store of an older version may have labels that are read as times today.
+    #[test]
+    fn what_may_be_a_label_or_a_time_is_refused_with_what_to_write_instead() {
+        let live = || vec![snapshot(0, 10, Some("20261120T114000Z")), snapshot(1, 20, None)];
+        let now = WallTime::from_unix_nanos(1 << 62);
+        let at = |text: &str| newest_at(live(), &text.parse().unwrap(), "vm1", now);
+        assert_eq!(
+            at("20261120T114000Z").unwrap_err(),
+            "vm1@20261120T114000Z may be the label of snapshot 1.0 or a time; write 1.0, or the time \
+             another way"
+        );
+        assert_eq!(at("2026-11-20T11:40:00Z").unwrap().id.sequence, 1);
+        assert_eq!(at("1970-01-01T00:00:15Z").unwrap().id.sequence, 0);
+        let none = at("1970-01-01T00:00:05Z").unwrap_err();
+        assert!(none.contains("no snapshot at or before") && none.contains("its oldest is 1.0"));
+    }
+}

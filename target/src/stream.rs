@@ -299,6 +299,7 @@ impl<R: Read> Decoder<R> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use bessel_reactor::device::sim::Random;
 
     fn header() -> Header {
         let snapshot = |sequence| SnapshotId { volume: VolumeId(3), sequence };
@@ -389,5 +390,71 @@ mod tests {
                 "{kind} {first} {blocks}"
             );
         }
+    }
+
+    #[test]
+    fn the_end_tells_the_size_when_the_header_does_not() {
+        let ended = |size: u64, last: u64| {
+            let mut encoder = Encoder::default();
+            let header = Header { size: ByteCount::default(), base: None, ..header() };
+            let mut bytes = encoder.header(&header).to_vec();
+            let first = VolumeBlock::new(last);
+            bytes.extend(encoder.part(Part::Hole { first, blocks: 1 }));
+            bytes.extend(encoder.part(Part::End { size: Some(ByteCount::new(size)) }));
+            read(&bytes).map(|(_, parts)| parts[1])
+        };
+        let size = ByteCount::new(4097);
+        assert_eq!(ended(4097, 1).unwrap(), Part::End { size: Some(size) });
+        assert!(ended(4096, 1).is_err(), "a part lies past the end");
+        assert!(ended(0, 0).is_err() && ended((256 << 40) + 1, 1).is_err());
+        let mut encoder = Encoder::default();
+        let unsized_difference = encoder.header(&Header { size: ByteCount::default(), ..header() });
+        assert!(read(&unsized_difference).is_err(), "a difference has a size");
+    }
+
+    /// The daemon reads what clients send: whatever is well sealed and told in any order, parts come in
+    /// order, inside the volume, and with no more data than was sent.
+    #[test]
+    fn whatever_is_sent_parts_come_in_order_and_inside_the_volume() {
+        let mut whole = 0;
+        for seed in 0..3000 {
+            let mut random = Random::new(seed);
+            let odd = [0, 1, 2, 3, 511, 512, 1 << 18, BLOCKS_MAX, u64::MAX - 1, u64::MAX];
+            let size = ByteCount::new(*random.pick(&[0, 1, 4096, 8192, 1 << 30, 1 << 48]));
+            let base = random.chance(1, 2).then(|| {
+                let volume = VolumeId(random.below(3));
+                let size = ByteCount::new(*random.pick(&[0, 4096, 1 << 31, u64::MAX]));
+                (SnapshotId { volume, sequence: random.below(3) }, size)
+            });
+            let mut encoder = Encoder::default();
+            let mut bytes = encoder.header(&Header { size, base, ..header() }).to_vec();
+            let mut next = 0;
+            for _ in 0..random.below(6) {
+                let kind = [DATA, DATA, HOLE, END, BROKEN_OFF, 9][random.below(6) as usize];
+                let first = if random.chance(3, 4) { next } else { *random.pick(&odd) };
+                let usual = if random.chance(7, 8) { &odd[..3] } else { &odd[..] };
+                let blocks = *random.pick(usual);
+                bytes.extend(encoder.record(kind, first, blocks));
+                let data = vec![seed as u8; blocks.min(3) as usize * BLOCK_SIZE as usize];
+                if kind == DATA {
+                    encoder.data(&data);
+                    bytes.extend(data);
+                }
+                next = first.saturating_add(blocks);
+            }
+            bytes.extend(encoder.record(END, random.pick(&odd).wrapping_mul(BLOCK_SIZE), 0));
+            let Ok((header, parts)) = read(&bytes) else { continue };
+            whole += 1;
+            let mut next = 0;
+            for part in parts {
+                let (Part::Data { first, blocks } | Part::Hole { first, blocks }) = part else {
+                    continue;
+                };
+                assert!(first.get() >= next && blocks > 0, "seed {seed}: {part:?}");
+                next = first.get() + blocks;
+                assert!(next <= header.blocks(), "seed {seed}: {part:?} of {header:?}");
+            }
+        }
+        assert!(whole > 100, "most are refused for one thing: {whole}");
     }
 }

@@ -9,7 +9,7 @@ use bessel_tests::guest::{Guest, Options, block};
 use nix::fcntl::OFlag;
 use nix::pty::{grantpt, posix_openpt, ptsname_r, unlockpt};
 use std::fs::File;
-use std::io::Write;
+use std::io::{Read, Write};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
@@ -579,7 +579,7 @@ fn exports_and_imports_show_their_progress_on_a_terminal() {
     world.serve(NOTHING);
     sparse(&world, "one.img", 8 << 20, &(0..2048).collect::<Vec<_>>());
     let shown = |world: &World, arguments: &str, input: Option<&str>| {
-        let terminal = posix_openpt(OFlag::O_RDWR | OFlag::O_NOCTTY).unwrap();
+        let mut terminal = posix_openpt(OFlag::O_RDWR | OFlag::O_NOCTTY).unwrap();
         grantpt(&terminal).unwrap();
         unlockpt(&terminal).unwrap();
         let name = ptsname_r(&terminal).unwrap();
@@ -588,7 +588,7 @@ fn exports_and_imports_show_their_progress_on_a_terminal() {
         let mut child = world.spawn_on_terminal(arguments, input, end);
         let mut drawn = Vec::new();
         // The kernel says EIO when the last holder of the other end is gone.
-        let _ = std::io::Read::read_to_end(&mut File::from(terminal.into_owned_fd()), &mut drawn);
+        let _ = terminal.read_to_end(&mut drawn);
         assert!(child.wait().unwrap().success(), "{}", String::from_utf8_lossy(&drawn));
         String::from_utf8_lossy(&drawn).into_owned()
     };

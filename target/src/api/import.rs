@@ -149,3 +149,67 @@ impl Read for Source {
         Ok(count)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::RefusalKind;
+    use super::*;
+    use hyper::body::Frame;
+    use std::convert::Infallible;
+    use std::task::{Context, Poll};
+    use std::time::Duration;
+    use tokio::sync::watch;
+
+    /// Brings one piece, and then nothing for ever.
+    struct Stalled(Option<Bytes>);
+
+    impl hyper::body::Body for Stalled {
+        type Data = Bytes;
+        type Error = Infallible;
+
+        fn poll_frame(
+            mut self: Pin<&mut Self>,
+            _: &mut Context<'_>,
+        ) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
+            match self.0.take() {
+                Some(bytes) => Poll::Ready(Some(Ok(Frame::data(bytes)))),
+                None => Poll::Pending,
+            }
+        }
+    }
+
+    /// What a thread gets of a stream that stalls.
+    fn stalled(patience: Duration, stop: bool) -> (String, Refusal) {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let (sender, pieces) = mpsc::channel(PIECES_WAITING);
+        let (tell, stopping) = watch::channel(false);
+        let thread = std::thread::spawn(move || {
+            let mut source = Source { pieces, rest: Bytes::new() };
+            let mut text = [0; 5];
+            source.read_exact(&mut text).unwrap();
+            if stop {
+                tell.send(true).unwrap();
+            }
+            let error = source.read(&mut text).unwrap_err();
+            let refusal = error.get_ref().unwrap().downcast_ref::<Refusal>().unwrap().clone();
+            drop(tell);
+            (String::from_utf8(text.to_vec()).unwrap(), refusal)
+        });
+        let body = Body::new(Stalled(Some(Bytes::from_static(b"hello"))));
+        runtime.block_on(feed(body, sender, (Patience(patience), Stopping(stopping))));
+        thread.join().unwrap()
+    }
+
+    #[test]
+    fn a_stream_that_stalls_ends_with_the_reason() {
+        let (text, refusal) = stalled(Duration::from_millis(5), false);
+        assert_eq!((&*text, refusal.kind), ("hello", RefusalKind::Malformed));
+        assert!(refusal.message.contains("nothing came for"), "{refusal}");
+    }
+
+    #[test]
+    fn a_daemon_that_stops_waits_for_no_stream() {
+        let (text, refusal) = stalled(Duration::from_secs(1 << 20), true);
+        assert_eq!((&*text, refusal), ("hello", Refusal::stopping()));
+    }
+}
