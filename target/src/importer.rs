@@ -213,7 +213,8 @@ impl<'a> Import<'a> {
         let (kind, why) = match status {
             Unwritten(IoStatus::NoSpace) => (
                 RefusalKind::NoSpace,
-                "the store is full; delete volumes or snapshots, or make the store larger",
+                "the store is full (or its device has failed to give more, as the log then says); delete \
+                 volumes or snapshots, or make the store larger",
             ),
             Unwritten(_) => (RefusalKind::Failed, "the store could not be written; see the log"),
         };
