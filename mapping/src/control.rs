@@ -7,7 +7,7 @@
 //!
 //! | file           | commands                                          |
 //! |----------------|---------------------------------------------------|
-//! | `volumes.rs`   | create, open, grow, close, delete, cache mode     |
+//! | `volumes.rs`   | create, publish, open, grow, close, delete, cache mode |
 //! | `snapshots.rs` | snapshot, label, delete, rollback                 |
 //! | `restore.rs`   | changes that a killed process had made            |
 //! | `reclaim.rs`   | blocks that a deleted snapshot alone held         |
@@ -20,6 +20,7 @@ mod snapshots;
 mod volumes;
 
 pub(crate) use reclaim::Barrier;
+use volumes::Published;
 
 use bessel_reactor::device::{Device, DeviceError};
 use bessel_reactor::units::ByteCount;
@@ -113,7 +114,7 @@ impl<D: Device> Shard<D> {
         let pending = waiting.find(|pending| pending.ticket == ticket);
         match pending.map(|pending| &pending.command) {
             Some(Command::Open(entry)) => entry.record.name.clone(),
-            Some(Command::Create(plan)) => plan.name.clone(),
+            Some(Command::Create(plan) | Command::CreateUnpublished(plan)) => plan.name.clone(),
             other => {
                 let handle = other.and_then(Command::volume);
                 let open = handle.and_then(|handle| self.volumes.get(handle.0 as usize));
@@ -140,12 +141,17 @@ impl<D: Device> Shard<D> {
             {
                 return Err(CommandError::Limit("the volume is being closed".to_owned()).into());
             }
+            if volume.unpublished && !command.suits_unpublished() {
+                return Err(CommandError::Limit("the volume is not whole yet".to_owned()).into());
+            }
             if volume.sealed.len() >= SEALED_MAX {
                 return Err(NotNow::Wait);
             }
         }
         match command {
-            Command::Create(plan) => self.create(ticket, plan),
+            Command::Create(plan) => self.create(ticket, plan, Published::AtOnce),
+            Command::CreateUnpublished(plan) => self.create(ticket, plan, Published::Later),
+            Command::Publish { volume, size } => self.publish(ticket, *volume, *size),
             Command::Open(entry) => self.open(ticket, entry),
             Command::Restore { volume, changes } => self.restore(ticket, *volume, changes),
             Command::Snapshot { volume, label, time } => {
@@ -346,6 +352,7 @@ impl Command {
     fn volume(&self) -> Option<VolumeHandle> {
         match self {
             Self::Create(_)
+            | Self::CreateUnpublished(_)
             | Self::Open(_)
             | Self::Barrier
             | Self::Checkpoint
@@ -357,6 +364,7 @@ impl Command {
             | Self::Stats
             | Self::Shutdown => None,
             Self::Snapshot { volume, .. }
+            | Self::Publish { volume, .. }
             | Self::Restore { volume, .. }
             | Self::Label { volume, .. }
             | Self::DeleteSnapshot { volume, .. }
@@ -369,6 +377,18 @@ impl Command {
             | Self::SetCache { volume, .. }
             | Self::Show { volume } => Some(*volume),
         }
+    }
+
+    /// Whether it can be done with a volume that the device has no record of.
+    fn suits_unpublished(&self) -> bool {
+        matches!(
+            self,
+            Self::Publish { .. }
+                | Self::Grow { .. }
+                | Self::Show { .. }
+                | Self::Close { .. }
+                | Self::Delete { .. }
+        )
     }
 
     fn changes_the_device(&self) -> bool {

@@ -97,6 +97,8 @@ pub struct Directory {
     /// Those of them that hold nothing but the record of a deleted volume that a collection has seen,
     /// with that record's generation.
     collected: BTreeMap<u32, (VolumeId, u64)>,
+    /// What the slots of volumes held that have one of those.
+    before: BTreeMap<u32, (VolumeId, u64)>,
     slots: u32,
     /// Names promised to plans that have not ended.
     names_reserved: BTreeSet<String>,
@@ -117,6 +119,7 @@ impl Directory {
             entries: BTreeMap::new(),
             slots_taken: BTreeSet::new(),
             collected: BTreeMap::new(),
+            before: BTreeMap::new(),
             slots,
             names_reserved: BTreeSet::new(),
             id_next: Some(1),
@@ -328,6 +331,10 @@ impl Directory {
     pub fn created(&mut self, plan: &CreatePlan) {
         assert!(self.names_reserved.remove(&plan.name), "{:?} was not planned", plan.name);
         if plan.generation > 0 {
+            let mut before = self.volumes.values().filter(|it| it.slot == plan.registry_slot);
+            if let Some(before) = before.next() {
+                self.before.insert(plan.registry_slot, (before.id, plan.generation));
+            }
             self.volumes.retain(|_, volume| volume.slot != plan.registry_slot);
             self.entries.retain(|_, entry| entry.slot != plan.registry_slot);
         }
@@ -354,6 +361,20 @@ impl Directory {
         if plan.generation == 0 {
             self.slots_taken.remove(&plan.registry_slot);
         } // Else nobody knows which generation is there, before the next collection.
+    }
+
+    /// Notes that a volume is gone that the device never had a record of: its slot is free, or holds what it
+    /// held before.
+    pub fn unmade(&mut self, id: VolumeId) {
+        let Some(volume) = self.volumes.remove(&id) else { return };
+        match self.before.remove(&volume.slot) {
+            Some(before) => {
+                self.collected.insert(volume.slot, before);
+            }
+            None => {
+                self.slots_taken.remove(&volume.slot);
+            }
+        }
     }
 
     /// Checks a new name and reserves it. End the plan with [`Directory::rename_ended`].
@@ -517,6 +538,13 @@ mod tests {
         assert_eq!(directory.free_slots(), 0, "nobody knows what is there");
         directory.collected(&[deleted(1, 0)]);
         assert_eq!(directory.free_slots(), 1);
+        // One that the device never had a record of leaves what was there.
+        let third = plan(&mut directory, "c").unwrap();
+        directory.created(&third);
+        assert_eq!(directory.free_slots(), 0);
+        directory.unmade(third.id);
+        let fourth = plan(&mut directory, "d").unwrap();
+        assert_eq!((fourth.registry_slot, fourth.generation), (0, 7));
     }
 
     #[test]

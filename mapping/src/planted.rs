@@ -79,6 +79,10 @@ bugs! {
     ThinsLabelled,
     /// Of two whole slots the older one is chosen.
     OlderSlotChosen,
+    /// The record of a new volume is written before all that the volume holds is durable.
+    PublishedUncommitted,
+    /// A volume that is not published has a record on the device all the same.
+    RecordedEarly,
     /// A rollback does not wait until changes of the tree it leaves are durable.
     RollbackWithoutCommit,
     /// A rollback does not care about requests in flight.

@@ -192,6 +192,17 @@ pub fn deletions(sequences: &[u64]) -> impl Iterator<Item = &[u64]> {
 pub enum Command {
     /// Makes a volume, durably, and opens it.
     Create(CreatePlan),
+    /// Makes a volume that the device has no record of before [`Command::Publish`], and opens it. Until
+    /// then it takes requests and may grow, be shown, closed and deleted, and nothing else; what ends
+    /// before leaves no volume.
+    CreateUnpublished(CreatePlan),
+    /// Makes an unpublished volume one as any other, with all that it holds, durably.
+    Publish {
+        /// Which volume.
+        volume: VolumeHandle,
+        /// The size it shall have: at most that which it has now, and all that was written lies in it.
+        size: ByteCount,
+    },
     /// Opens a volume that is in the registry. Its record was read by [`crate::store::open`].
     Open(Box<crate::directory::VolumeEntry>),
     /// Makes changes again that a killed process had made and not yet made durable, and answers

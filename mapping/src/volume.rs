@@ -70,6 +70,8 @@ pub(crate) struct Volume {
     pub(crate) slot: u32,
     /// As the next record to be written would say it.
     pub(crate) record: VolumeRecord,
+    /// The device has no record of it, and gets none before it is told to.
+    pub(crate) unpublished: bool,
     /// What everybody calls it. Follows the record once that is durable.
     pub(crate) name: String,
     pub(crate) log: SnapshotLog,
@@ -145,6 +147,7 @@ impl Volume {
                 parent: record.parent,
             },
             record,
+            unpublished: false,
             log,
             root,
             dirty: Vec::with_capacity(256),

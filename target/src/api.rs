@@ -5,6 +5,7 @@
 //! authentication there is. The optional TCP listener can be reached by anyone who reaches the
 //! address, so it has only what reads counters.
 
+mod import;
 mod limit;
 mod metrics;
 mod openapi;
@@ -23,6 +24,6 @@ pub(crate) async fn serve_connection(
     control: crate::control::Control,
 ) {
     let (_running, stopping) = tokio::sync::watch::channel(false);
-    let router = limit::bounded(routes::router(control), limit::PATIENCE);
+    let router = limit::bounded(routes::router(control), limit::PATIENCE, &stopping);
     limit::serve_connection(stream, router, limit::PATIENCE, stopping).await;
 }

@@ -2,8 +2,9 @@
 //!
 //! ```text
 //! vhost server ──start/stop──▶ host.rs ──┐                     ┌─▶ queues of guests
-//! control plane ───commands──▶ port.rs ──┴─▶ inbox ─▶ core.rs ─┤
-//! other cores ─────blocks──────────────────────▲               └─▶ shard ─▶ device
+//! control plane ───commands──▶ port.rs ──┼─▶ inbox ─▶ core.rs ─┤
+//! imports ───────────orders──▶ port.rs ──┘       ▲             └─▶ shard ─▶ device
+//! other cores ─────blocks────────────────────────┘
 //! ```
 //!
 //! `core.rs` is the hot path: what one reactor polls. Everything else is control path and reaches a
@@ -13,9 +14,11 @@ mod core;
 mod counters;
 mod host;
 mod memory;
+mod orders;
 mod port;
 
 pub(crate) use self::core::{Core, CoreSeat};
 pub(crate) use counters::CoreCounters;
 pub(crate) use host::VolumeHost;
+pub(crate) use orders::{Order, OrderMemory};
 pub(crate) use port::{Answer, CoreMessage, CorePort};

@@ -9,6 +9,7 @@ mod client;
 mod export;
 mod format;
 mod gc;
+mod import;
 pub(crate) mod output;
 mod snapshot;
 mod stats;
@@ -119,6 +120,9 @@ mod tests {
             "volume show vm1",
             "volume show vm1 --space",
             "snapshot list vm1 --space --json",
+            "volume import vm1 disk.img",
+            "volume import vm1 - --size 8GiB --json",
+            "volume import vm2 difference --from vm1@base",
             "volume resize vm1 8GiB",
             "volume rename vm1 vm9",
             "volume rollback vm1 1.3",

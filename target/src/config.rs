@@ -649,7 +649,10 @@ fn checked_gc(raw: RawGc, source: &Source) -> Result<GcConfig, ConfigError> {
     let error = |key, message: String| Err(source.error(&[Key("gc"), Key(key)], message));
     let every = raw.every.map(|every| every.0);
     if every.is_some_and(|every| every < GC_EVERY_MIN) {
-        return error("every", "a collection more than once a second will not do; give at least 1s".to_owned());
+        return error(
+            "every",
+            "a collection more than once a second will not do; give at least 1s".to_owned(),
+        );
     }
     let low_space_percent = match raw.low_space.as_deref() {
         None => Some(GC_LOW_SPACE_DEFAULT),

@@ -7,9 +7,12 @@
 
 use crate::api::Refusal;
 use crate::plane::ControlPlane;
-use std::sync::mpsc;
+use std::sync::{Arc, mpsc};
 use std::thread::JoinHandle;
-use tokio::sync::oneshot;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
+
+/// Most imports at once: each has a thread, a connection, and a MiB on its way to the device.
+const IMPORTS_MAX: usize = 8;
 
 type Job = Box<dyn FnOnce(&mut ControlPlane) + Send>;
 
@@ -17,6 +20,8 @@ type Job = Box<dyn FnOnce(&mut ControlPlane) + Send>;
 #[derive(Clone)]
 pub(crate) struct Control {
     jobs: mpsc::Sender<Job>,
+    /// Places for imports.
+    imports: Arc<Semaphore>,
 }
 
 /// The thread that carries them out.
@@ -38,7 +43,20 @@ impl Control {
                 }
                 plane
             })?;
-        Ok((Self { jobs }, ControlThread { thread }))
+        let imports = Arc::new(Semaphore::new(IMPORTS_MAX));
+        Ok((Self { jobs, imports }, ControlThread { thread }))
+    }
+
+    /// A place for one more import, until it is dropped.
+    ///
+    /// # Errors
+    /// When all are taken.
+    pub(crate) fn place_for_import(&self) -> Result<OwnedSemaphorePermit, Refusal> {
+        Arc::clone(&self.imports).try_acquire_owned().map_err(|_| {
+            Refusal::conflict(format!(
+                "{IMPORTS_MAX} imports are under way, and no more run at once; wait until one has ended"
+            ))
+        })
     }
 
     /// Runs `operation` after those that were sent before it, and does not wait for it.
@@ -50,6 +68,20 @@ impl Control {
         operation: impl FnOnce(&mut ControlPlane) + Send + 'static,
     ) -> Result<(), Refusal> {
         self.jobs.send(Box::new(operation)).map_err(|_| Refusal::stopping())
+    }
+
+    /// Runs `operation` after those that were sent before it, and waits for what it comes to. For
+    /// threads of their own: not for the API's.
+    pub(crate) fn call_and_wait<T: Send + 'static>(
+        &self,
+        operation: impl FnOnce(&mut ControlPlane) -> Result<T, Refusal> + Send + 'static,
+    ) -> Result<T, Refusal> {
+        let (answer, answered) = mpsc::sync_channel(1);
+        self.send(move |plane| {
+            // The asker waits, so there is someone to take it and room for it.
+            let _ = answer.send(operation(plane));
+        })?;
+        answered.recv().unwrap_or_else(|_| Err(Refusal::stopping()))
     }
 
     /// Runs `operation` after those that were sent before it. It is carried out also when the

@@ -4,9 +4,13 @@
 //! `tests/fuzz`, and panics when something of ours does not stand them. See `tests/harness/fuzz.rs`.
 
 use crate::api;
+use crate::api::types::State;
 use crate::config::Config;
 use crate::control::Control;
 use crate::daemon::Rehearsal;
+use crate::stream::{Encoder, Header, Part};
+use bessel_reactor::clock::WallTime;
+use bessel_reactor::units::{BLOCK_SIZE, ByteCount, VolumeBlock};
 use std::cell::RefCell;
 use std::io::{ErrorKind, Write as _};
 use std::os::unix::net::UnixStream;
@@ -36,10 +40,12 @@ thread_local! {
 }
 
 /// HTTP on the Unix socket: the bytes are what a client sends. A first byte below 128 says that they
-/// are to be made requests of first (`written`), so that most of them come past the parser.
+/// are to be made requests of first (`written`), so that most of them come past the parser; from 96 on
+/// most of those are imports.
 pub fn api(data: &[u8]) {
     let text = match data.split_first() {
-        Some((first, rest)) if *first < 128 => written(rest),
+        Some((first, rest)) if *first < 96 => written(rest, false),
+        Some((first, rest)) if *first < 128 => written(rest, true),
         Some((_, rest)) => rest.to_vec(),
         None => return,
     };
@@ -90,21 +96,40 @@ async fn receive(client: tokio::net::UnixStream) -> Vec<u8> {
 /// The same store for the next input, but for the places that are used up; and the control plane
 /// still answers.
 async fn delete_all(control: Control) {
-    let volumes = control.call(|plane| plane.list_volumes()).await;
-    for volume in volumes.expect("the control plane answers") {
-        let name = volume.name;
-        let deleted = control.call(move |plane| plane.delete_volume(&name)).await;
-        deleted.expect("nobody is connected");
+    loop {
+        let volumes = control.call(|plane| plane.list_volumes()).await;
+        let volumes = volumes.expect("the control plane answers");
+        if volumes.is_empty() {
+            return;
+        }
+        // One that is being imported goes by itself: its client has hung up.
+        for volume in volumes.into_iter().filter(|volume| volume.state != State::Importing) {
+            let name = volume.name;
+            let deleted = control.call(move |plane| plane.delete_volume(&name)).await;
+            deleted.expect("nobody is connected");
+        }
     }
 }
 
 /// Requests, made of bytes: which method, which path, which body.
-fn written(mut bytes: &[u8]) -> Vec<u8> {
+fn written(mut bytes: &[u8], imports: bool) -> Vec<u8> {
     let mut text = Vec::new();
     while !bytes.is_empty() {
-        let method = ["GET", "POST", "PATCH", "DELETE", "PUT"][pick(&mut bytes, 5)];
-        let path = path(&mut bytes);
-        let body = body(&mut bytes);
+        let (method, path, body) = match if imports { pick(&mut bytes, 5) } else { 0 } {
+            0 => {
+                let method = ["GET", "POST", "PATCH", "DELETE", "PUT"][pick(&mut bytes, 5)];
+                (method, path(&mut bytes), body(&mut bytes))
+            }
+            1 => ("GET", "/v1/jobs".to_owned(), Vec::new()),
+            2 => {
+                let path = format!("/v1/volumes/{}/import/{}", word(&mut bytes), word(&mut bytes));
+                ("POST", path, stream(&mut bytes))
+            }
+            _ => {
+                let path = format!("/v1/volumes/{}/import", word(&mut bytes));
+                ("POST", path, stream(&mut bytes))
+            }
+        };
         let head =
             format!("{method} {path} HTTP/1.1\r\nhost: x\r\ncontent-length: {}\r\n", body.len());
         text.extend(head.as_bytes());
@@ -189,6 +214,39 @@ fn body(bytes: &mut &[u8]) -> Vec<u8> {
         _ => "{}".to_owned(),
     };
     text.into_bytes()
+}
+
+/// A stream to be imported, well sealed, of parts that may be anything.
+fn stream(bytes: &mut &[u8]) -> Vec<u8> {
+    const SIZES: [u64; 6] = [0, 4096, 10_240, 1 << 20, 600 << 30, 1 << 60];
+    const NUMBERS: [u64; 6] = [0, 1, 2, 3, 1 << 28, u64::MAX];
+    let header = Header {
+        store: [0; 16],
+        snapshot: None,
+        size: ByteCount::new(SIZES[pick(bytes, 6)]),
+        time: WallTime::from_unix_nanos(0),
+        base: None,
+    };
+    let mut encoder = Encoder::default();
+    let mut text = encoder.header(&header).to_vec();
+    for _ in 0..pick(bytes, 4) {
+        let first = VolumeBlock::new(NUMBERS[pick(bytes, 6)]);
+        let blocks = NUMBERS[pick(bytes, 6)];
+        match pick(bytes, 4) {
+            0 => text.extend(encoder.part(Part::Hole { first, blocks })),
+            1 => text.extend(encoder.break_off("so")),
+            _ => {
+                text.extend(encoder.part(Part::Data { first, blocks }));
+                let data = vec![7; blocks.min(2) as usize * BLOCK_SIZE as usize];
+                encoder.data(&data);
+                text.extend(data);
+            }
+        }
+    }
+    let told = ByteCount::new(SIZES[pick(bytes, 6)]);
+    let size = (told.get() > 0).then_some(told);
+    text.extend(encoder.part(Part::End { size }));
+    text
 }
 
 /// The text of a configuration. One that is refused is refused in one line that begins with the

@@ -12,6 +12,8 @@ mod daemon;
 mod entropy;
 #[cfg(any(test, feature = "fuzz"))]
 pub mod fuzz;
+mod importer;
+mod jobs;
 mod journals;
 mod keep;
 mod placement;

@@ -8,6 +8,7 @@
 mod attachment;
 mod collect;
 mod forest;
+mod import;
 mod open;
 mod schedule;
 mod tree;
@@ -15,12 +16,13 @@ mod view;
 mod walks;
 
 use crate::api::types::{
-    LatencyView, RolledBack, SnapshotCreated, SnapshotDeleted, SnapshotView, StatsView, StoreView,
-    VolumeView,
+    JobView, LatencyView, RolledBack, SnapshotCreated, SnapshotDeleted, SnapshotView, StatsView,
+    StoreView, VolumeView,
 };
 use crate::api::{Refusal, RefusalKind};
 use crate::attach::{CoreCounters, CoreMessage, CorePort, VolumeHost};
 use crate::config::GcConfig;
+use crate::jobs::Jobs;
 use crate::placement::Placement;
 use crate::reclaimer::{Reclaimer, Stopper};
 use crate::reference::{Moment, SnapshotReference};
@@ -46,6 +48,7 @@ use std::time::Duration;
 
 use attachment::{Condition, Detached};
 use collect::Collections;
+use import::Importing;
 pub(crate) use open::Service;
 use schedule::Scheduled;
 pub(crate) use view::uuid;
@@ -101,6 +104,8 @@ pub(crate) struct ControlPlane {
     served: BTreeMap<VolumeId, Served>,
     /// Volumes that are open on a reactor and not served yet.
     restored: BTreeMap<VolumeId, (usize, VolumeHandle)>,
+    /// Volumes that are open on a reactor and not whole yet.
+    importing: BTreeMap<VolumeId, Importing>,
     /// Volumes that an operator has taken away.
     detached: BTreeMap<VolumeId, Detached>,
     /// How volumes that could not be opened were to be served.
@@ -114,6 +119,8 @@ pub(crate) struct ControlPlane {
     reclaimer: Option<Reclaimer>,
     collections: Collections,
     pins: Pins,
+    /// Long work that is under way.
+    jobs: Jobs,
     /// Clones that could not be made: whether the device has them, nobody knows.
     unborn: Vec<(VolumeId, SnapshotId)>,
     /// Where the API is served, and in its directory the volumes without a socket of their own.
@@ -143,11 +150,13 @@ impl ControlPlane {
             reclaimer: Some(reclaimer),
             collections: Collections::new(gc, store.opened.was_clean),
             pins: Pins::default(),
+            jobs: Jobs::new(clock),
             unborn: Vec::new(),
             homes,
             schedules,
             served: BTreeMap::new(),
             restored: BTreeMap::new(),
+            importing: BTreeMap::new(),
             detached: BTreeMap::new(),
             unopened: BTreeMap::new(),
             withheld: BTreeSet::new(),
@@ -440,6 +449,11 @@ impl ControlPlane {
 
     // Counters.
 
+    /// Long work that is under way, in the order in which it was begun.
+    pub(crate) fn jobs(&self) -> Vec<JobView> {
+        self.jobs.list()
+    }
+
     pub(crate) fn stats(&mut self) -> Answered<StatsView> {
         let shards = (0..self.homes.len()).map(|home| self.shard_stats(home));
         let shards: Vec<ShardStats> = shards.collect::<Answered<_>>()?;
@@ -458,7 +472,7 @@ impl ControlPlane {
         let closed = self
             .directory
             .volumes()
-            .filter(|volume| !volume.deleted && !self.served.contains_key(&volume.id));
+            .filter(|volume| !volume.deleted && self.open_at(volume.id).is_none());
         volumes.extend(closed.map(|volume| {
             let Condition { state, .. } = self.condition_of_closed(volume.id, &volume.name);
             let counters = (VolumeCounters::default(), ScheduleCounters::default());
@@ -477,6 +491,7 @@ impl ControlPlane {
             snapshot_latency: self.snapshot_latency(),
             reclaim: self.reclaimer.as_ref().map(Reclaimer::counters).unwrap_or_default(),
             gc: self.reclaimer.as_ref().map(Reclaimer::gc).unwrap_or_default(),
+            jobs: self.jobs.list(),
         })
     }
 
@@ -589,7 +604,16 @@ impl ControlPlane {
         Ok((served.handle, served.home))
     }
 
+    /// Where a volume is open, also when nobody can use it yet.
+    fn open_at(&self, id: VolumeId) -> Option<(VolumeHandle, usize)> {
+        let served = self.served.get(&id).map(|served| (served.handle, served.home));
+        served.or_else(|| self.importing.get(&id).map(|it| (it.handle, it.home)))
+    }
+
     fn not_open(&self, id: VolumeId) -> Refusal {
+        if let Some(refusal) = self.still_importing(id) {
+            return refusal;
+        }
         if self.detached.contains_key(&id) {
             let name = self.name_of_present(id).unwrap_or_else(|| id.to_string());
             return Refusal::conflict(format!(
@@ -603,7 +627,7 @@ impl ControlPlane {
     }
 
     fn info(&self, id: VolumeId) -> Answered<VolumeInfo> {
-        let (volume, home) = self.handle_of(id)?;
+        let (volume, home) = self.open_at(id).ok_or_else(|| self.not_open(id))?;
         match self.ask(home, Command::Show { volume })? {
             Reply::Volume(info) => Ok(*info),
             reply => unreachable!("a show command was answered with {reply:?}"),
@@ -783,4 +807,43 @@ fn refuse_command(error: CommandError) -> Refusal {
         CommandError::Latched(_) => RefusalKind::Failed,
     };
     Refusal::new(kind, error.to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use bessel_mapping::format::Parent;
+    use bessel_reactor::units::BlockAddr;
+
+    fn snapshot(sequence: u64, seconds: u64, label: Option<&str>) -> SnapshotInfo {
+        SnapshotInfo {
+            id: SnapshotId { volume: VolumeId(1), sequence },
+            time: WallTime::from_unix_nanos(seconds * 1_000_000_000),
+            label: label.map(str::to_owned),
+            size: ByteCount::new(4096),
+            root: BlockAddr::new(1000),
+            height: 3,
+            deleted: false,
+            settling: false,
+            blocks_allocated: 0,
+            parent: Parent::Origin,
+        }
+    }
+
+    /// A store of an older version may have labels that are read as times today.
+    #[test]
+    fn what_may_be_a_label_or_a_time_is_refused_with_what_to_write_instead() {
+        let live = || vec![snapshot(0, 10, Some("20261120T114000Z")), snapshot(1, 20, None)];
+        let now = WallTime::from_unix_nanos(1 << 62);
+        let at = |text: &str| newest_at(live(), &text.parse().unwrap(), "vm1", now);
+        assert_eq!(
+            at("20261120T114000Z").unwrap_err(),
+            "vm1@20261120T114000Z may be the label of snapshot 1.0 or a time; write 1.0, or the time \
+             another way"
+        );
+        assert_eq!(at("2026-11-20T11:40:00Z").unwrap().id.sequence, 1);
+        assert_eq!(at("1970-01-01T00:00:15Z").unwrap().id.sequence, 0);
+        let none = at("1970-01-01T00:00:05Z").unwrap_err();
+        assert!(none.contains("no snapshot at or before") && none.contains("its oldest is 1.0"));
+    }
 }

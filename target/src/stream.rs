@@ -32,12 +32,25 @@ pub(crate) struct Header {
     pub(crate) store: [u8; 16],
     /// The snapshot whose contents it brings; none when they are of a file.
     pub(crate) snapshot: Option<SnapshotId>,
-    /// Size of the volume then.
+    /// Size of the volume then; 0 while nobody knows: the end mark tells it.
     pub(crate) size: ByteCount,
     /// When it was taken.
     pub(crate) time: WallTime,
     /// The snapshot that it is a difference to, and the size then; none when it is whole.
     pub(crate) base: Option<(SnapshotId, ByteCount)>,
+}
+
+impl Header {
+    /// The size of the volume is known before the end.
+    pub(crate) fn is_sized(&self) -> bool {
+        self.size.get() > 0
+    }
+
+    /// Blocks of the volume, or of what it is a difference to if that is longer: what a part may name.
+    fn blocks(&self) -> u64 {
+        let base = self.base.map_or(0, |(_, size)| size.blocks_ceil());
+        if self.is_sized() { self.size.blocks_ceil().max(base) } else { BLOCKS_MAX }
+    }
 }
 
 /// A part of a stream.
@@ -48,7 +61,10 @@ pub(crate) enum Part {
     /// These blocks read as zeroes.
     Hole { first: VolumeBlock, blocks: u64 },
     /// All is there.
-    End,
+    End {
+        /// The volume's size, if the header has not told it.
+        size: Option<ByteCount>,
+    },
 }
 
 /// Why a stream cannot be used.
@@ -114,7 +130,7 @@ impl Encoder {
         let (kind, first, blocks) = match part {
             Part::Data { first, blocks } => (DATA, first.get(), blocks),
             Part::Hole { first, blocks } => (HOLE, first.get(), blocks),
-            Part::End => (END, 0, 0),
+            Part::End { size } => (END, size.map_or(0, ByteCount::get), 0),
         };
         self.record(kind, first, blocks)
     }
@@ -155,6 +171,10 @@ pub(crate) struct Decoder<R> {
     crc: u32,
     /// Bytes of data that come before the next part.
     left: u64,
+    /// The first block that a part may name next, and the end of those that one may.
+    next: u64,
+    end: u64,
+    sized: bool,
 }
 
 impl<R: Read> Decoder<R> {
@@ -163,7 +183,7 @@ impl<R: Read> Decoder<R> {
     /// # Errors
     /// When it is none.
     pub(crate) fn new(source: R) -> Result<(Header, Self), StreamError> {
-        let mut decoder = Self { source, crc: 0, left: 0 };
+        let mut decoder = Self { source, crc: 0, left: 0, next: 0, end: 0, sized: false };
         let mut bytes = [0; HEADER_BYTES];
         decoder.fill(&mut bytes[..8])?;
         if bytes[..8] != MAGIC {
@@ -189,6 +209,13 @@ impl<R: Read> Decoder<R> {
         if header.size.blocks_ceil() > BLOCKS_MAX {
             return Err(StreamError::Damaged("no volume is as large as it says"));
         }
+        if header.base.is_some_and(|(_, size)| size.blocks_ceil() > BLOCKS_MAX) {
+            return Err(StreamError::Damaged("no snapshot is as large as it says of its base"));
+        }
+        if header.base.is_some() && !header.is_sized() {
+            return Err(StreamError::Damaged("a difference has no size"));
+        }
+        (decoder.end, decoder.sized) = (header.blocks(), header.is_sized());
         Ok((header, decoder))
     }
 
@@ -208,18 +235,34 @@ impl<R: Read> Decoder<R> {
             self.fill(&mut why)?;
             return Err(StreamError::BrokenOff(String::from_utf8_lossy(&why).into_owned()));
         }
-        let inside = first.checked_add(blocks).is_some_and(|end| end <= BLOCKS_MAX) && blocks > 0;
-        let first = VolumeBlock::new(first);
         match kind {
-            DATA if inside => {
+            DATA => {
+                let first = self.range(first, blocks)?;
                 self.left = blocks * BLOCK_SIZE;
                 Ok(Part::Data { first, blocks })
             }
-            HOLE if inside => Ok(Part::Hole { first, blocks }),
-            END => Ok(Part::End),
-            DATA | HOLE => Err(StreamError::Damaged("a range is empty or lies past any volume")),
+            HOLE => Ok(Part::Hole { first: self.range(first, blocks)?, blocks }),
+            END if self.sized => Ok(Part::End { size: None }),
+            END => {
+                let size = ByteCount::new(first);
+                if size.get() == 0 || !(self.next..=BLOCKS_MAX).contains(&size.blocks_ceil()) {
+                    return Err(StreamError::Damaged("its end tells a size that cannot be"));
+                }
+                Ok(Part::End { size: Some(size) })
+            }
             _ => Err(StreamError::Damaged("a part is of no known kind")),
         }
+    }
+
+    /// Checks a range of blocks, which come in order and inside the volume.
+    fn range(&mut self, first: u64, blocks: u64) -> Result<VolumeBlock, StreamError> {
+        let end = first.checked_add(blocks).filter(|end| blocks > 0 && *end <= self.end);
+        let end = end.ok_or(StreamError::Damaged("a range is empty or lies past the volume"))?;
+        if first < self.next {
+            return Err(StreamError::Damaged("its parts are out of order"));
+        }
+        self.next = end;
+        Ok(VolumeBlock::new(first))
     }
 
     /// Reads the next bytes of data, as many as `bytes` has room for, but not past the end of the
@@ -256,6 +299,7 @@ impl<R: Read> Decoder<R> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use bessel_reactor::device::sim::Random;
 
     fn header() -> Header {
         let snapshot = |sequence| SnapshotId { volume: VolumeId(3), sequence };
@@ -288,7 +332,7 @@ mod tests {
                 bytes.extend(data);
             }
         }
-        bytes.extend(encoder.part(Part::End));
+        bytes.extend(encoder.part(Part::End { size: None }));
         bytes
     }
 
@@ -299,7 +343,7 @@ mod tests {
             let part = decoder.part()?;
             found.push(part);
             match part {
-                Part::End => return Ok((header, found)),
+                Part::End { .. } => return Ok((header, found)),
                 Part::Hole { .. } => {}
                 Part::Data { .. } => {
                     let mut block = [0; 3000];
@@ -313,7 +357,7 @@ mod tests {
     fn a_stream_comes_back_and_any_damage_or_end_is_found() {
         let bytes = stream();
         let (found, mut found_parts) = read(&bytes).unwrap();
-        assert_eq!((found, found_parts.pop()), (header(), Some(Part::End)));
+        assert_eq!((found, found_parts.pop()), (header(), Some(Part::End { size: None })));
         assert_eq!(found_parts, parts());
         for at in 0..bytes.len() {
             let mut bad = bytes.clone();
@@ -346,5 +390,71 @@ mod tests {
                 "{kind} {first} {blocks}"
             );
         }
+    }
+
+    #[test]
+    fn the_end_tells_the_size_when_the_header_does_not() {
+        let ended = |size: u64, last: u64| {
+            let mut encoder = Encoder::default();
+            let header = Header { size: ByteCount::default(), base: None, ..header() };
+            let mut bytes = encoder.header(&header).to_vec();
+            let first = VolumeBlock::new(last);
+            bytes.extend(encoder.part(Part::Hole { first, blocks: 1 }));
+            bytes.extend(encoder.part(Part::End { size: Some(ByteCount::new(size)) }));
+            read(&bytes).map(|(_, parts)| parts[1])
+        };
+        let size = ByteCount::new(4097);
+        assert_eq!(ended(4097, 1).unwrap(), Part::End { size: Some(size) });
+        assert!(ended(4096, 1).is_err(), "a part lies past the end");
+        assert!(ended(0, 0).is_err() && ended((256 << 40) + 1, 1).is_err());
+        let mut encoder = Encoder::default();
+        let unsized_difference = encoder.header(&Header { size: ByteCount::default(), ..header() });
+        assert!(read(&unsized_difference).is_err(), "a difference has a size");
+    }
+
+    /// The daemon reads what clients send: whatever is well sealed and told in any order, parts come in
+    /// order, inside the volume, and with no more data than was sent.
+    #[test]
+    fn whatever_is_sent_parts_come_in_order_and_inside_the_volume() {
+        let mut whole = 0;
+        for seed in 0..3000 {
+            let mut random = Random::new(seed);
+            let odd = [0, 1, 2, 3, 511, 512, 1 << 18, BLOCKS_MAX, u64::MAX - 1, u64::MAX];
+            let size = ByteCount::new(*random.pick(&[0, 1, 4096, 8192, 1 << 30, 1 << 48]));
+            let base = random.chance(1, 2).then(|| {
+                let volume = VolumeId(random.below(3));
+                let size = ByteCount::new(*random.pick(&[0, 4096, 1 << 31, u64::MAX]));
+                (SnapshotId { volume, sequence: random.below(3) }, size)
+            });
+            let mut encoder = Encoder::default();
+            let mut bytes = encoder.header(&Header { size, base, ..header() }).to_vec();
+            let mut next = 0;
+            for _ in 0..random.below(6) {
+                let kind = [DATA, DATA, HOLE, END, BROKEN_OFF, 9][random.below(6) as usize];
+                let first = if random.chance(3, 4) { next } else { *random.pick(&odd) };
+                let usual = if random.chance(7, 8) { &odd[..3] } else { &odd[..] };
+                let blocks = *random.pick(usual);
+                bytes.extend(encoder.record(kind, first, blocks));
+                let data = vec![seed as u8; blocks.min(3) as usize * BLOCK_SIZE as usize];
+                if kind == DATA {
+                    encoder.data(&data);
+                    bytes.extend(data);
+                }
+                next = first.saturating_add(blocks);
+            }
+            bytes.extend(encoder.record(END, random.pick(&odd).wrapping_mul(BLOCK_SIZE), 0));
+            let Ok((header, parts)) = read(&bytes) else { continue };
+            whole += 1;
+            let mut next = 0;
+            for part in parts {
+                let (Part::Data { first, blocks } | Part::Hole { first, blocks }) = part else {
+                    continue;
+                };
+                assert!(first.get() >= next && blocks > 0, "seed {seed}: {part:?}");
+                next = first.get() + blocks;
+                assert!(next <= header.blocks(), "seed {seed}: {part:?} of {header:?}");
+            }
+        }
+        assert!(whole > 100, "most are refused for one thing: {whole}");
     }
 }

@@ -6,9 +6,10 @@
 mod support;
 
 use bessel_tests::guest::{BaseAfterReconnect, Guest, Options, block};
+use std::io::Write;
 use std::path::Path;
 use support::device::FaultyDevice;
-use support::{World, tell};
+use support::{World, refusal, tell};
 
 const SECTORS_PER_BLOCK: u64 = 8;
 const VOLUMES: &str =
@@ -317,4 +318,39 @@ fn a_schedule_pauses_with_its_volume_says_so_once_and_goes_on_when_it_is_attache
     world.end("-TERM");
     drop(device);
     assert_eq!(world.json("check backing")["clean"], true);
+}
+
+/// What an import has written may be lost then: there is no volume, and the next import is as good as ever.
+#[test]
+fn an_import_whose_flush_fails_leaves_no_volume_and_harms_nobody() {
+    let Some((mut world, device)) = world("import_flush") else { return };
+    world.serve(VOLUMES);
+    let mut guest = connect(&world, "vm1");
+    assert_eq!((write(&mut guest, 0, 1), guest.flush(0)), (block::DONE, block::DONE));
+    let bytes: Vec<u8> = (0..2u32 << 20).flat_map(|number| number.to_le_bytes()).collect();
+    let mut child = world.spawn_fed("volume import x -");
+    let mut input = child.stdin.take().unwrap();
+    input.write_all(&bytes).unwrap();
+    let written = |job: &serde_json::Value| job["done_bytes"] == 8 << 20;
+    while !world.json("stats")["jobs"].as_array().unwrap().iter().any(written) {}
+    device.fail_flushes(1);
+    drop(input);
+    let error = refusal("import", &child.wait_with_output().unwrap());
+    // Which flush it was, that of the import or one that takes blocks into use, nobody chooses.
+    let reasons = ["the store could not be written", "its device has failed to give more"];
+    assert!(reasons.iter().any(|reason| error.contains(reason)), "{error}");
+    assert_eq!(world.json("volume list").as_array().unwrap().len(), 2);
+    assert_eq!((write(&mut guest, 0, 2), guest.flush(0)), (block::DONE, block::DONE));
+
+    std::fs::write(world.path("x.img"), &bytes).unwrap();
+    // For a moment a reactor that could take no more blocks into use does not try again.
+    while !world.run("volume import x x.img").status.success() {}
+    drop(guest);
+    world.end("-KILL");
+    device.cut_power();
+    world.serve(VOLUMES);
+    world.text("snapshot create x --label all");
+    assert!(world.run("snapshot export x@all -").stdout == bytes);
+    world.end("-TERM");
+    assert_eq!(world.json(&format!("check {}", world.store))["clean"], true);
 }

@@ -120,6 +120,8 @@ enum Existence {
     No,
     /// Being made. Until it has been, its identity may go to another.
     Making,
+    /// Being made where the device is to have nothing of it. Its identity may go to another, too.
+    Withheld,
     /// Being deleted.
     Deleting,
 }
@@ -520,6 +522,19 @@ impl Model {
         self.volume(id).existence = Existence::Yes;
     }
 
+    /// The volume that is being made is not to be there after a crash.
+    pub fn withhold(&mut self, id: VolumeId) {
+        self.volume(id).existence = Existence::Withheld;
+    }
+
+    /// The volume may be there from now on; if so, with all that was done to it.
+    pub fn begin_publish(&mut self, id: VolumeId) {
+        let now = self.tick();
+        let volume = self.volume(id);
+        volume.existence = Existence::Making;
+        volume.content.make_durable(now);
+    }
+
     /// The volume may go from now on.
     pub fn begin_delete(&mut self, id: VolumeId) {
         self.volume(id).existence = Existence::Deleting;
@@ -614,7 +629,10 @@ impl Model {
             volume.existence = match volume.existence {
                 Existence::Yes if !there => panic!("volume {id} {:?} is gone", volume.names),
                 Existence::No if there => panic!("volume {id} {:?} is back", volume.names),
-                Existence::Making if !there => return false,
+                Existence::Withheld if there => {
+                    panic!("volume {id} {:?} is there and was not whole", volume.names)
+                }
+                Existence::Making | Existence::Withheld if !there => return false,
                 _ if there => Existence::Yes,
                 _ => Existence::No,
             };

@@ -87,6 +87,11 @@ impl<'w> Actor<'w> {
         self.world.volumes().last().copied()
     }
 
+    /// The volume that is being made.
+    fn unpublished(&self) -> Option<VolumeId> {
+        self.world.unpublished().last().copied()
+    }
+
     /// The oldest snapshot of the first volume.
     fn oldest(&self) -> Option<SnapshotId> {
         let volume = self.first()?;
@@ -462,6 +467,16 @@ operations! {
     create_a_volume: written, |a| {
         let name = a.world.fresh_name();
         a.ask(Action::Create { name, size: HIGH })
+    };
+    import_a_volume: written, |a| {
+        let name = a.world.fresh_name();
+        a.ask(Action::CreateUnpublished { name, size: WIDE })?;
+        a.world.settle()?;
+        for (sector, sectors) in [(0, 24), (LEAF, 8), (MIDDLE, 8)] {
+            a.io_in(a.unpublished(), Write, sector, sectors)?;
+        }
+        a.io_in(a.unpublished(), Discard, block(1), block(1))?;
+        a.ask_alone(|a| Some(Action::Publish { volume: a.unpublished()? }))
     };
     clone_a_snapshot: snapshotted, |a| a.clone_oldest();
     write_to_a_clone: cloned, |a| {

@@ -139,6 +139,18 @@ pub enum Action {
         /// Which snapshot.
         snapshot: SnapshotId,
     },
+    /// Make a volume that the device knows nothing of until it is published.
+    CreateUnpublished {
+        /// Its name.
+        name: String,
+        /// Its size.
+        size: ByteCount,
+    },
+    /// Make it one as any other. Nothing of it may be in flight.
+    Publish {
+        /// Which volume.
+        volume: VolumeId,
+    },
     /// Make the volume larger.
     Grow {
         /// Which volume.
@@ -201,6 +213,7 @@ enum Pending {
     Create {
         plan: CreatePlan,
         shard: usize,
+        published: bool,
     },
     Act {
         action: Action,
@@ -256,6 +269,8 @@ pub struct World {
     names: u64,
     tickets: u64,
     volumes: BTreeMap<VolumeId, OpenVolume>,
+    /// Those of them that the device has no record of yet.
+    unpublished: BTreeSet<VolumeId>,
     /// Volumes that are being deleted. When that fails they stay.
     deleting: BTreeMap<VolumeId, OpenVolume>,
     schedules: BTreeMap<VolumeId, schedules::Running>,
@@ -319,6 +334,7 @@ impl World {
             names: 0,
             tickets: 0,
             volumes: BTreeMap::new(),
+            unpublished: BTreeSet::new(),
             deleting: BTreeMap::new(),
             schedules: BTreeMap::new(),
             detached: BTreeMap::new(),
@@ -623,7 +639,12 @@ impl World {
 
     /// Volumes that can be used.
     pub fn volumes(&self) -> Vec<VolumeId> {
-        self.volumes.keys().copied().collect()
+        self.volumes.keys().copied().filter(|id| !self.unpublished.contains(id)).collect()
+    }
+
+    /// Volumes that are being made.
+    pub fn unpublished(&self) -> Vec<VolumeId> {
+        self.unpublished.iter().copied().collect()
     }
 
     /// From here on, whether the device fails: see [`WorldConfig::may_fail`].
@@ -639,21 +660,33 @@ impl World {
     /// Asks the control path for something.
     pub fn start(&mut self, action: Action) -> Ticket {
         match action {
-            Action::Create { name, size } => self.start_create(&name, size, None),
+            Action::Create { name, size } => self.start_create(&name, size, None, true),
+            Action::CreateUnpublished { name, size } => self.start_create(&name, size, None, false),
             action => self.start_act(action),
         }
     }
 
-    fn start_create(&mut self, name: &str, size: ByteCount, from: Option<CloneOrigin>) -> Ticket {
+    fn start_create(
+        &mut self,
+        name: &str,
+        size: ByteCount,
+        from: Option<CloneOrigin>,
+        published: bool,
+    ) -> Ticket {
         let created = self.wall();
         let plan = self.store.directory.plan_create(name, size, from, created);
         let plan = plan.expect("names are fresh and slots are plenty");
         let (ticket, id) = (self.ticket(), plan.id);
         self.model.begin_create(id, name, size.get(), from.map(|origin| origin.snapshot));
+        if !published {
+            self.model.withhold(id);
+        }
         let shard = id.0 as usize % self.shards.len();
         self.tell(format_args!("{ticket}: {plan:?}"));
-        self.commands.insert(ticket, Pending::Create { plan: plan.clone(), shard });
-        self.shards[shard].control(ticket, Command::Create(plan));
+        self.commands.insert(ticket, Pending::Create { plan: plan.clone(), shard, published });
+        let command =
+            if published { Command::Create(plan) } else { Command::CreateUnpublished(plan) };
+        self.shards[shard].control(ticket, command);
         ticket
     }
 
@@ -663,7 +696,13 @@ impl World {
         let id = subject(&action);
         let OpenVolume { shard, handle: volume, .. } = self.volumes[&id];
         let command = match action.clone() {
-            Action::Create { .. } => unreachable!("handled by the caller"),
+            Action::Create { .. } | Action::CreateUnpublished { .. } => {
+                unreachable!("handled by the caller")
+            }
+            Action::Publish { .. } => {
+                self.model.begin_publish(id);
+                Command::Publish { volume, size: self.volumes[&id].size }
+            }
             Action::Snapshot { label, .. } => {
                 self.model.begin_snapshot(id, time_ns, label.clone());
                 Command::Snapshot { volume, label, time }
@@ -736,11 +775,15 @@ impl World {
             (Pending::Open { volume, shard, size }, Reply::Opened(handle)) => {
                 self.volumes.insert(volume, OpenVolume { shard, handle: *handle, size });
             }
-            (Pending::Create { plan, shard }, Reply::Opened(handle)) => {
+            (Pending::Create { plan, shard, published }, Reply::Opened(handle)) => {
                 let open = OpenVolume { shard, handle: *handle, size: plan.size };
                 self.volumes.insert(plan.id, open);
                 self.store.directory.created(&plan);
-                self.model.end_create(plan.id);
+                if published {
+                    self.model.end_create(plan.id);
+                } else {
+                    self.unpublished.insert(plan.id);
+                }
             }
             (Pending::Show, Reply::Volume(_))
             | (Pending::Close, Reply::Closed { .. })
@@ -772,6 +815,10 @@ impl World {
                         self.reclaims.push(snapshot);
                     }
                 }
+            }
+            (Action::Publish { volume }, Reply::Done) => {
+                self.unpublished.remove(&volume);
+                self.model.end_create(volume);
             }
             (Action::Grow { volume, size }, Reply::Done) => {
                 self.store.directory.grown(volume, size);
@@ -947,7 +994,7 @@ impl World {
             }
             let origin =
                 CloneOrigin { snapshot, root: found.root, height: found.height, size: found.size };
-            let ticket = self.start_create(name, size.max(origin.size), Some(origin));
+            let ticket = self.start_create(name, size.max(origin.size), Some(origin), true);
             let Pending::Create { plan, .. } = &self.commands[&ticket] else {
                 unreachable!("just inserted");
             };
@@ -1005,8 +1052,11 @@ impl World {
 
 fn subject(action: &Action) -> VolumeId {
     match action {
-        Action::Create { .. } => unreachable!("it has no volume yet"),
+        Action::Create { .. } | Action::CreateUnpublished { .. } => {
+            unreachable!("it has no volume yet")
+        }
         Action::Snapshot { volume, .. }
+        | Action::Publish { volume }
         | Action::Grow { volume, .. }
         | Action::Rename { volume, .. }
         | Action::Delete { volume }

@@ -41,7 +41,7 @@ impl<D: Device> Shard<D> {
         };
         let frame = self.cache.frame_mut(root);
         frame.change_round = round;
-        let record = Some(self.record_image(handle));
+        let record = self.next_record(handle);
         let named = &self.volume(handle).record;
         let tree = CurrentTree { root: named.root, height: named.height, parent: named.parent };
         let tree = Some(tree);
@@ -51,7 +51,8 @@ impl<D: Device> Shard<D> {
         self.push_sealed(handle, sealed);
     }
 
-    /// Seals a round that only writes the record, log blocks, or both. It has no nodes, so it
+    /// Seals a round that only writes the record, log blocks, or both. A volume that is not published
+    /// has no record to be written. It has no nodes, so it
     /// shares the number of the round before it.
     pub(super) fn seal_plain(
         &mut self,
@@ -60,7 +61,7 @@ impl<D: Device> Shard<D> {
         with_record: bool,
         after: After,
     ) {
-        let record = with_record.then(|| self.record_image(handle));
+        let record = if with_record { self.next_record(handle) } else { None };
         let round = self.volume(handle).next_round - 1;
         let frozen = self.frame_lists.pop().unwrap_or_default();
         let (root, tree) = (None, None);
@@ -80,8 +81,13 @@ impl<D: Device> Shard<D> {
         (self.cache.frame(node).addr, buffer)
     }
 
-    /// The volume's next record, and the slot it goes to.
-    pub(super) fn record_image(&mut self, handle: VolumeHandle) -> (BlockAddr, Buffer) {
+    /// The volume's next record, and the slot it goes to; none while it is not published.
+    fn next_record(&mut self, handle: VolumeHandle) -> Option<(BlockAddr, Buffer)> {
+        let unpublished = self.volume(handle).unpublished;
+        (!unpublished || planted::is(Bug::RecordedEarly)).then(|| self.record_image(handle))
+    }
+
+    fn record_image(&mut self, handle: VolumeHandle) -> (BlockAddr, Buffer) {
         let (secret, epoch) = (self.secret, self.epoch);
         let volume = self.volume_mut(handle);
         volume.record.generation += 1;

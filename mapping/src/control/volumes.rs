@@ -21,6 +21,14 @@ use crate::shard::Shard;
 use crate::snapshot_log::SnapshotLog;
 use crate::volume::{NO_REQUEST, Volume};
 
+/// When the device gets a record of a new volume.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Published {
+    AtOnce,
+    /// With [`Command::Publish`](crate::request::Command::Publish).
+    Later,
+}
+
 impl<D: Device> Shard<D> {
     pub(super) fn open(&mut self, ticket: u64, entry: &VolumeEntry) -> Tried {
         let (root, height) = (entry.record.root, entry.record.height);
@@ -36,7 +44,7 @@ impl<D: Device> Shard<D> {
         Ok(())
     }
 
-    pub(super) fn create(&mut self, ticket: u64, plan: &CreatePlan) -> Tried {
+    pub(super) fn create(&mut self, ticket: u64, plan: &CreatePlan, published: Published) -> Tried {
         self.needs_room_in_journal()?;
         let of_failed = self.volumes.iter().flatten().find_map(|volume| {
             let origin = plan.origin.filter(|origin| origin.snapshot.volume == volume.record.id);
@@ -79,7 +87,9 @@ impl<D: Device> Shard<D> {
                 return Err(error);
             }
         };
-        if reused {
+        let unpublished = published == Published::Later;
+        self.volume_mut(handle).unpublished = unpublished;
+        if reused && !unpublished {
             // Into both slots: a volume whose record is damaged later must not pass for the one before it,
             // which is deleted.
             self.seal_root(handle, root, None, After::Nothing);
@@ -88,6 +98,42 @@ impl<D: Device> Shard<D> {
         } else {
             self.seal_root(handle, root, None, After::Create { ticket });
         }
+        Ok(())
+    }
+
+    /// Writes the first record of a volume, once all that it holds is durable: a record is one sector,
+    /// so the volume is there whole or not at all.
+    pub(super) fn publish(&mut self, ticket: u64, handle: VolumeHandle, size: ByteCount) -> Tried {
+        let volume = self.volume(handle);
+        if !volume.unpublished {
+            let what = "the volume is published already";
+            return Err(CommandError::Limit(what.to_owned()).into());
+        }
+        if size > volume.record.size {
+            return Err(CommandError::Limit(format!(
+                "a volume of {} cannot be published as one of {}",
+                volume.record.size.exact(),
+                size.exact()
+            ))
+            .into());
+        }
+        if volume.active_head != NO_REQUEST {
+            return Err(CommandError::InUse.into());
+        }
+        if !volume.is_quiet() && !planted::is(Bug::PublishedUncommitted) {
+            self.want_commit(handle);
+            return Err(NotNow::Wait);
+        }
+        let reused = volume.record.generation > 0;
+        self.needs(1 + usize::from(reused), 0)?;
+        let volume = self.volume_mut(handle);
+        volume.unpublished = false;
+        volume.record.size = size;
+        if reused {
+            // Into both slots, as in `create`.
+            self.seal_plain(handle, SealedImages::default(), true, After::Nothing);
+        }
+        self.seal_plain(handle, SealedImages::default(), true, After::Grow { ticket });
         Ok(())
     }
 

@@ -5,13 +5,14 @@
 //! bound further clients wait in the backlog; and lest the idle ones keep them there, a connection
 //! ends when its client takes longer than [`PATIENCE`] for the next request's head, for the body,
 //! or for taking any more of an answer. How long we take for an answer is not bounded here.
+//! A route that takes a stream reads its body itself, within bounds of its own ([`super::import`]).
 
-use axum::Router;
 use axum::body::{Body, to_bytes};
 use axum::extract::Request;
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
 use axum::serve::Listener;
+use axum::{Extension, Router};
 use hyper::server::conn::http1;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
@@ -26,10 +27,18 @@ use tokio::task::JoinSet;
 use tokio::time::{Sleep, sleep, timeout};
 
 use super::Refusal;
-use super::routes::BODY_BYTES_MAX;
+use super::routes::{BODY_BYTES_MAX, takes_a_stream};
 
 /// Longest wait for a client, idle connections included: ours send their request at once.
 pub(super) const PATIENCE: Duration = Duration::from_secs(5);
+
+/// What a route that takes a stream knows of its listener's bounds.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Patience(pub(super) Duration);
+
+/// And where it hears that the daemon stops.
+#[derive(Clone, Debug)]
+pub(super) struct Stopping(pub(super) watch::Receiver<bool>);
 
 /// Bounds of a listener.
 #[derive(Clone, Copy, Debug)]
@@ -49,7 +58,7 @@ pub(super) async fn serve<L: Listener>(
 ) {
     let places = Arc::new(Semaphore::new(limits.connections));
     let patience = limits.patience;
-    let router = bounded(router, patience);
+    let router = bounded(router, patience, &stopping);
     let mut connections = JoinSet::new();
     loop {
         let next = async {
@@ -73,9 +82,17 @@ pub(super) async fn serve<L: Listener>(
     while connections.join_next().await.is_some() {}
 }
 
-/// The same routes, each of which gets its whole body in bounded time or is refused.
-pub(super) fn bounded(router: Router, patience: Duration) -> Router {
-    router.layer(middleware::from_fn(move |request, next| with_body(patience, request, next)))
+/// The same routes, each of which gets its whole body in bounded time or is refused; but for those that
+/// take a stream.
+pub(super) fn bounded(
+    router: Router,
+    patience: Duration,
+    stopping: &watch::Receiver<bool>,
+) -> Router {
+    router
+        .layer(middleware::from_fn(move |request, next| with_body(patience, request, next)))
+        .layer(Extension(Patience(patience)))
+        .layer(Extension(Stopping(stopping.clone())))
 }
 
 /// Serves one client until it hangs up, takes too long, or we are told to stop.
@@ -100,6 +117,9 @@ pub(super) async fn serve_connection<S: AsyncRead + AsyncWrite + Unpin>(
 
 /// Reads the whole body, in bounded time, before the request goes on.
 async fn with_body(patience: Duration, request: Request, next: Next) -> Response {
+    if takes_a_stream(request.uri().path()) {
+        return next.run(request).await;
+    }
     let (parts, body) = request.into_parts();
     match timeout(patience, to_bytes(body, BODY_BYTES_MAX)).await {
         Ok(Ok(bytes)) => next.run(Request::from_parts(parts, Body::from(bytes))).await,
@@ -183,6 +203,7 @@ mod tests {
         let router = Router::new()
             .route("/", get(|| async { "hello" }))
             .route("/body", post(|body: String| async { body }))
+            .route("/v1/volumes/{name}/import", post(take_stream))
             .route("/large", get(|| async { vec![7; 8 << 20] }))
             .route("/slow", get(|| async { sleep(PATIENCE * 4).await }));
         let server = std::thread::spawn(move || {
@@ -201,6 +222,11 @@ mod tests {
         stop.send(true).unwrap();
         server.join().unwrap();
         std::fs::remove_file(&path).unwrap();
+    }
+
+    /// A route that reads its body itself.
+    async fn take_stream(Extension(Stopping(_)): Extension<Stopping>, body: Body) -> String {
+        to_bytes(body, usize::MAX).await.unwrap().len().to_string()
     }
 
     fn answer(mut stream: UnixStream) -> String {
@@ -237,7 +263,7 @@ mod tests {
     }
 
     #[test]
-    fn a_whole_body_arrives_and_one_too_long_is_refused() {
+    fn a_whole_body_arrives_and_one_too_long_is_refused_unless_it_is_a_stream() {
         with_server("body", |connect| {
             let post = |length: usize| {
                 let head = ASK.replace("GET /", "POST /body").replace("\r\n\r\n", "\r\n");
@@ -246,6 +272,12 @@ mod tests {
             };
             assert!(post(5).ends_with("\r\n\r\nxxxxx"));
             assert!(post(BODY_BYTES_MAX + 1).starts_with("HTTP/1.1 413 "));
+            let head =
+                ASK.replace("GET /", "POST /v1/volumes/x/import").replace("\r\n\r\n", "\r\n");
+            let length = BODY_BYTES_MAX * 100;
+            let body = "x".repeat(length);
+            let took = answer(connect(&format!("{head}content-length: {length}\r\n\r\n{body}")));
+            assert!(took.ends_with(&format!("\r\n\r\n{length}")), "a stream is longer: {took}");
         });
     }
 }

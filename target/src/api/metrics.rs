@@ -1,6 +1,6 @@
 //! The counters as Prometheus text, from the same [`StatsView`] that `bessel stats` prints.
 
-use super::types::{State, StatsView};
+use super::types::{JobKind, State, StatsView};
 use std::fmt::Write as _;
 
 /// The text format, version 0.0.4.
@@ -26,7 +26,8 @@ impl Metric<'_> {
     }
 }
 
-/// All metrics. Names of volumes are words (see `reference`), so labels need no escaping.
+/// All metrics. Names of volumes are words (see `reference`), and so is what jobs are about: labels
+/// need no escaping.
 pub(super) fn prometheus(stats: &StatsView) -> String {
     let mut text = String::new();
     let one = |value: u64| [(String::new(), value as f64)];
@@ -66,6 +67,8 @@ pub(super) fn prometheus(stats: &StatsView) -> String {
         "1 when it could not be opened or served.",
         State::Unavailable,
     );
+
+    in_state("bessel_volume_importing", "1 while it is being imported.", State::Importing);
 
     let mut by_volume = |name, help, value: fn(&super::types::VolumeStatsView) -> u64| {
         let samples = stats
@@ -162,6 +165,22 @@ pub(super) fn prometheus(stats: &StatsView) -> String {
     counter("bessel_gc_runs_total", "Collections that have ended.").write(&mut text, one(gc.ended));
     counter("bessel_gc_freed_bytes_total", "Freed by collections.")
         .write(&mut text, one(gc.freed_bytes_total));
+    let mut by_job = |name, help, value: fn(&super::types::JobView) -> Option<u64>| {
+        let samples = stats.jobs.iter().filter_map(|job| {
+            let kind = match job.kind {
+                JobKind::Export => "export",
+                JobKind::Import => "import",
+            };
+            let labels =
+                format!("{{id=\"{}\",kind=\"{kind}\",subject=\"{}\"}}", job.id, job.subject);
+            Some((labels, value(job)? as f64))
+        });
+        gauge(name, help).write(&mut text, samples);
+    };
+    by_job("bessel_job_done_bytes", "How far long work has come.", |it| Some(it.done_bytes));
+    by_job("bessel_job_total_bytes", "How far it is in the end, if that is known.", |it| {
+        it.total_bytes
+    });
     let latency = &stats.snapshot_latency;
     counter("bessel_snapshots_total", "Snapshots taken.").write(&mut text, one(latency.count));
     let seconds = |nanoseconds: u64| nanoseconds as f64 / 1e9;

@@ -51,6 +51,12 @@ fn paths() -> Value {
         "/v1/volumes/{name}/space": {
             "get": operation("What a volume and its snapshots take, alone and shared", &[VOLUME], None, reference("Space")),
         },
+        "/v1/volumes/{name}/import": {
+            "post": import("Make a volume of a stream: whole and durable, or not at all", &[VOLUME]),
+        },
+        "/v1/volumes/{name}/import/{snapshot}": {
+            "post": import("Make a clone of a snapshot with a difference to it applied", &[VOLUME, SNAPSHOT]),
+        },
         "/v1/volumes/{name}/snapshots": {
             "get": operation("List a volume's snapshots, oldest first", &[VOLUME], None, array("Snapshot")),
             "post": operation("Take a snapshot; answered when it is durable", &[VOLUME], Some("CreateSnapshot"), reference("SnapshotCreated")),
@@ -78,6 +84,9 @@ fn paths() -> Value {
         },
         "/v1/tree": {
             "get": operation("Volumes and snapshots by descent", &[], None, reference("Tree")),
+        },
+        "/v1/jobs": {
+            "get": operation("Long work that is under way, and how far it has come", &[], None, array("Job")),
         },
         "/v1/stats": {
             "get": operation("Counters since the start, and space", &[], None, reference("Stats")),
@@ -128,6 +137,19 @@ fn export(summary: &str, parameters: &[&str]) -> Value {
     let mut operation = operation(summary, parameters, None, json!({}));
     operation["responses"]["200"] = json!({
         "description": "As docs/stream.md has it",
+        "content": {
+            "application/octet-stream": { "schema": { "type": "string", "format": "binary" } },
+        },
+    });
+    operation
+}
+
+/// An operation that takes a stream of bytes.
+fn import(summary: &str, parameters: &[&str]) -> Value {
+    let mut operation = operation(summary, parameters, None, reference("Imported"));
+    operation["requestBody"] = json!({
+        "description": "As docs/stream.md has it",
+        "required": true,
         "content": {
             "application/octet-stream": { "schema": { "type": "string", "format": "binary" } },
         },
@@ -195,8 +217,10 @@ fn field(kind: &str) -> Value {
     match kind {
         "cache" => json!({ "type": "string", "enum": ["writeback", "writethrough"] }),
         "state" => {
-            json!({ "type": "string", "enum": ["online", "failed", "detached", "unavailable"] })
+            let states = ["online", "failed", "detached", "unavailable", "importing"];
+            json!({ "type": "string", "enum": states })
         }
+        "job" => json!({ "type": "string", "enum": ["export", "import"] }),
         "range" => json!({ "type": "string", "enum": ["data", "hole"] }),
         "integer" => json!({ "type": "integer", "minimum": 0 }),
         "string" | "boolean" => json!({ "type": kind }),
@@ -244,6 +268,8 @@ fn schemas() -> Value {
         .copied()
         .chain([("snapshot", "Snapshot"), ("kept", "Snapshot")])
         .collect();
+    let imported: Vec<_> =
+        VOLUME_FIELDS.iter().copied().chain([("data_bytes", "integer")]).collect();
     let created: Vec<_> =
         SNAPSHOT_FIELDS.iter().copied().chain([("latency_ns", "integer")]).collect();
     let deleted: Vec<_> = SNAPSHOT_FIELDS
@@ -276,6 +302,7 @@ fn schemas() -> Value {
         "ChangeSnapshot": object(&[("label", "string?")]),
         "Volume": object(VOLUME_FIELDS),
         "RolledBack": object(&rolled_back),
+        "Imported": object(&imported),
         "Snapshot": object(SNAPSHOT_FIELDS),
         "SnapshotCreated": object(&created),
         "Space": object(&[
@@ -320,6 +347,7 @@ fn schemas() -> Value {
             ("snapshot_latency", "Latency"),
             ("reclaim", "Reclaim"),
             ("gc", "Gc"),
+            ("jobs", "Job[]"),
         ]),
         "Gc": object(&[
             ("running", "boolean"),
@@ -346,6 +374,14 @@ fn schemas() -> Value {
             ("freed_metadata_bytes", "integer"),
             ("volumes_reclaimed", "integer"),
             ("bitmaps_damaged", "integer"),
+        ]),
+        "Job": object(&[
+            ("id", "integer"),
+            ("kind", "job"),
+            ("subject", "string"),
+            ("done_bytes", "integer"),
+            ("total_bytes", "integer?"),
+            ("started", "string"),
         ]),
         "Reclaim": object(&[
             ("snapshots", "integer"),
@@ -507,6 +543,16 @@ mod tests {
             "RolledBack",
             RolledBack { volume: volume(), snapshot: snapshot(), kept: snapshot() },
         );
+        describes("Imported", Imported { volume: volume(), data_bytes: 0 });
+        let job = JobView {
+            id: 1,
+            kind: JobKind::Export,
+            subject: String::new(),
+            done_bytes: 0,
+            total_bytes: None,
+            started: String::new(),
+        };
+        describes("Job", job);
         let space = TreeSpaceView { refers_bytes: 0, alone_bytes: 0, shared_bytes: 0 };
         describes("TreeSpace", space);
         describes("SnapshotSpace", SnapshotSpaceView { id: String::new(), space });

@@ -3,10 +3,11 @@
 //! Whatever arrives is checked before the control plane hears of it: names and references by the
 //! extractors, bodies by [`parse`], their length by the server.
 
+use super::import::{import_difference, import_volume};
 use super::types::{
     CLONES_MAX, ChangeSnapshot, ChangeVolume, CreateClones, CreateSnapshot, CreateVolume, DiffView,
-    GcView, Rollback, RolledBack, SetSchedule, SnapshotCreated, SnapshotDeleted, SnapshotView,
-    SpaceView, StatsView, TreeView, VolumeView,
+    GcView, JobView, Rollback, RolledBack, SetSchedule, SnapshotCreated, SnapshotDeleted,
+    SnapshotView, SpaceView, StatsView, TreeView, VolumeView,
 };
 use super::{Refusal, RefusalKind, metrics, openapi};
 use crate::control::Control;
@@ -33,7 +34,7 @@ use tokio::sync::{mpsc, oneshot};
 /// Longest request body: the largest request is a name and a label of 64 bytes each.
 pub(super) const BODY_BYTES_MAX: usize = 16 << 10;
 
-type Answer<T> = Result<Json<T>, Refusal>;
+pub(super) type Answer<T> = Result<Json<T>, Refusal>;
 
 /// Every path with its methods.
 fn table() -> Vec<(&'static str, MethodRouter<Control>)> {
@@ -45,6 +46,8 @@ fn table() -> Vec<(&'static str, MethodRouter<Control>)> {
         ("/v1/volumes/{name}/detach", post(detach_volume)),
         ("/v1/volumes/{name}/attach", post(attach_volume)),
         ("/v1/volumes/{name}/space", get(show_space)),
+        ("/v1/volumes/{name}/import", post(import_volume)),
+        ("/v1/volumes/{name}/import/{snapshot}", post(import_difference)),
         ("/v1/volumes/{name}/snapshots", get(list_snapshots).post(create_snapshot)),
         ("/v1/snapshots/{snapshot}", patch(change_snapshot).delete(delete_snapshot)),
         ("/v1/snapshots/{snapshot}/clones", post(create_clones)),
@@ -53,10 +56,18 @@ fn table() -> Vec<(&'static str, MethodRouter<Control>)> {
         ("/v1/snapshots/{snapshot}/export/{to}", get(export_difference)),
         ("/v1/gc", get(show_gc).post(collect).delete(end_collection)),
         ("/v1/tree", get(show_tree)),
+        ("/v1/jobs", get(show_jobs)),
         ("/v1/stats", get(show_stats)),
         ("/metrics", get(show_metrics)),
         ("/openapi.json", get(show_openapi)),
     ]
+}
+
+/// A route that reads its body itself, as it comes.
+pub(super) fn takes_a_stream(path: &str) -> bool {
+    let mut segments = path.split('/').skip(1);
+    let [version, noun, _, verb] = std::array::from_fn(|_| segments.next().unwrap_or_default());
+    (version, noun, verb) == ("v1", "volumes", "import")
 }
 
 /// What the Unix socket serves.
@@ -87,7 +98,13 @@ fn build(control: Control, wanted: impl Fn(&str) -> bool) -> Router {
 }
 
 /// The `{name}` of a path, checked.
-struct VolumeName(String);
+pub(super) struct VolumeName(pub(super) String);
+
+impl VolumeName {
+    pub(super) fn check(text: &str) -> Result<Self, Refusal> {
+        volume_name(text).map(Self).map_err(Refusal::malformed)
+    }
+}
 
 impl<S: Send + Sync> FromRequestParts<S> for VolumeName {
     type Rejection = Refusal;
@@ -96,12 +113,18 @@ impl<S: Send + Sync> FromRequestParts<S> for VolumeName {
         let Path(text) = Path::<String>::from_request_parts(parts, state)
             .await
             .map_err(|rejection| Refusal::malformed(rejection.body_text()))?;
-        volume_name(&text).map(Self).map_err(Refusal::malformed)
+        Self::check(&text)
     }
 }
 
 /// The `{snapshot}` of a path, checked.
-struct SnapshotName(SnapshotReference);
+pub(super) struct SnapshotName(pub(super) SnapshotReference);
+
+impl SnapshotName {
+    pub(super) fn check(text: &str) -> Result<Self, Refusal> {
+        text.parse().map(Self).map_err(Refusal::malformed)
+    }
+}
 
 impl<S: Send + Sync> FromRequestParts<S> for SnapshotName {
     type Rejection = Refusal;
@@ -110,7 +133,7 @@ impl<S: Send + Sync> FromRequestParts<S> for SnapshotName {
         let Path(text) = Path::<String>::from_request_parts(parts, state)
             .await
             .map_err(|rejection| Refusal::malformed(rejection.body_text()))?;
-        text.parse().map(Self).map_err(Refusal::malformed)
+        Self::check(&text)
     }
 }
 
@@ -379,6 +402,10 @@ async fn end_collection(State(control): State<Control>) -> Answer<GcView> {
 
 async fn show_tree(State(control): State<Control>) -> Answer<TreeView> {
     control.call(|plane| plane.tree()).await.map(Json)
+}
+
+async fn show_jobs(State(control): State<Control>) -> Answer<Vec<JobView>> {
+    control.call(|plane| Ok(plane.jobs())).await.map(Json)
 }
 
 async fn show_stats(State(control): State<Control>) -> Answer<StatsView> {

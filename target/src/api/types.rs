@@ -196,6 +196,8 @@ pub(crate) enum State {
     Detached,
     /// Nothing: it could not be opened or served.
     Unavailable,
+    /// Nothing: it is being imported, and not whole yet.
+    Importing,
 }
 
 /// A volume.
@@ -234,6 +236,43 @@ pub(crate) struct VolumeView {
     /// When snapshots are taken by themselves, if they are.
     #[serde(default)]
     pub(crate) schedule: Option<ScheduleView>,
+}
+
+/// `POST /v1/volumes/{name}/import`: a volume that is whole and durable.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub(crate) struct Imported {
+    /// What was made.
+    #[serde(flatten)]
+    pub(crate) volume: VolumeView,
+    /// How much data came for it; the rest are holes, or what the snapshot below has.
+    pub(crate) data_bytes: u64,
+}
+
+/// What long work does.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum JobKind {
+    /// A snapshot is being read out, whole or as a difference.
+    Export,
+    /// A volume is being made of a stream.
+    Import,
+}
+
+/// `GET /v1/jobs`: long work that is under way.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub(crate) struct JobView {
+    /// Counted from 1 since the daemon started.
+    pub(crate) id: u64,
+    /// What it does.
+    pub(crate) kind: JobKind,
+    /// A snapshot's id, two of them for a difference, or a volume's name.
+    pub(crate) subject: String,
+    /// How far it has come: bytes of the volume that it has passed, holes included.
+    pub(crate) done_bytes: u64,
+    /// How far that is in the end; null while nobody knows.
+    pub(crate) total_bytes: Option<u64>,
+    /// RFC 3339, UTC.
+    pub(crate) started: String,
 }
 
 /// `GET /v1/volumes/{name}/space`: blocks of data and radix nodes, snapshot logs not counted.
@@ -416,6 +455,9 @@ pub(crate) struct StatsView {
     /// Collections.
     #[serde(default)]
     pub(crate) gc: GcView,
+    /// Long work that is under way.
+    #[serde(default)]
+    pub(crate) jobs: Vec<JobView>,
 }
 
 /// Freeing what deleted snapshots alone held, since the start.

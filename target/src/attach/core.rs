@@ -12,6 +12,7 @@
 
 use super::counters::CoreCounters;
 use super::memory::RegisteredMemory;
+use super::orders::Orders;
 use super::port::{Answer, CoreMessage, QueueSlot, Start};
 use bessel_mapping::journal::Journal;
 use bessel_mapping::message::Message;
@@ -91,6 +92,8 @@ pub(crate) struct Core {
     /// By ticket.
     commands: Vec<Option<Pending>>,
     memory: RegisteredMemory,
+    /// Dropped after the shard, whose device reads their memory.
+    orders: Orders,
     counters: Arc<CoreCounters>,
     clock: SystemClock,
     finished: bool,
@@ -115,6 +118,7 @@ impl Core {
             holds: Vec::new(),
             commands: Vec::new(),
             memory: RegisteredMemory::new(seat.pin_guest_memory),
+            orders: Orders::default(),
             counters: seat.counters,
             clock: seat.clock,
             finished: false,
@@ -141,6 +145,7 @@ impl Core {
                     self.holds.retain(|hold| hold.volume != volume);
                     self.mark_held();
                 }
+                CoreMessage::Order(order) => self.orders.push(order),
                 CoreMessage::Shard(message) => self.shard.deliver(message),
                 CoreMessage::Finish => self.finished = true,
             }
@@ -229,6 +234,9 @@ impl Core {
         let mut progress = false;
         while let Some(completion) = self.shard.pop_completion() {
             progress = true;
+            if self.orders.finish(completion.tag, completion.status) {
+                continue;
+            }
             if completion.status == IoStatus::NoSpace {
                 self.counters.no_space.add(1);
             }
@@ -304,6 +312,8 @@ impl Core {
 impl Poller for Core {
     fn poll(&mut self, now: Instant) -> bool {
         let mut progress = self.take_messages(now);
+        // One, and before the guests' requests: many of those could keep it out for ever.
+        progress |= self.orders.admit(&mut self.shard);
         progress |= self.admit_requests();
         progress |= self.shard.poll(now);
         progress |= self.finish_requests(); // Frees the shard's slots and queue heads.
@@ -444,7 +454,7 @@ fn queue_watch(slot: usize) -> WatchId {
 }
 
 /// The first free place, made if there is none.
-fn free_index<T>(places: &mut Vec<Option<T>>) -> usize {
+pub(super) fn free_index<T>(places: &mut Vec<Option<T>>) -> usize {
     match places.iter().position(Option::is_none) {
         Some(index) => index,
         None => {

@@ -1,5 +1,6 @@
 //! How the control path speaks to a core: what it may send, and waiting for the answer.
 
+use super::orders::Order;
 use bessel_mapping::message::Message;
 use bessel_mapping::request::{Command, Reply, VolumeHandle};
 use bessel_reactor::inbox::{Full, Sender};
@@ -29,6 +30,8 @@ pub(crate) enum CoreMessage {
     Hold { volume: VolumeHandle, answer: SyncSender<()> },
     /// Go on with the volume's queues.
     Release { volume: VolumeHandle },
+    /// Do this and send it back.
+    Order(Box<Order>),
     /// From another core's shard.
     Shard(Message),
     /// End the loop. Sent last, when no queue is attached.

@@ -6,7 +6,7 @@
 use crate::api::types::ErrorBody;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
-use std::io::{BufRead, BufReader, Read, Write};
+use std::io::{BufRead, BufReader, BufWriter, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -105,6 +105,52 @@ impl Client {
         }
     }
 
+    /// Sends what `produce` writes, as it comes, and waits for the answer. A daemon that has seen
+    /// enough answers early and takes no more: the answer counts then, not that writing failed.
+    ///
+    /// # Errors
+    /// The daemon's refusal, before all; else what `produce` fails with, which then ends the body in
+    /// its own way; else that the daemon broke off.
+    pub(crate) fn upload<T: DeserializeOwned, E: From<ClientError>>(
+        &self,
+        path: &str,
+        produce: impl FnOnce(&mut dyn Write) -> Result<(), UploadError<E>>,
+    ) -> Result<T, E> {
+        let unreachable = |source| ClientError::Unreachable { socket: self.socket.clone(), source };
+        let broken = |source| ClientError::BrokenOff { socket: self.socket.clone(), source };
+        let mut stream = UnixStream::connect(&self.socket).map_err(unreachable)?;
+        stream.set_read_timeout(self.timeout).map_err(unreachable)?;
+        let head = format!(
+            "POST {path} HTTP/1.1\r\nhost: bessel\r\nconnection: close\r\n\
+             content-type: application/octet-stream\r\ntransfer-encoding: chunked\r\n\r\n"
+        );
+        let mut sent = stream.write_all(head.as_bytes());
+        let mut failed = None;
+        if sent.is_ok() {
+            let mut body = BufWriter::with_capacity(CHUNK_BYTES, ChunkedBody { stream: &stream });
+            match produce(&mut body).and_then(|()| body.flush().map_err(UploadError::Sending)) {
+                Ok(()) => {}
+                Err(UploadError::Sending(error)) => sent = Err(error),
+                Err(UploadError::Producing(error)) => {
+                    let _ = body.flush();
+                    failed = Some(error);
+                }
+            }
+            drop(body.into_parts());
+            sent = sent.and_then(|()| stream.write_all(b"0\r\n\r\n"));
+        }
+        let answer = read_answer(&stream);
+        if let Some(error) = failed {
+            return Err(error);
+        }
+        let answer = match (answer, sent) {
+            (Ok(answer), Err(error)) if answer.is_empty() => return Err(broken(error).into()),
+            (Ok(answer), _) => answer,
+            (Err(error), _) => return Err(broken(error).into()),
+        };
+        Ok(self.understand(&answer)?)
+    }
+
     fn exchange<T: DeserializeOwned>(
         &self,
         method: &str,
@@ -116,8 +162,13 @@ impl Client {
         stream.set_read_timeout(self.timeout).map_err(unreachable)?;
         let answer = ask(stream, method, path, body)
             .map_err(|source| ClientError::BrokenOff { socket: self.socket.clone(), source })?;
+        self.understand(&answer)
+    }
+
+    /// What a whole answer says.
+    fn understand<T: DeserializeOwned>(&self, answer: &[u8]) -> Result<T, ClientError> {
         let foreign = |what: String| ClientError::Foreign { socket: self.socket.clone(), what };
-        let (status, body) = split_answer(&answer).map_err(|what| foreign(what.to_owned()))?;
+        let (status, body) = split_answer(answer).map_err(|what| foreign(what.to_owned()))?;
         if (200..300).contains(&status) {
             return serde_json::from_slice(body).map_err(|error| foreign(error.to_string()));
         }
@@ -125,6 +176,55 @@ impl Client {
             Ok(refusal) => Err(ClientError::Refused(refusal.error)),
             Err(_) => Err(foreign(format!("status {status} without a reason"))),
         }
+    }
+}
+
+/// Why a body did not go out whole.
+#[derive(Debug)]
+pub(crate) enum UploadError<E> {
+    /// The socket takes no more.
+    Sending(std::io::Error),
+    /// There is no more.
+    Producing(E),
+}
+
+impl<E> From<std::io::Error> for UploadError<E> {
+    fn from(error: std::io::Error) -> Self {
+        Self::Sending(error)
+    }
+}
+
+/// Bytes that are sent as one chunk.
+const CHUNK_BYTES: usize = 1 << 20;
+
+/// Each write is a chunk of the body.
+struct ChunkedBody<'a> {
+    stream: &'a UnixStream,
+}
+
+impl Write for ChunkedBody<'_> {
+    fn write(&mut self, bytes: &[u8]) -> Result<usize, std::io::Error> {
+        if bytes.is_empty() {
+            return Ok(0); // An empty chunk is the end.
+        }
+        write!(self.stream, "{:x}\r\n", bytes.len())?;
+        self.stream.write_all(bytes)?;
+        self.stream.write_all(b"\r\n")?;
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> Result<(), std::io::Error> {
+        Ok(())
+    }
+}
+
+/// All that comes until the connection ends. A daemon that closes it while there is something of ours
+/// to be read resets it, after its answer.
+fn read_answer(mut stream: &UnixStream) -> Result<Vec<u8>, std::io::Error> {
+    let mut answer = Vec::new();
+    match (&mut stream).take(ANSWER_SIZE_MAX).read_to_end(&mut answer) {
+        Err(error) if error.kind() != std::io::ErrorKind::ConnectionReset => Err(error),
+        _ => Ok(answer),
     }
 }
 

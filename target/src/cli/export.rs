@@ -167,7 +167,7 @@ fn write_sparse<R: Read>(
     let (mut piece, mut written) = (vec![0; PIECE_BYTES], 0);
     loop {
         let (first, blocks) = match decoder.part()? {
-            Part::End => return Ok((header, written)),
+            Part::End { .. } => return Ok((header, written)),
             Part::Hole { .. } => continue,
             Part::Data { first, blocks } => (first, blocks),
         };
@@ -201,7 +201,7 @@ fn write_out<R: Read, W: Write>(
     loop {
         let part = decoder.part()?;
         let first = match part {
-            Part::End => size,
+            Part::End { .. } => size,
             Part::Hole { first, .. } | Part::Data { first, .. } => first.get() * BLOCK_SIZE,
         };
         if !difference {
@@ -229,7 +229,7 @@ fn write_out<R: Read, W: Write>(
             }
         }
         forward(&kept, &mut target).map_err(failed)?;
-        if part == Part::End {
+        if matches!(part, Part::End { .. }) {
             target.flush().map_err(failed)?;
             return Ok((header, written));
         }

@@ -85,6 +85,21 @@ impl Progress {
         Self { bar: ProgressBar::new(0).with_style(style).with_message(what) }
     }
 
+    /// The same for work of which nobody knows how much there is.
+    pub(crate) fn counting(what: &'static str, quiet: bool) -> Self {
+        if quiet {
+            return Self { bar: ProgressBar::hidden() };
+        }
+        let style = ProgressStyle::with_template("{msg} {bytes} {elapsed}")
+            .expect("the template is a constant that parses");
+        Self { bar: ProgressBar::no_length().with_style(style).with_message(what) }
+    }
+
+    /// Shows that so much is done.
+    pub(crate) fn count(&self, done: u64) {
+        self.bar.set_position(done);
+    }
+
     /// Shows that `done` of `total` is done.
     pub(crate) fn set(&self, done: u64, total: u64) {
         self.bar.set_length(total);

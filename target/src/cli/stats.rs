@@ -1,8 +1,8 @@
 //! `bessel stats`: space, reactors, volumes, snapshot latencies.
 
-use super::output::{Table, duration, print_either};
+use super::output::{Table, duration, or_dash, print_either};
 use super::{ApiArgs, Outcome};
-use crate::api::types::StatsView;
+use crate::api::types::{JobKind, StatsView};
 use bessel_reactor::units::ByteCount;
 use clap::Args;
 
@@ -63,9 +63,27 @@ fn text(stats: &StatsView) -> String {
             reactor.commits.to_string(),
         ]);
     }
+    let mut jobs = String::new();
+    if !stats.jobs.is_empty() {
+        let mut table = Table::new(&["JOB", "WORK", "OF", "DONE", "TOTAL", "STARTED"]);
+        for job in &stats.jobs {
+            table.row(vec![
+                job.id.to_string(),
+                match job.kind {
+                    JobKind::Export => "export".to_owned(),
+                    JobKind::Import => "import".to_owned(),
+                },
+                job.subject.clone(),
+                bytes(job.done_bytes),
+                or_dash(&job.total_bytes.map(bytes)),
+                job.started.clone(),
+            ]);
+        }
+        jobs = format!("\n{}", table.render());
+    }
     format!(
         "store {}: {} in all, {} free, {} data, {} metadata\n\
-         snapshots: {} taken, p50 {}, p99 {}, max {}\n\n{}\n{}",
+         snapshots: {} taken, p50 {}, p99 {}, max {}\n\n{}\n{}{jobs}",
         store.device,
         bytes(store.total_bytes),
         bytes(store.free_bytes),

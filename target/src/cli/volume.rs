@@ -1,5 +1,6 @@
-//! `bessel volume`: create, list, show, resize, rename, rollback, schedule, detach, attach, delete.
+//! `bessel volume`: create, import, list, show, resize, rename, rollback, schedule, detach, attach, delete.
 
+use super::import::{self, Import};
 use super::output::{Table, or_dash, print_either};
 use super::{ApiArgs, Outcome};
 use crate::api::types::{
@@ -14,6 +15,7 @@ use bessel_mapping::schedule::Keep;
 use bessel_reactor::units::ByteCount;
 use clap::{ArgGroup, Args, Subcommand};
 use serde::{Deserialize, Serialize};
+use std::path::PathBuf;
 use std::time::Duration;
 
 /// `bessel volume`
@@ -47,6 +49,21 @@ enum VolumeCommand {
             value_parser = clap::value_parser!(u32).range(1..=CLONES_MAX as i64)
         )]
         count: Option<u32>,
+    },
+    /// Create a volume with what a raw file, sparse or not, a block device or a pipe holds; or, with
+    /// --from, with a snapshot and a difference to it that `bessel snapshot export --from` has made
+    Import {
+        /// Its name
+        #[arg(value_parser = volume_name)]
+        name: String,
+        /// What to import; `-` is standard input
+        file: PathBuf,
+        /// Its size, at least that of the file; by default the file's, rounded up to 512 bytes
+        #[arg(long, value_parser = parse_size, conflicts_with = "from")]
+        size: Option<ByteCount>,
+        /// The snapshot that FILE is a difference to
+        #[arg(long, value_name = "SNAPSHOT")]
+        from: Option<SnapshotReference>,
     },
     /// List the volumes
     List,
@@ -172,6 +189,10 @@ pub(crate) fn run(arguments: &VolumeArgs) -> Outcome {
                     volume.name, volume.socket
                 )
             })
+        }
+        VolumeCommand::Import { name, file, size, from } => {
+            let (size, from) = (*size, from.as_ref());
+            import::run(&arguments.api, &Import { name, file, size, from })
         }
         VolumeCommand::List => {
             let volumes: Vec<VolumeView> = client.get("/v1/volumes")?;
@@ -349,6 +370,7 @@ fn state_name(state: State) -> &'static str {
         State::Failed => "FAILED",
         State::Detached => "detached",
         State::Unavailable => "UNAVAILABLE",
+        State::Importing => "importing",
     }
 }
 

@@ -83,6 +83,9 @@ impl ControlPlane {
                 "volume {name:?} is attached; to have it read anew, `bessel volume detach` it first"
             )));
         }
+        if let Some(refusal) = self.still_importing(id) {
+            return Err(refusal);
+        }
         if self.withheld.contains(&id) {
             return Err(Refusal::conflict(format!(
                 "volume {name:?} waits for what a killed daemon had not made durable, which could \
@@ -179,6 +182,9 @@ impl ControlPlane {
         name: &str,
         latched: Option<&str>,
     ) -> Condition {
+        if self.importing.contains_key(&id) {
+            return self.condition_of_closed(id, name);
+        }
         if let Some(why) = latched {
             return Condition {
                 state: State::Failed,
@@ -202,8 +208,17 @@ impl ControlPlane {
         Condition::default()
     }
 
-    /// How a volume is that is open nowhere.
+    /// How a volume is that nobody can use.
     pub(super) fn condition_of_closed(&self, id: VolumeId, name: &str) -> Condition {
+        if self.importing.contains_key(&id) {
+            return Condition {
+                state: State::Importing,
+                reason: Some("it is being imported, and not whole yet".to_owned()),
+                remedy: Some(
+                    "wait until that has ended; `bessel stats` shows how far it is".into(),
+                ),
+            };
+        }
         if let Some(detached) = self.detached.get(&id) {
             return Condition {
                 state: State::Detached,

@@ -12,6 +12,7 @@ use crate::control::Control;
 use crate::reclaimer::Order;
 use bessel_mapping::forest::Tree;
 use bessel_mapping::gc::DeletedVolume;
+use bessel_mapping::request::VolumeId;
 use bessel_reactor::clock::Instant;
 use std::time::Duration;
 
@@ -26,6 +27,9 @@ pub(super) struct Collections {
     /// Something was deleted since the last one began, or before this daemon did.
     deleted: bool,
     begun: Option<Instant>,
+    /// Trees of volumes that were published while a collection runs: it may have read the registry
+    /// before.
+    published: Vec<Tree>,
     /// A clone or volume could not be made: whether the device has it, nobody knows.
     pub(super) doubtful_creation: bool,
 }
@@ -37,6 +41,7 @@ impl Collections {
             after_crash: !was_clean,
             deleted: true,
             begun: None,
+            published: Vec::new(),
             doubtful_creation: false,
         }
     }
@@ -104,6 +109,7 @@ impl ControlPlane {
         let collections = &mut self.collections;
         (collections.after_crash, collections.deleted) = (false, false);
         collections.begun = Some(clock.now());
+        collections.published.clear();
         self.gc()
     }
 
@@ -120,8 +126,8 @@ impl ControlPlane {
         self.gc()
     }
 
-    /// The trees that deleted snapshots need which wait to be freed by themselves: a collection leaves
-    /// them whole.
+    /// The trees that a collection must leave whole and would not find: those that deleted snapshots need
+    /// which wait to be freed by themselves, and of volumes that are being imported.
     ///
     /// # Errors
     /// When nobody knows what some volume has on the device: then nothing can be told to be garbage.
@@ -151,7 +157,8 @@ impl ControlPlane {
         let present = self.directory.volumes().filter(|volume| !volume.deleted);
         let is_known = |id| {
             let detached = self.detached.get(id);
-            self.served.contains_key(id) || detached.is_some_and(|it| it.current.is_some())
+            let open = self.served.contains_key(id) || self.importing.contains_key(id);
+            open || detached.is_some_and(|it| it.current.is_some())
         };
         if let Some(volume) = present.into_iter().find(|volume| !is_known(&volume.id)) {
             return Err(format!(
@@ -160,7 +167,28 @@ impl ControlPlane {
                 volume.name, volume.name
             ));
         }
-        Ok(self.reclaimer().map_err(|refusal| refusal.to_string())?.trees_waiting())
+        // The device has no record of what is being imported, nor may have had when it was read.
+        let importing: Vec<VolumeId> = self.importing.keys().copied().collect();
+        let unpublished = importing.into_iter().map(|id| self.tree_of(id));
+        let mut trees =
+            unpublished.collect::<Answered<Vec<_>>>().map_err(|refusal| refusal.to_string())?;
+        trees.extend(&self.collections.published);
+        trees.extend(self.reclaimer().map_err(|refusal| refusal.to_string())?.trees_waiting());
+        Ok(trees)
+    }
+
+    fn tree_of(&self, id: VolumeId) -> Answered<Tree> {
+        let current = self.info(id)?.current;
+        Ok(Tree { root: current.root, height: current.height })
+    }
+
+    /// A volume that was imported has its first record.
+    pub(super) fn note_published(&mut self, id: VolumeId) -> Answered<()> {
+        if self.reclaimer()?.is_collecting() {
+            let tree = self.tree_of(id)?;
+            self.collections.published.push(tree);
+        }
+        Ok(())
     }
 
     /// A collection has found that nothing is left of these volumes but their records.

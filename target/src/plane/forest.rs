@@ -49,7 +49,7 @@ impl ControlPlane {
                 None => ForestVolume::unknown(id, origin),
             });
         }
-        if self.served.contains_key(&id) {
+        if self.open_at(id).is_some() {
             let info = self.info(id)?;
             return Ok(match info.latched {
                 None => ForestVolume::present(id, origin, &info.snapshots, info.current),

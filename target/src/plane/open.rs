@@ -9,7 +9,8 @@ use crate::places;
 use bessel_mapping::directory::VolumeSummary;
 use bessel_mapping::journal::Change;
 use bessel_mapping::request::{
-    CacheChooser, CacheMode, CloneOrigin, Command, CreatePlan, Reply, VolumeHandle, VolumeId,
+    CacheChooser, CacheMode, CloneOrigin, Command, CreatePlan, Reply, SnapshotId, VolumeHandle,
+    VolumeId,
 };
 use bessel_mapping::schedule::Schedule;
 use bessel_reactor::units::ByteCount;
@@ -103,7 +104,7 @@ impl ControlPlane {
             .and_then(|()| self.open_at_home(Command::Create(plan.clone()), service.queues));
         let (home, handle) = opened.inspect_err(|refusal| {
             self.directory.abandoned(&plan);
-            self.note_unmade(plan.id, origin.as_ref(), refusal);
+            self.note_unmade(plan.id, origin.map(|origin| origin.snapshot), refusal);
         })?;
         self.directory.created(&plan);
         self.serve(plan.id, home, handle, service).map_err(|refusal| {
@@ -113,10 +114,15 @@ impl ControlPlane {
 
     /// A volume could not be made. After a failure of the device its record may be there all the same, and
     /// turn up at the next start; when it was refused, nothing was written.
-    fn note_unmade(&mut self, id: VolumeId, origin: Option<&CloneOrigin>, refusal: &Refusal) {
+    pub(super) fn note_unmade(
+        &mut self,
+        id: VolumeId,
+        origin: Option<SnapshotId>,
+        refusal: &Refusal,
+    ) {
         if matches!(refusal.kind, RefusalKind::Failed | RefusalKind::Damaged) {
             self.collections.doubtful_creation = true;
-            self.unborn.extend(origin.map(|origin| (id, origin.snapshot)));
+            self.unborn.extend(origin.map(|origin| (id, origin)));
         }
     }
 
@@ -178,7 +184,7 @@ impl ControlPlane {
                 }
                 Err(refusal) => {
                     self.directory.abandoned(&plan);
-                    self.note_unmade(plan.id, Some(origin), &refusal);
+                    self.note_unmade(plan.id, Some(origin.snapshot), &refusal);
                     failed.get_or_insert(refusal);
                 }
             }
@@ -337,7 +343,7 @@ impl ControlPlane {
     }
 
     /// Refuses a socket path before a volume is made for it.
-    fn check_socket(&self, socket: &Path) -> Answered<()> {
+    pub(super) fn check_socket(&self, socket: &Path) -> Answered<()> {
         if socket.as_os_str().len() > SOCKET_PATH_MAX {
             return Err(Refusal::malformed(format!(
                 "the volume's socket {} would have more than {SOCKET_PATH_MAX} bytes; choose a \

@@ -52,7 +52,7 @@ impl ControlPlane {
         volume: &VolumeSummary,
         snapshots: &[SnapshotInfo],
     ) -> Answered<Option<u64>> {
-        let parent = if self.served.contains_key(&volume.id) {
+        let parent = if self.open_at(volume.id).is_some() {
             self.info(volume.id)?.current.parent
         } else {
             let entry = self.directory.entry(volume.id).filter(|_| !volume.deleted);
@@ -80,7 +80,7 @@ impl ControlPlane {
 
     /// From the reactor for an open volume, else as they were last known.
     pub(super) fn snapshots_of(&self, volume: &VolumeSummary) -> Answered<Vec<SnapshotInfo>> {
-        if self.served.contains_key(&volume.id) {
+        if self.open_at(volume.id).is_some() {
             return Ok(self.info(volume.id)?.snapshots);
         }
         if let Some(detached) = self.detached.get(&volume.id) {

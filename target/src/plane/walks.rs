@@ -8,8 +8,9 @@ use super::{Answered, ControlPlane};
 use crate::api::Refusal;
 use crate::api::RefusalKind;
 use crate::api::types::{
-    DiffRange, DiffView, RangeKind, SnapshotSpaceView, SpaceView, TreeSpaceView,
+    DiffRange, DiffView, JobKind, RangeKind, SnapshotSpaceView, SpaceView, TreeSpaceView,
 };
+use crate::jobs::Job;
 use crate::one_line;
 use crate::reference::SnapshotReference;
 use crate::stream::{Encoder, Header, Part};
@@ -97,6 +98,7 @@ pub(crate) struct ExportPlan {
     store: [u8; 16],
     base: Option<SnapshotInfo>,
     snapshot: SnapshotInfo,
+    job: Job,
     _pinned: Pinned,
 }
 
@@ -164,7 +166,12 @@ impl ControlPlane {
         }
         let pinned = self.pins.pin(base.iter().chain([&snapshot]).map(|it| it.id).collect());
         let (source, store) = (self.walk_source(), self.store.uuid);
-        Ok(ExportPlan { source, store, base, snapshot, _pinned: pinned })
+        let subject = match &base {
+            None => snapshot.id.to_string(),
+            Some(base) => format!("{} from {}", snapshot.id, base.id),
+        };
+        let job = self.jobs.begin(JobKind::Export, &subject, Some(snapshot.size.get()));
+        Ok(ExportPlan { source, store, base, snapshot, job, _pinned: pinned })
     }
 
     /// Prepares to find out what space a volume and its snapshots take, and what of that they share
@@ -279,31 +286,44 @@ impl ExportPlan {
         let mut walk = Changes::new(&reader, self.base.as_ref().map(tree), tree(&self.snapshot))
             .map_err(damaged)?;
         let mut found = Vec::new();
+        let size = self.snapshot.size.get();
+        let mut position = 0;
+        let mut pass = |to: u64| {
+            // The last block may lie past the end in part.
+            let to = to.min(size).max(position);
+            self.job.advance(to - position);
+            position = to;
+        };
         let mut over = false;
         while !over {
             over = walk
                 .step(&mut reader, &mut io, &mut |change| found.push(change))
                 .map_err(damaged)?;
             for Change { first, blocks, now } in found.drain(..) {
+                let start = ByteCount::from_blocks(first.get()).get();
                 let ChangeKind::Data(home) = now else {
                     send(encoder.part(Part::Hole { first, blocks }).to_vec())?;
+                    pass(start + ByteCount::from_blocks(blocks).get());
                     continue;
                 };
                 send(encoder.part(Part::Data { first, blocks }).to_vec())?;
                 let piece = EXPORT_BYTES as u64 / BLOCK_SIZE;
                 for done in (0..blocks).step_by(piece as usize) {
                     let mut bytes = vec![0; ((blocks - done).min(piece) * BLOCK_SIZE) as usize];
-                    let start = home.add(done);
-                    io.read_into(start, &mut bytes).map_err(|error| {
-                        let what = format!("data at block {start} cannot be read: {error}");
+                    let block = home.add(done);
+                    io.read_into(block, &mut bytes).map_err(|error| {
+                        let what = format!("data at block {block} cannot be read: {error}");
                         Refusal::new(RefusalKind::Damaged, what)
                     })?;
                     encoder.data(&bytes);
+                    let count = bytes.len() as u64;
                     send(bytes)?;
+                    pass(start + ByteCount::from_blocks(done).get() + count);
                 }
             }
         }
-        send(encoder.part(Part::End).to_vec())?;
+        pass(size);
+        send(encoder.part(Part::End { size: None }).to_vec())?;
         Ok(())
     }
 }

@@ -123,9 +123,43 @@ impl World {
         self.command(arguments).output().unwrap()
     }
 
+    /// The same, with `word` in it replaced by something that may have spaces.
+    pub(crate) fn run_of(&self, arguments: &str, (word, text): (&str, &str)) -> Output {
+        let arguments = arguments.split_whitespace();
+        let replaced = arguments.map(|argument| if argument == word { text } else { argument });
+        self.command("").args(replaced).output().unwrap()
+    }
+
+    /// The same, with its output going into a file.
+    pub(crate) fn run_into(&self, arguments: &str, file: std::fs::File) -> Output {
+        let mut command = self.command(arguments);
+        command.stdout(file).stderr(Stdio::piped());
+        command.spawn().unwrap().wait_with_output().unwrap()
+    }
+
     /// Starts a command of `bessel` against this daemon.
     pub(crate) fn spawn(&self, arguments: &str) -> Child {
         self.command(arguments).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
+    }
+
+    /// The same, with a terminal for its standard error.
+    pub(crate) fn spawn_on_terminal(
+        &self,
+        arguments: &str,
+        input: Option<std::fs::File>,
+        terminal: std::fs::File,
+    ) -> Child {
+        let mut command = self.command(arguments);
+        command.stdin(input.map_or_else(Stdio::null, Stdio::from));
+        command.stdout(Stdio::null()).stderr(terminal).env("TERM", "xterm");
+        command.spawn().unwrap()
+    }
+
+    /// The same, with a pipe to its standard input.
+    pub(crate) fn spawn_fed(&self, arguments: &str) -> Child {
+        let mut command = self.command(arguments);
+        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        command.spawn().unwrap()
     }
 
     fn command(&self, arguments: &str) -> Command {
@@ -152,11 +186,12 @@ impl World {
 
     /// Runs a command that must be refused with one line, and returns that.
     pub(crate) fn refused(&self, arguments: &str) -> String {
-        let output = self.run(arguments);
-        let error = String::from_utf8(output.stderr).unwrap();
-        assert_eq!(output.status.code(), Some(1), "{arguments}: {error}");
-        assert!(error.starts_with("bessel: ") && error.lines().count() == 1, "{error:?}");
-        error
+        refusal(arguments, &self.run(arguments))
+    }
+
+    /// The same, with `word` in it replaced by something that may have spaces.
+    pub(crate) fn refused_of(&self, arguments: &str, word: (&str, &str)) -> String {
+        refusal(arguments, &self.run_of(arguments, word))
     }
 
     /// Sends bytes to the API that are no whole request, and waits until the server has hung up.
@@ -177,11 +212,27 @@ impl World {
         String::from_utf8_lossy(&answer).into_owned()
     }
 
+    /// Sends a stream of bytes to the API and returns the answer.
+    pub(crate) fn post(&self, path: &str, body: &[u8]) -> String {
+        let length = body.len();
+        let head = format!("POST {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n");
+        let head = format!("{head}content-length: {length}\r\n\r\n");
+        self.raw(&[head.as_bytes(), body].concat())
+    }
+
     pub(crate) fn request(&self, method: &str, path: &str, body: &str) -> String {
         let length = body.len();
         let head = format!("{method} {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n");
         self.raw(format!("{head}content-length: {length}\r\n\r\n{body}").as_bytes())
     }
+}
+
+/// The one line of a refused command.
+pub(crate) fn refusal(arguments: &str, output: &Output) -> String {
+    let error = String::from_utf8(output.stderr.clone()).unwrap();
+    assert_eq!(output.status.code(), Some(1), "{arguments}: {error}");
+    assert!(error.starts_with("bessel: ") && error.lines().count() == 1, "{error:?}");
+    error
 }
 
 impl Drop for World {

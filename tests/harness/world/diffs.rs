@@ -36,7 +36,12 @@ impl World {
     ///
     /// # Panics
     /// When a difference is missing, or what is there now is not what the snapshot holds.
-    pub fn diff_sometimes(&mut self, volume: VolumeId, times: u64, of: u64) -> Result<(), PowerCut> {
+    pub fn diff_sometimes(
+        &mut self,
+        volume: VolumeId,
+        times: u64,
+        of: u64,
+    ) -> Result<(), PowerCut> {
         if self.faults.is_some() || self.may_fail() || self.disk.is_holding() {
             return Ok(());
         }

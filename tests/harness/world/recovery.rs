@@ -113,6 +113,7 @@ impl World {
         self.commands.clear();
         self.outcomes.clear();
         self.volumes.clear();
+        self.unpublished.clear();
         self.deleting.clear();
         self.schedules.clear();
         self.detached.clear();
@@ -448,6 +449,7 @@ impl Outage {
             tickets: self.tickets,
             schedules: BTreeMap::new(),
             volumes: BTreeMap::new(),
+            unpublished: BTreeSet::new(),
             deleting: BTreeMap::new(),
             detached: BTreeMap::new(),
             requests: BTreeMap::new(),
