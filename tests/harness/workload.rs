@@ -6,7 +6,7 @@
 use bessel_mapping::request::{CacheMode, IoKind, SnapshotId, VolumeId};
 use bessel_reactor::units::{ByteCount, SECTORS_PER_BLOCK};
 
-use crate::world::{Action, World};
+use crate::world::{Action, PowerCut, World};
 
 /// Sectors that one leaf maps.
 const LEAF_SECTORS: u64 = 512 * SECTORS_PER_BLOCK;
@@ -52,6 +52,9 @@ impl Workload {
         let volumes = world.volumes();
         let volume = *world.random.pick(&volumes);
         if world.diff_sometimes(volume, 1, 40).is_err() {
+            return;
+        }
+        if world.random.chance(1, 12) && self.import(world).is_err() {
             return;
         }
         if world.random.below(1000) < self.commands {
@@ -112,6 +115,29 @@ impl Workload {
         let aligned = random.chance(1, 2);
         let first = start + if aligned { within / 8 * 8 } else { within };
         (first, length.min(sectors - first))
+    }
+
+    /// Goes on with the volume that is being imported, begins one, or does neither.
+    fn import(&self, world: &mut World) -> Result<(), PowerCut> {
+        let Some(volume) = world.unpublished().first().copied() else {
+            let few = world.volumes().len() < self.volumes;
+            if few && world.may_create() && world.random.chance(1, 8) {
+                let size = ByteCount::new(*world.random.pick(&[1 << 20, (2 << 30) + 512]));
+                let name = world.fresh_name();
+                world.ask(Action::CreateUnpublished { name, size })?;
+            }
+            return Ok(());
+        };
+        if world.random.chance(1, 6) {
+            // Whoever imports has waited for what was written.
+            world.settle()?;
+            world.ask(Action::Publish { volume })?;
+            return Ok(());
+        }
+        let sectors = world.size(volume).sectors();
+        let (first, count) = self.range(world, sectors);
+        world.start_io(volume, IoKind::Write, first, count);
+        Ok(())
     }
 
     fn command(&self, world: &mut World) {

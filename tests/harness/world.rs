@@ -818,6 +818,7 @@ impl World {
             }
             (Action::Publish { volume }, Reply::Done) => {
                 self.unpublished.remove(&volume);
+                self.collects.published.push(volume);
                 self.model.end_create(volume);
             }
             (Action::Grow { volume, size }, Reply::Done) => {

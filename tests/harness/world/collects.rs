@@ -34,6 +34,8 @@ pub(super) struct Collects {
     running: Option<Running>,
     /// What is under way goes no further for now.
     held: bool,
+    /// Volumes that were published while the one under way runs.
+    pub(super) published: Vec<VolumeId>,
     /// A volume could not be made: whether the disk has it, nobody knows.
     pub(super) doubtful_creation: bool,
     /// Not the world's: worlds without collections go as they always went.
@@ -48,6 +50,7 @@ impl Collects {
             wanted: false,
             running: None,
             held: false,
+            published: Vec::new(),
             doubtful_creation: false,
             dice,
             done: Vec::new(),
@@ -132,6 +135,7 @@ impl World {
                 return false;
             }
             self.collects.wanted = false;
+            self.collects.published.clear();
             self.tell(format_args!("collecting"));
             let job = Box::new(Collection::new(&self.store));
             self.collects.running = Some(Running { job, now: None });
@@ -218,9 +222,16 @@ impl World {
         let mut waiting: Vec<_> = self.reclaims.waiting().collect();
         waiting.extend(self.commands.values().flat_map(marks));
         let failed = shown.iter().any(|it| it.latched.is_some()) || self.collects.doubtful_creation;
-        let trees = shown.iter().flat_map(|volume| &volume.snapshots);
-        let trees = trees.filter(|snapshot| waiting.contains(&snapshot.id));
-        let trees: Vec<_> = trees.map(|it| Tree { root: it.root, height: it.height }).collect();
+        let tree = |root, height| Tree { root, height };
+        let all = shown.iter().flat_map(|volume| &volume.snapshots);
+        // The device had no record of these when it was read.
+        let unread =
+            |id: &VolumeId| self.unpublished.contains(id) || self.collects.published.contains(id);
+        let snapshots =
+            all.filter(|it| waiting.contains(&it.id) || unread(&it.id.volume) && !it.deleted);
+        let mut trees: Vec<Tree> = snapshots.map(|it| tree(it.root, it.height)).collect();
+        let current = shown.iter().filter(|volume| unread(&volume.id));
+        trees.extend(current.map(|it| tree(it.current.root, it.current.height)));
         let running = self.collects.running.as_mut().expect("one is under way");
         if failed {
             running.job.fail("a volume has failed".to_owned());
