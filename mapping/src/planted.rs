@@ -172,6 +172,11 @@ bugs! {
     FreedUnderRequests,
     /// Nodes of a deleted snapshot stay in the node cache when their blocks are freed.
     FreedNodesRemembered,
+    // Snapshot logs.
+    /// A log that has not been read counts as one without older snapshots.
+    UnreadLogIsEmpty,
+    /// A volume whose log cannot be read counts as one of which all is known.
+    LostLogIsKnown,
     // The node cache.
     /// A changed node may be evicted.
     EvictsDirty,
@@ -250,7 +255,8 @@ impl<D: Device> Shard<D> {
         handle: VolumeHandle,
         block: VolumeBlock,
     ) -> Option<BlockAddr> {
-        let last = self.volume(handle).log.entries.last()?.root;
+        let log = &self.volume(handle).log;
+        let last = log.get(log.count().checked_sub(1)?).ok()?.root;
         let root = self.cache.find(last)?;
         let current = std::mem::replace(&mut self.volume_mut(handle).root, root);
         let located = self.locate(handle, block);

@@ -112,6 +112,12 @@ impl Marks {
         Reached { first: false, free, conflict }
     }
 
+    /// True when the bitmap says that the block is free.
+    pub(super) fn is_free(&mut self, block: BlockAddr) -> bool {
+        let (part, bit) = self.find(block);
+        part.allocated.bitmap().is_some_and(|allocated| !allocated.get(bit))
+    }
+
     fn find(&mut self, block: BlockAddr) -> (&mut Part, u32) {
         let in_extent = block.get() % self.geometry.extent_blocks;
         let parts = &mut self.extents[self.geometry.extent_of(block) as usize];

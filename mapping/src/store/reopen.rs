@@ -5,7 +5,7 @@ use bessel_reactor::device::{Device, DeviceError};
 use bessel_reactor::units::BLOCK_SIZE;
 
 use super::OpenedStore;
-use super::open::{Losses, VolumeFault, check_root, read_log, read_pair, wrong_slot};
+use super::open::{Losses, VolumeFault, check_root, read_pair, read_tail, wrong_slot};
 use crate::blocking::Blocking;
 use crate::directory::VolumeEntry;
 use crate::format::{SlotPair, VolumeRecord, choose_slot, refuse_wrong_slot, seal};
@@ -36,7 +36,7 @@ pub enum ReopenError {
     Corrupt(String),
 }
 
-/// Reads record and snapshot log of volume `id`, whose record lies in `slot` of the registry, from
+/// Reads record and newest log block of volume `id`, whose record lies in `slot` of the registry, from
 /// the device as they are now. Nobody has the volume open.
 ///
 /// # Errors
@@ -71,6 +71,6 @@ pub fn reread<D: Device>(
     let mut none = Losses::none(store.geometry);
     let corrupt = |fault: VolumeFault| ReopenError::Corrupt(fault.2);
     check_root(store, &mut none, record.root, record.deleted).map_err(corrupt)?;
-    let (log, log_blocks) = read_log(&mut io, store, &mut none, &record).map_err(corrupt)?;
-    Ok(VolumeEntry { slot, record, log, log_blocks })
+    let tail = read_tail(&mut io, store, &mut none, &record).map_err(corrupt)?;
+    Ok(VolumeEntry { slot, record, tail })
 }
