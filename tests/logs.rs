@@ -367,7 +367,7 @@ fn fifty_thousand_snapshots_are_found_thinned_and_deleted() {
             world.leave_to_collector();
         }
     }
-    let stays = |sequence: u64| sequence % 10 == 7 || sequence % 100 == 0;
+    let stays = |sequence: u64| sequence % 10 == 7 || sequence.is_multiple_of(100);
     let left: Vec<u64> = (0..count).filter(|sequence| stays(*sequence)).collect();
     let live = left.len() as u64;
     for life in 0..2 {

@@ -348,7 +348,7 @@ impl Timetable {
         if self.thin_due <= now {
             self.thin_due = now.after(self.schedule.every.max(THIN_INTERVAL));
             if !self.thinning && self.complete {
-                due.thin = self.to_thin(wall);
+                due.thin = self.next_to_thin(wall);
                 self.thinning = !due.thin.is_empty();
                 if self.pass.is_some() {
                     self.thin_due = now.after(THIN_STEP_INTERVAL);
@@ -365,7 +365,7 @@ impl Timetable {
     }
 
     /// Some of what goes: what [`to_thin`] says, a step at a time.
-    fn to_thin(&mut self, wall: WallTime) -> Vec<u64> {
+    fn next_to_thin(&mut self, wall: WallTime) -> Vec<u64> {
         let Some(newest) = self.live.newest() else { return Vec::new() };
         match &self.schedule.keep {
             Keep::All => Vec::new(),
@@ -380,13 +380,12 @@ impl Timetable {
                 let mut pass = self.pass.take().unwrap_or(start);
                 let from = pass.after.map_or(Bound::Unbounded, Bound::Excluded);
                 let mut gone = Vec::new();
-                let mut seen = 0;
-                for &(time, sequence) in self.live.by_time.range((from, Bound::Unbounded)) {
+                let from_old_to_young = self.live.by_time.range((from, Bound::Unbounded));
+                for (seen, &(time, sequence)) in from_old_to_young.enumerate() {
                     if seen == THIN_STEP {
                         self.pass = Some(pass);
                         break;
                     }
-                    seen += 1;
                     pass.after = Some((time, sequence));
                     let stays = match place(time, ages, pass.now) {
                         None => false,
