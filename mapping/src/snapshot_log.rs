@@ -34,7 +34,7 @@ const PER_GROUP: u64 = 64 * PER_BLOCK;
 const GROUPS_SEARCHED_MAX: u32 = 4;
 /// Most snapshots in a page.
 pub const PAGE_MAX: usize = 1024;
-/// Entries looked at for one page.
+/// Entries looked at for one page, and groups of deleted ones passed over: a thinned log has many of these.
 const VISITED_MAX: u64 = 4 * PER_GROUP;
 
 /// An entry without its label and without its sequence, which its place says.
@@ -426,12 +426,13 @@ impl SnapshotLog {
         }
         let mut page = Page::default();
         let mut at = from.max(self.first);
-        let stop = at.saturating_add(VISITED_MAX);
+        let mut visited = 0;
         while at < self.durable {
-            if page.sequences.len() == limit.min(PAGE_MAX) || at >= stop {
+            if page.sequences.len() == limit.min(PAGE_MAX) || visited == VISITED_MAX {
                 page.next = Some(at);
                 break;
             }
+            visited += 1;
             let group = at / PER_GROUP;
             if !with_deleted && self.groups[(group - self.groups_from) as usize].live == 0 {
                 at = (group + 1) * PER_GROUP;

@@ -7,7 +7,12 @@
 
 mod support;
 
+use bessel_mapping::request::VolumeId;
+use bessel_mapping::store::{self, OpenMode};
+use bessel_reactor::device::{FileDevice, OpenOptions};
 use serde_json::{Value, json};
+use std::os::unix::fs::FileExt;
+use std::path::Path;
 use support::World;
 
 const VM1: &str = "volumes:\n  - name: vm1\n    size: 64MiB\n    queues: 1\n";
@@ -186,4 +191,50 @@ fn a_long_log_is_thinned_detached_and_outlived() {
     }
     world.end("-TERM");
     check(&world);
+}
+
+/// The volume is served, has its newer snapshots and takes more; of the others it says what, where and what
+/// to do.
+#[test]
+fn a_damaged_old_block_of_a_log_costs_the_snapshots_up_to_it() {
+    let mut world = world("damaged-log");
+    take(&world, 160);
+    world.text("volume create clone --from vm1@l0.0");
+    world.end("-TERM");
+    let options = OpenOptions { read_only: true, ..OpenOptions::default() };
+    let mut device = FileDevice::open(Path::new(&world.store), &options).unwrap();
+    let opened = store::open(&mut device, OpenMode::ReadOnly).unwrap();
+    let record = &opened.directory.entry(VolumeId(1)).unwrap().record;
+    let block = store::read_log(&mut device, &opened, record).blocks[3];
+    drop(device);
+    let file = std::fs::OpenOptions::new().write(true).open(&world.store).unwrap();
+    file.write_all_at(&[0x5a; 16], block.offset().get() + 1000).unwrap();
+    world.serve(VM1);
+    let place = format!("block {block}");
+    let told = |text: &str| {
+        assert!(text.contains(&place) && text.contains("before 1.96"), "{text}");
+        assert!(text.contains("bessel check"), "{text}");
+    };
+    told(&world.refused("snapshot list vm1"));
+    told(&world.refused("snapshot delete 1.50"));
+    told(&world.refused("snapshot create vm1 --label new"));
+    told(&world.refused("volume create other --from vm1@no-such"));
+    let shown = world.json("volume show vm1");
+    assert_eq!((&shown["state"], &shown["snapshots_unread"]), (&"online".into(), &96.into()));
+    assert!(shown["snapshots_fault"].as_str().unwrap().contains(&place), "{shown}");
+    assert_eq!(ids(&shown["snapshot_list"]).len(), 64);
+    assert_eq!(ids(&world.json("snapshot list vm1 --after 1.95")).len(), 64);
+    assert!(world.text("volume show vm1").contains(&place));
+    assert!(world.log().contains(&place), "{}", world.log());
+    world.text("snapshot create vm1");
+    assert_eq!(ids(&world.json("tree")["volumes"][0]["snapshots"]).len(), 65);
+    // What it may share with its relatives is nobody's to free.
+    let deleted = world.json("snapshot delete 1.120");
+    assert!(deleted["left_to_collector"].is_string(), "{deleted}");
+    world.text("snapshot create clone --label x");
+    world.json("snapshot delete clone@x");
+    assert_eq!(world.json("stats")["reclaim"]["snapshots"], 0);
+    world.end("-TERM");
+    let found = world.run(&format!("check {}", world.store));
+    assert!(String::from_utf8_lossy(&found.stdout).contains(&place), "{found:?}");
 }
