@@ -63,7 +63,7 @@ fn history(seed: u64, config: WorldConfig) -> (World, Vec<SnapshotId>) {
             }
             1 if !own.is_empty() => {
                 world.perform(Action::Rollback { snapshot: *random.pick(&own) }).expect(ON);
-                let sequence = world.show(volume).expect(ON).snapshots.len() as u64 - 1;
+                let sequence = world.show(volume).expect(ON).log.taken - 1;
                 taken.push(SnapshotId { volume, sequence });
             }
             2 if volumes.len() > 1 => {

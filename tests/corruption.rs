@@ -12,7 +12,7 @@ use bessel_mapping::format::{
     Node, SUPERBLOCK_COPIES, VolumeRecord, encode_log_block, node_as_bytes, node_as_bytes_mut,
 };
 use bessel_mapping::request::{
-    CloneOrigin, Command, IoKind, IoRequest, IoStatus, Reply, SnapshotId, VolumeHandle,
+    CloneOrigin, Command, IoKind, IoRequest, IoStatus, Reply, SnapshotId, VolumeHandle, Which,
 };
 use bessel_mapping::shard::{Shard, ShardConfig};
 use bessel_mapping::store::{self, OpenError, OpenMode, OpenedStore};
@@ -137,7 +137,8 @@ impl Base {
                 },
                 &name,
             );
-            for snapshot in entry.log.iter().filter(|snapshot| !snapshot.deleted) {
+            let log = store::read_log(&mut self.disk.connect(), &self.opened, record);
+            for snapshot in log.entries.iter().filter(|snapshot| !snapshot.deleted) {
                 let of = format!("{}.{}", record.id, snapshot.sequence);
                 self.map_tree(
                     snapshot.root,
@@ -233,6 +234,7 @@ impl Base {
 struct Served {
     shard: Shard<SimDevice>,
     store: OpenedStore,
+    disk: SimDisk,
     open: BTreeMap<String, (VolumeHandle, ByteCount)>,
     /// Volumes that could not be opened, and what was said.
     refused: BTreeMap<String, String>,
@@ -247,7 +249,8 @@ impl Served {
         let config = ShardConfig { index: 0, node_cache: ByteCount::new(1 << 20), requests_max: 8 };
         let shard = Shard::new(&config, disk.connect(), &store);
         let (open, refused) = (BTreeMap::new(), BTreeMap::new());
-        let mut served = Self { shard, store, open, refused, now: 1, tickets: 0 };
+        let disk = disk.clone();
+        let mut served = Self { shard, store, disk, open, refused, now: 1, tickets: 0 };
         let volumes: Vec<_> = served.store.directory.volumes().cloned().collect();
         for volume in volumes.iter().filter(|volume| !volume.deleted) {
             let Some(entry) = served.store.directory.entry(volume.id).cloned() else {
@@ -353,7 +356,8 @@ impl Served {
             if !self.open.contains_key(&entry.record.name) {
                 continue;
             }
-            let live = entry.log.iter().rev().filter(|snapshot| !snapshot.deleted);
+            let log = store::read_log(&mut self.disk.connect(), &self.store, &entry.record);
+            let live = log.entries.iter().rev().filter(|snapshot| !snapshot.deleted);
             for snapshot in live.take(most) {
                 let id = SnapshotId { volume: entry.record.id, sequence: snapshot.sequence };
                 let (root, height, size) = (snapshot.root, snapshot.height, snapshot.size);
@@ -530,6 +534,56 @@ impl Base {
         let entry = entries.find(|entry| entry.record.id.to_string() == volume);
         entry.expect("the base has it").record.name.clone()
     }
+}
+
+/// A volume whose older snapshots cannot be read for a damaged block of its log: it has the snapshots from
+/// `kept` on and new ones, and says of the others, and of what might be one of them, what, where and what
+/// to do.
+fn serve_newer_snapshots(disk: &SimDisk, name: &str, damaged: u64, kept: u64) {
+    let mut served = Served::start(disk).expect("it is one volume's");
+    let volume = served.open[name].0;
+    let label = |label: &str| Some(label.to_owned());
+    let refused = [
+        Command::Page { volume, from: 0, limit: 10, with_deleted: true },
+        Command::Find { volume, which: Which::Sequence(kept - 1) },
+        Command::Find { volume, which: Which::Label("no such".to_owned()) },
+        Command::FindAt { volume, then: NOW, before: u64::MAX },
+        Command::Label { volume, sequence: 0, label: label("x") },
+        Command::Label { volume, sequence: kept, label: label("may be taken") },
+        Command::Snapshot { volume, label: label("may be taken"), time: NOW },
+        Command::DeleteSnapshot { volume, sequence: kept - 1 },
+        Command::DeleteSnapshots { volume, spare_labelled: true, sequences: vec![0, kept] },
+        Command::Rollback { volume, sequence: kept - 1, label: None, time: NOW },
+    ];
+    for command in refused {
+        let Reply::Failed(error) = served.command(command.clone()) else {
+            panic!("{command:?} was carried out")
+        };
+        let told = error.to_string();
+        assert!(told.contains(&format!("block {damaged}")), "{command:?}: {told}");
+        assert!(told.contains("bessel check"), "says not what to do: {told}");
+    }
+    let Reply::Volume(info) = served.command(Command::Show { volume }) else { panic!("show") };
+    assert_eq!(info.log.out_of_reach, kept);
+    assert_eq!(info.log.live, info.log.taken - kept, "none of those in reach was deleted");
+    let page = Command::Page { volume, from: kept, limit: 1024, with_deleted: false };
+    let Reply::Page { snapshots, next: None } = served.command(page) else { panic!("a page") };
+    assert_eq!(snapshots.len() as u64, info.log.live);
+    let delete = Command::DeleteSnapshot { volume, sequence: kept };
+    assert_eq!(served.command(delete), Reply::Done);
+    for _ in 0..30 {
+        let command = Command::Snapshot { volume, label: None, time: NOW };
+        assert!(matches!(served.command(command), Reply::Snapshot(_)), "new ones go on");
+    }
+    served.shut_down();
+    // What was written links to the damaged block as before, and to nothing else.
+    let mut again = Served::start(&disk.fork(1)).expect("as before");
+    let volume = again.open[name].0;
+    let page = Command::Page { volume, from: kept, limit: 1024, with_deleted: false };
+    let Reply::Page { snapshots: then, .. } = again.command(page) else { panic!("a page") };
+    assert_eq!(then.len(), snapshots.len() + 29);
+    let report = check(disk).expect("as before");
+    assert_named(&report, Structure::Log, damaged);
 }
 
 /// Repairs what can be: nothing that is called repairable is left, a second repair finds nothing to
@@ -772,8 +826,11 @@ fn a_volume_with_a_damaged_record_or_log_fails_alone() {
     for name in ["n1", "n3"] {
         let entries: Vec<_> = base.opened.directory.entries().cloned().collect();
         let entry = entries.iter().find(|entry| entry.record.name == name).expect("it is there");
-        for (index, block) in entry.log_blocks.iter().map(|block| block.get()).enumerate() {
-            let here = (entry.log.len() - index * LOG_ENTRIES_PER_BLOCK).min(LOG_ENTRIES_PER_BLOCK);
+        let log = store::read_log(&mut base.disk.connect(), &base.opened, &entry.record);
+        let (blocks, count) = (log.blocks, log.entries.len());
+        for (index, block) in blocks.iter().map(|block| block.get()).enumerate() {
+            let newest = index + 1 == blocks.len();
+            let here = (count - index * LOG_ENTRIES_PER_BLOCK).min(LOG_ENTRIES_PER_BLOCK);
             let used = here.div_ceil(3) * 512;
             for how in DAMAGES {
                 for seed in 0..3 {
@@ -788,7 +845,13 @@ fn a_volume_with_a_damaged_record_or_log_fails_alone() {
                         assert_named(&report, Structure::Log, block);
                         let owner = format!("volume {name:?}");
                         assert!(report.findings.iter().any(|it| it.place.contains(&owner)));
-                        assert_eq!(serve(&base, &disk.fork(1), &cost), 1, "it does not open");
+                        if newest {
+                            assert_eq!(serve(&base, &disk.fork(1), &cost), 1, "it does not open");
+                        } else {
+                            assert_eq!(serve(&base, &disk.fork(1), &cost), 0, "it is served");
+                            let kept = ((index + 1) * LOG_ENTRIES_PER_BLOCK) as u64;
+                            serve_newer_snapshots(&disk.fork(1), name, block, kept);
+                        }
                         repair_and_serve(&base, &disk, &cost);
                     });
                 }
@@ -1109,14 +1172,16 @@ const FORGINGS: [(&str, Forging); 20] = [
         let entries: Vec<LogEntry> = {
             let mut all = base.opened.directory.entries();
             let entry = all.find(|entry| entry.record.name == "n1").expect("it is there");
-            entry.log[LOG_ENTRIES_PER_BLOCK..].to_vec()
+            let log = store::read_log(&mut base.disk.connect(), &base.opened, &entry.record);
+            log.entries[LOG_ENTRIES_PER_BLOCK..].to_vec()
         };
         let mut block = [0; BLOCK];
         let first = LOG_ENTRIES_PER_BLOCK as u64;
         let secret = base.opened.secret;
         encode_log_block(&mut block, tail, Some(tail), record.id, first, &entries, secret);
         disk.poke(tail, &block);
-        forged(Structure::Log, tail.get(), &["n1"], true)
+        serve_newer_snapshots(&disk.fork(1), "n1", tail.get(), first);
+        forged(Structure::Log, tail.get(), &["n1"], false)
     }),
     ("log-that-never-ends", |base, disk| {
         base.forge_record(disk, "n1", |record| record.log_count = 1 << 60);

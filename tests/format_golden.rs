@@ -20,7 +20,7 @@ use bessel_mapping::format::{
 };
 use bessel_mapping::request::{CacheMode, SnapshotId, VolumeId};
 use bessel_mapping::store::{
-    FormatOptions, Found, OpenMode, OpenedStore, close, format, open, probe,
+    FormatOptions, Found, OpenMode, OpenedStore, close, format, open, probe, read_log,
 };
 use bessel_reactor::clock::WallTime;
 use bessel_reactor::device::sim::{SimConfig, SimDisk};
@@ -54,7 +54,7 @@ fn a_store_of_version_1_opens_with_all_its_volumes() {
         assert!(store.was_clean);
         assert_eq!(store.epoch, if mode == OpenMode::ReadOnly { 1 } else { 2 });
         assert_eq!(store.geometry, Geometry::plan(CAPACITY, None).unwrap());
-        check_directory(&store);
+        check_directory(&disk, &store);
     }
 }
 
@@ -80,8 +80,9 @@ fn every_tree_of_a_store_of_version_1_reads_as_it_did() {
     let second = [(0, 4), (1, 2), (513, 3)];
     let current = [(0, 4), (513, 5)];
     let clone = [(0, 4), (1, 2), (513, 3), ((1 << 27) + 7, 6)];
-    assert_eq!(read(entry(1).log[24].root, 3), first);
-    assert_eq!(read(entry(1).log[25].root, 3), second);
+    let log = read_log(&mut disk.connect(), &store, &entry(1).record).entries;
+    assert_eq!(read(log[24].root, 3), first);
+    assert_eq!(read(log[25].root, 3), second);
     assert_eq!(read(entry(1).record.root, 3), current);
     assert_eq!(read(entry(2).record.root, 4), clone);
 }
@@ -101,8 +102,9 @@ fn write_golden() {
     std::fs::write(path(), sparse(&make())).unwrap();
 }
 
-fn check_directory(store: &OpenedStore) {
+fn check_directory(disk: &SimDisk, store: &OpenedStore) {
     let entry = |id| store.directory.entry(VolumeId(id)).unwrap();
+    let log_of = |id| read_log(&mut disk.connect(), store, &entry(id).record);
     let (one, two, three) = (entry(1), entry(2), entry(3));
     assert_eq!((one.slot, two.slot, three.slot), (0, 1, 5));
     assert_eq!((one.record.name.as_str(), one.record.generation), ("vm-1.root", 27));
@@ -111,11 +113,11 @@ fn check_directory(store: &OpenedStore) {
         (one.record.cache, two.record.cache),
         (CacheMode::Writethrough, CacheMode::Writeback)
     );
-    assert_eq!(one.log_blocks, [META + 100, META + 101].map(BlockAddr::new));
-    assert_eq!(one.log, log_of_one());
+    assert_eq!(log_of(1).blocks, [META + 100, META + 101].map(BlockAddr::new));
+    assert_eq!(log_of(1).entries, log_of_one());
     assert_eq!(two.record.size, ByteCount::new(600 << 30));
     let origin = SnapshotId { volume: VolumeId(1), sequence: 25 };
-    assert_eq!((two.record.origin, two.log.len()), (Some(origin), 0));
+    assert_eq!((two.record.origin, log_of(2).entries.len()), (Some(origin), 0));
     assert!(three.record.deleted);
     assert_eq!(store.directory.volumes().count(), 3);
     assert_eq!(store.directory.find("vm-1.root").unwrap().created, time(0));

@@ -107,7 +107,7 @@ fn a_clone_never_sees_its_snapshot_settle() {
         let write = world.start_io(volume, IoKind::Write, 0, 8);
         steps(&mut world, 5);
         let snapshot = world.snapshot(volume).unwrap();
-        let settling = world.show(volume).unwrap().snapshots[0].settling;
+        let settling = world.snapshots(volume).unwrap()[0].settling;
         if settling {
             world.disk.release();
             world.wait(write).unwrap();
@@ -119,7 +119,7 @@ fn a_clone_never_sees_its_snapshot_settle() {
             world.wait(write).unwrap();
         }
         world.read(clone, 0, 8).unwrap();
-        assert!(!world.show(volume).unwrap().snapshots[0].settling, "not for ever");
+        assert!(!world.snapshots(volume).unwrap()[0].settling, "not for ever");
     }
 }
 
@@ -201,7 +201,7 @@ fn a_batch_of_deletions_passes_over_what_has_a_label_by_then() {
     assert_eq!(beyond, Reply::Deleted(vec![]));
     world.crash(Keep::Nothing);
     world.recover();
-    let there = world.show(volume).unwrap().snapshots;
+    let there = world.snapshots(volume).unwrap();
     let gone = there.iter().filter(|it| it.deleted).map(|it| it.id.sequence);
     assert_eq!(gone.collect::<Vec<_>>(), [3, 4, 26]);
     assert_eq!(there[25].label.as_deref(), Some("n2"));

@@ -30,7 +30,7 @@ fn write(world: &mut World, volume: VolumeId, sector: u64, sectors: u64) {
 
 fn snapshot(world: &mut World, volume: VolumeId) -> SnapshotInfo {
     let id = world.snapshot(volume).expect(ON);
-    world.show(volume).expect(ON).snapshots[id.sequence as usize].clone()
+    world.snapshots(volume).expect(ON)[id.sequence as usize].clone()
 }
 
 fn steps(world: &mut World, count: usize) {
@@ -196,7 +196,7 @@ fn forest(seed: u64, config: WorldConfig) -> (World, Vec<SnapshotId>) {
                 if !own.is_empty() {
                     let snapshot = *random.pick(&own);
                     world.perform(Action::Rollback { snapshot }).expect(ON);
-                    let sequence = world.show(volume).expect(ON).snapshots.len() as u64 - 1;
+                    let sequence = world.show(volume).expect(ON).log.taken - 1;
                     taken.push(SnapshotId { volume, sequence });
                 }
             }
@@ -426,13 +426,12 @@ fn spaces_add_up_to_what_the_check_counts() {
             assert_eq!(total.data, report.data.reachable, "seed {seed}");
             let logs: usize = volumes
                 .iter()
-                .map(|id| world.show(*id).expect(ON).snapshots.len().div_ceil(24))
+                .map(|id| world.show(*id).expect(ON).log.taken.div_ceil(24) as usize)
                 .sum();
             assert_eq!(total.nodes + logs as u64, report.metadata.reachable, "seed {seed}");
             for (id, space) in &spaces {
                 if let TreeId::Snapshot(id) = id {
-                    let info =
-                        world.show(id.volume).expect(ON).snapshots[id.sequence as usize].clone();
+                    let info = world.snapshots(id.volume).expect(ON)[id.sequence as usize].clone();
                     let (changes, nodes) = world.changes(None, &info);
                     let data = content(&changes).len() as u64;
                     assert_eq!((space.refers.data, space.refers.nodes), (data, nodes), "{id}");

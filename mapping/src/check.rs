@@ -31,7 +31,7 @@ use bessel_reactor::device::Device;
 use bessel_reactor::units::BlockAddr;
 
 use crate::blocking::{Blocking, Span};
-use crate::format::{Damage, ExtentType, LOG_ENTRIES_PER_BLOCK, VolumeRecord};
+use crate::format::{Damage, ExtentType, VolumeRecord};
 use crate::store::{Losses, OpenError, OpenedStore, survey};
 use marks::Marks;
 use walk::{Tree, Walk};
@@ -269,8 +269,8 @@ fn visit_all<D: Device>(
     for entry in live() {
         let record = &entry.record;
         let name = format!("volume {:?}", record.name);
-        for (index, &addr) in (0u64..).zip(&entry.log_blocks) {
-            walk.log_block(&name, addr, record.id, index * LOG_ENTRIES_PER_BLOCK as u64);
+        for (addr, first_sequence) in walk.log_blocks(record.id) {
+            walk.log_block(&name, addr, record.id, first_sequence);
         }
     }
     for entry in live() {
@@ -280,7 +280,7 @@ fn visit_all<D: Device>(
         walk.report.volumes += 1;
     }
     for entry in live() {
-        for snapshot in entry.log.iter().filter(|snapshot| !snapshot.deleted) {
+        for snapshot in walk.live_snapshots(entry.record.id) {
             let (id, sequence) = (entry.record.id, snapshot.sequence);
             let name = format!("snapshot {id}.{sequence} of volume {:?}", entry.record.name);
             let (root, height) = (snapshot.root, snapshot.height);

@@ -34,6 +34,7 @@ use crate::nodes::cache::FrameId;
 use crate::planted::{self, Bug};
 use crate::request::{CommandError, CurrentTree, Reply, VolumeHandle};
 use crate::shard::{Shard, TokenKind};
+use crate::snapshot_log::SnapshotLog;
 use crate::volume::NO_REQUEST;
 
 /// What to do when a round is durable.
@@ -545,10 +546,11 @@ impl<D: Device> Shard<D> {
 
     /// Takes a volume that nothing is under way in out of memory. What of it is not durable is lost;
     /// blocks that were unlinked or handed out for that leak, since the device may reach them.
-    pub(crate) fn forget_volume(&mut self, handle: VolumeHandle) {
+    pub(crate) fn forget_volume(&mut self, handle: VolumeHandle) -> SnapshotLog {
         self.release_unlinked(handle);
         let volume = self.volumes[handle.0 as usize].take().expect("the volume is open");
         assert!(volume.active_head == NO_REQUEST && volume.flight.is_none());
+        assert!(!volume.log_loading, "a block of its log is being read");
         assert!(volume.sealed.is_empty() && volume.committing.is_empty());
         self.first_round = self.first_round.max(volume.next_round);
         self.cache.unpin(volume.root);
@@ -566,6 +568,7 @@ impl<D: Device> Shard<D> {
         }
         self.retire_changes();
         self.released = true;
+        volume.log
     }
 
     fn fail_after(&mut self, handle: VolumeHandle, after: After) {

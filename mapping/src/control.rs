@@ -30,10 +30,11 @@ use crate::flusher::FlushWaiter;
 use crate::format::tree_blocks;
 use crate::message::{BlockKind, Message};
 use crate::request::{
-    Command, CommandError, Reply, ShardStats, SnapshotId, SnapshotInfo, SpaceStats, VolumeHandle,
-    VolumeInfo,
+    Command, CommandError, Reply, ShardStats, SnapshotInfo, SpaceStats, VolumeHandle, VolumeInfo,
+    Which,
 };
 use crate::shard::Shard;
+use crate::snapshot_log::{Newest, NotHere, Page};
 
 /// Rounds with fixed contents that a volume may have waiting, each holding image buffers.
 const SEALED_MAX: usize = 16;
@@ -51,8 +52,10 @@ type Tried = Result<(), NotNow>;
 /// Why a command did nothing.
 #[derive(Debug)]
 enum NotNow {
-    /// Try again when something was released.
+    /// Try again when something was released; later commands of the volume wait behind it.
     Wait,
+    /// Try again when more of the volume's log has been read. Others do not wait for that.
+    WaitForLog,
     /// It cannot be done.
     Refused(CommandError),
 }
@@ -60,6 +63,16 @@ enum NotNow {
 impl From<CommandError> for NotNow {
     fn from(error: CommandError) -> Self {
         Self::Refused(error)
+    }
+}
+
+impl From<NotHere> for NotNow {
+    fn from(why: NotHere) -> Self {
+        match why {
+            NotHere::None => Self::Refused(CommandError::NoSuchSnapshot),
+            NotHere::Unread => Self::WaitForLog,
+            NotHere::Lost { before, why } => Self::Refused(CommandError::Log { before, why }),
+        }
     }
 }
 
@@ -87,6 +100,11 @@ impl<D: Device> Shard<D> {
                     held_back.extend(volume);
                     self.commands.push_back(pending);
                 }
+                Err(NotNow::WaitForLog) if self.log_loads.is_stopped() => {
+                    let what = "the reactor shuts down".to_owned();
+                    self.reply(pending.ticket, Reply::Failed(CommandError::Limit(what)));
+                }
+                Err(NotNow::WaitForLog) => self.commands.push_back(pending),
                 Err(NotNow::Refused(error)) => {
                     if let Command::Delete { volume } = pending.command
                         && let Some(volume) = self.volume_if_open(volume)
@@ -223,6 +241,21 @@ impl<D: Device> Shard<D> {
                 self.reply(ticket, Reply::Volume(Box::new(info)));
                 Ok(())
             }
+            Command::Page { volume, from, limit, with_deleted } => {
+                let Page { sequences, next } =
+                    self.volume(*volume).log.page(*from, *limit, *with_deleted)?;
+                let snapshots = sequences.iter().map(|it| self.snapshot_info(*volume, *it));
+                let snapshots = snapshots.collect();
+                self.reply(ticket, Reply::Page { snapshots, next });
+                Ok(())
+            }
+            Command::Find { volume, which } => self.find(ticket, *volume, which),
+            Command::FindAt { volume, then, before } => {
+                let Newest { found, rest } = self.volume(*volume).log.newest_at(*then, *before)?;
+                let found = found.map(|sequence| self.snapshot_info(*volume, sequence));
+                self.reply(ticket, Reply::FoundAt { found, rest });
+                Ok(())
+            }
             Command::Shutdown => self.shutdown(ticket),
         }
     }
@@ -238,7 +271,8 @@ impl<D: Device> Shard<D> {
     /// Commits everything, then gives unused blocks back.
     fn shutdown(&mut self, ticket: u64) -> Tried {
         let open: Vec<VolumeHandle> = self.open_volumes().collect();
-        let mut quiet = self.requests.is_empty() && !self.claims.is_claiming();
+        let logs_at_rest = self.log_loads.stop();
+        let mut quiet = logs_at_rest && self.requests.is_empty() && !self.claims.is_claiming();
         for handle in open {
             let volume = self.volume(handle);
             if volume.latched.is_none() && !volume.is_quiet() {
@@ -269,7 +303,7 @@ impl<D: Device> Shard<D> {
             After::Reply(ticket, reply) => self.reply(ticket, reply),
             After::Create { ticket } => self.reply(ticket, Reply::Opened(handle)),
             After::Snapshot { ticket, sequence } => {
-                self.volume_mut(handle).durable_snapshots = sequence + 1;
+                self.volume_mut(handle).log.set_durable(sequence + 1);
                 let info = self.snapshot_info(handle, sequence);
                 self.reply(ticket, Reply::Snapshot(info));
             }
@@ -284,8 +318,8 @@ impl<D: Device> Shard<D> {
                 self.reply(ticket, Reply::Done);
             }
             After::Close { ticket } => {
-                self.forget_volume(handle);
-                self.reply(ticket, Reply::Done);
+                let log = Box::new(self.forget_volume(handle));
+                self.reply(ticket, Reply::Closed { failed: None, log });
             }
         }
     }
@@ -294,24 +328,27 @@ impl<D: Device> Shard<D> {
 
     fn snapshot_info(&self, handle: VolumeHandle, sequence: u64) -> SnapshotInfo {
         let volume = self.volume(handle);
-        let entry = &volume.log.entries[sequence as usize];
-        SnapshotInfo {
-            id: SnapshotId { volume: volume.record.id, sequence },
-            time: entry.time,
-            label: entry.label.clone(),
-            size: entry.size,
-            root: entry.root,
-            height: entry.height,
-            deleted: entry.deleted,
-            settling: volume.is_settling(sequence),
-            blocks_allocated: entry.blocks_allocated,
-            parent: entry.parent,
+        let info = volume.log.get(sequence).expect("only what is known is shown");
+        SnapshotInfo { settling: volume.is_settling(sequence), ..info }
+    }
+
+    /// Answers with one snapshot, which the device has and which is not deleted.
+    fn find(&mut self, ticket: u64, handle: VolumeHandle, which: &Which) -> Tried {
+        let log = &self.volume(handle).log;
+        let sequence = match which {
+            Which::Sequence(sequence) => *sequence,
+            Which::Label(label) => log.by_label(label)?.ok_or(CommandError::NoSuchSnapshot)?,
+        };
+        if sequence >= log.durable() || log.is_deleted(sequence)? {
+            return Err(CommandError::NoSuchSnapshot.into());
         }
+        let found = self.snapshot_info(handle, sequence);
+        self.reply(ticket, Reply::Snapshot(found));
+        Ok(())
     }
 
     fn info(&self, handle: VolumeHandle) -> VolumeInfo {
         let volume = self.volume(handle);
-        let snapshots = 0..volume.durable_snapshots;
         VolumeInfo {
             id: volume.record.id,
             name: volume.name.clone(),
@@ -321,7 +358,7 @@ impl<D: Device> Shard<D> {
             created: volume.record.created,
             latched: volume.latched.clone(),
             blocks_allocated: volume.record.blocks_allocated,
-            snapshots: snapshots.map(|sequence| self.snapshot_info(handle, sequence)).collect(),
+            log: volume.log.state(),
             current: volume.durable_tree,
         }
     }
@@ -375,6 +412,9 @@ impl Command {
             | Self::Delete { volume }
             | Self::Close { volume }
             | Self::SetCache { volume, .. }
+            | Self::Page { volume, .. }
+            | Self::Find { volume, .. }
+            | Self::FindAt { volume, .. }
             | Self::Show { volume } => Some(*volume),
         }
     }
@@ -392,6 +432,10 @@ impl Command {
     }
 
     fn changes_the_device(&self) -> bool {
-        !matches!(self, Self::Close { .. } | Self::SetCache { .. } | Self::Show { .. })
+        let looks = matches!(
+            self,
+            Self::Show { .. } | Self::Page { .. } | Self::Find { .. } | Self::FindAt { .. }
+        );
+        !looks && !matches!(self, Self::Close { .. } | Self::SetCache { .. })
     }
 }

@@ -7,25 +7,22 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use bessel_reactor::clock::WallTime;
-use bessel_reactor::units::{BlockAddr, ByteCount, SECTOR_SIZE};
+use bessel_reactor::units::{ByteCount, SECTOR_SIZE};
 
-use crate::format::{
-    LogEntry, NameError, VOLUME_SIZE_MAX, VOLUME_SIZE_MIN, VolumeRecord, check_name,
-};
+use crate::format::{NameError, VOLUME_SIZE_MAX, VOLUME_SIZE_MIN, VolumeRecord, check_name};
 use crate::gc::DeletedVolume;
 use crate::request::{CloneOrigin, CreatePlan, SnapshotId, VolumeId};
+use crate::store::LogPart;
 
-/// A volume as the registry has it, with its snapshot log: all that a shard needs to open it.
+/// A volume as the registry has it, with the end of its snapshot log: all that a shard needs to open it.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct VolumeEntry {
     /// Where its record lives in the registry.
     pub slot: u32,
     /// Its current record.
     pub record: VolumeRecord,
-    /// Its snapshots, oldest first.
-    pub log: Vec<LogEntry>,
-    /// The blocks its log lies in, oldest first: entry `n` is in block `n / 24`.
-    pub log_blocks: Vec<BlockAddr>,
+    /// The newest block of its log; none when it has no snapshot, or is deleted.
+    pub tail: Option<LogPart>,
 }
 
 /// A volume in the directory.
@@ -449,6 +446,8 @@ fn check_size(size: ByteCount) -> Result<(), DirectoryError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use bessel_reactor::units::BlockAddr;
+
     use crate::format::Parent;
     use crate::request::CacheMode;
 
@@ -475,7 +474,7 @@ mod tests {
             name: name.into(),
             parent: Parent::Origin,
         };
-        VolumeEntry { slot, record, log: Vec::new(), log_blocks: Vec::new() }
+        VolumeEntry { slot, record, tail: None }
     }
 
     fn plan(directory: &mut Directory, name: &str) -> Result<CreatePlan, DirectoryError> {

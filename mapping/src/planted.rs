@@ -203,6 +203,11 @@ bugs! {
     FailureUnderCollection,
     /// A volume takes the registry slot of one that was collected, and begins its record anew.
     SlotBegunAnew,
+    // Snapshot logs.
+    /// A log that has not been read counts as one without older snapshots.
+    UnreadLogIsEmpty,
+    /// A volume whose log cannot be read counts as one of which all is known.
+    LostLogIsKnown,
     // The node cache.
     /// A changed node may be evicted.
     EvictsDirty,
@@ -281,7 +286,8 @@ impl<D: Device> Shard<D> {
         handle: VolumeHandle,
         block: VolumeBlock,
     ) -> Option<BlockAddr> {
-        let last = self.volume(handle).log.entries.last()?.root;
+        let log = &self.volume(handle).log;
+        let last = log.get(log.count().checked_sub(1)?).ok()?.root;
         let root = self.cache.find(last)?;
         let current = std::mem::replace(&mut self.volume_mut(handle).root, root);
         let located = self.locate(handle, block);

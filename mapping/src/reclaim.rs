@@ -21,7 +21,7 @@ use bessel_reactor::device::Device;
 use bessel_reactor::units::ByteCount;
 
 use crate::blocking::Blocking;
-use crate::forest::{Forest, Tree, TreeId, UnknownDescent};
+use crate::forest::{Forest, NoAnswer, Tree, TreeId, UnknownDescent};
 use crate::freeing::{Ask, Freeing};
 use crate::request::{Command, Reply, SnapshotId, VolumeId};
 use crate::store::OpenedStore;
@@ -45,17 +45,14 @@ impl ReclaimPlan {
     /// is called may be later, if they get a plan that is carried out after this one.
     ///
     /// # Errors
-    /// When the descent of a tree that matters is not known.
-    ///
-    /// # Panics
-    /// When the forest has no such snapshot.
+    /// When volumes have to be looked at first, or the descent of a tree that matters is not known.
     pub fn new(
         forest: &Forest,
         snapshot: SnapshotId,
         waits: impl Fn(SnapshotId) -> bool,
-    ) -> Result<Self, UnknownDescent> {
-        let tree = forest.tree(snapshot).expect("the caller knows the snapshot");
+    ) -> Result<Self, NoAnswer> {
         let others = forest.neighbours(snapshot, waits)?;
+        let tree = forest.tree(snapshot).ok_or(UnknownDescent(snapshot.volume))?;
         let current = others.keys().filter_map(|id| match id {
             TreeId::Current(volume) => Some(*volume),
             TreeId::Snapshot(_) => None,

@@ -5,6 +5,7 @@ use bessel_reactor::clock::WallTime;
 use bessel_reactor::units::{BlockAddr, ByteCount, Sector};
 
 use crate::format::{LOG_ENTRIES_PER_BLOCK, Parent};
+use crate::snapshot_log::SnapshotLog;
 
 /// A volume that is open on a shard. Small and dense, so the hot path can index with it.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
@@ -187,6 +188,15 @@ pub fn deletions(sequences: &[u64]) -> impl Iterator<Item = &[u64]> {
     })
 }
 
+/// Names a snapshot of a volume.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Which {
+    /// By its position in the log.
+    Sequence(u64),
+    /// By its label.
+    Label(String),
+}
+
 /// A control-path request to the home shard of a volume.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Command {
@@ -275,7 +285,7 @@ pub enum Command {
         /// The new size, at least the old one.
         size: ByteCount,
     },
-    /// Marks the volume deleted and closes it.
+    /// Marks the volume deleted and closes it; answered as [`Command::Close`] is.
     Delete {
         /// Which volume.
         volume: VolumeHandle,
@@ -328,10 +338,39 @@ pub enum Command {
     Refresh,
     /// Counters of the shard.
     Stats,
-    /// What is there: the volume, its snapshots.
+    /// What is there: the volume, and how many snapshots.
     Show {
         /// Which volume.
         volume: VolumeHandle,
+    },
+    /// Snapshots of a volume, in order: up to `limit` of those from sequence `from` on. A page may have
+    /// fewer and not be the last.
+    Page {
+        /// Which volume.
+        volume: VolumeHandle,
+        /// Position in its log.
+        from: u64,
+        /// How many, at most [`PAGE_MAX`](crate::snapshot_log::PAGE_MAX).
+        limit: usize,
+        /// Those that are marked deleted, too.
+        with_deleted: bool,
+    },
+    /// One snapshot, which is not deleted.
+    Find {
+        /// Which volume.
+        volume: VolumeHandle,
+        /// Which snapshot.
+        which: Which,
+    },
+    /// The newest snapshot taken at or before some time, which is not deleted: the best of those that
+    /// some searches find, each of which begins where the one before it has ended.
+    FindAt {
+        /// Which volume.
+        volume: VolumeHandle,
+        /// The time.
+        then: WallTime,
+        /// Snapshots before this position in the log are looked at.
+        before: u64,
     },
     /// Commits everything and gives unused claims back, before the process ends.
     Shutdown,
@@ -348,8 +387,11 @@ pub enum Reply {
     Closed {
         /// Why what was not durable is lost; none when all of it is durable.
         failed: Option<String>,
+        /// Its snapshots, as far as they were known: to look at, and since to forget a million takes a
+        /// time that a reactor has not.
+        log: Box<SnapshotLog>,
     },
-    /// The snapshot is durable.
+    /// The snapshot is durable, or was found.
     Snapshot(SnapshotInfo),
     /// These snapshots are marked deleted, durably. The answer to [`Command::DeleteSnapshots`].
     Deleted(Vec<u64>),
@@ -366,6 +408,20 @@ pub enum Reply {
     Watched(Box<crate::walk::BlockSet>),
     /// The answer to [`Command::Show`].
     Volume(Box<VolumeInfo>),
+    /// The answer to [`Command::Page`].
+    Page {
+        /// The snapshots.
+        snapshots: Vec<SnapshotInfo>,
+        /// Where the next page begins; none when this was the last.
+        next: Option<u64>,
+    },
+    /// The answer to [`Command::FindAt`].
+    FoundAt {
+        /// The newest of those looked at.
+        found: Option<SnapshotInfo>,
+        /// Those before this position have not been looked at; 0 when all were.
+        rest: u64,
+    },
     /// The answer to [`Command::Stats`].
     Stats(Box<ShardStats>),
     /// Refused or failed; nothing changed unless the message says so.
@@ -439,6 +495,17 @@ pub enum CommandError {
     /// A block on the device contradicts itself.
     #[error("{0}")]
     Corrupt(String),
+    /// Older snapshots of the volume cannot be read from its log.
+    #[error(
+        "snapshots before {before} cannot be read: {why}; guests, newer snapshots and new ones go on; run \
+         `bessel check`, and `bessel volume detach` and `bessel volume attach` to read them again"
+    )]
+    Log {
+        /// Snapshots before this one.
+        before: SnapshotId,
+        /// Why.
+        why: String,
+    },
     /// There is no such snapshot.
     #[error("no such snapshot")]
     NoSuchSnapshot,
@@ -481,6 +548,19 @@ pub struct SnapshotInfo {
     pub parent: Parent,
 }
 
+/// What is known of a volume's snapshot log.
+#[derive(Clone, PartialEq, Eq, Default, Debug)]
+pub struct LogState {
+    /// Snapshots that were ever taken, deleted ones included.
+    pub taken: u64,
+    /// Those that are not deleted, of what is known.
+    pub live: u64,
+    /// Snapshots, the oldest ones, that are not known: they have not been read yet, or cannot be.
+    pub out_of_reach: u64,
+    /// Why they cannot be read, if so.
+    pub fault: Option<String>,
+}
+
 /// A volume's current tree, as the device has it: a snapshot under way has not changed it yet.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct CurrentTree {
@@ -511,8 +591,8 @@ pub struct VolumeInfo {
     pub latched: Option<String>,
     /// Metadata and data blocks allocated for it since its newest snapshot.
     pub blocks_allocated: u64,
-    /// Its snapshots, oldest first, deleted ones included.
-    pub snapshots: Vec<SnapshotInfo>,
+    /// Its snapshots, as far as they are known.
+    pub log: LogState,
     /// Its current tree.
     pub current: CurrentTree,
 }

@@ -6,8 +6,12 @@
 //! A volume has at most one scheduled snapshot under way. When the next is due before it is answered,
 //! that one is skipped and counted: a slow device gets fewer snapshots, not a queue of them. Nor is a
 //! stall made up for afterwards.
+//!
+//! A volume may have a million snapshots. What a schedule knows of them it is told in pieces, and thinning
+//! looks at some thousands at a time; it begins when all are known.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::ops::Bound;
 use std::time::Duration;
 
 use bessel_reactor::clock::{Instant, WallTime};
@@ -22,6 +26,10 @@ pub const EVERY_MAX: Duration = Duration::from_secs(365 * 24 * 3600);
 pub const AGES_MAX: usize = 16;
 /// Least time between two rounds of thinning: each writes the log blocks of what goes.
 const THIN_INTERVAL: Duration = Duration::from_secs(1);
+/// Snapshots that thinning looks at, and most that go, at once: those after them follow soon.
+const THIN_STEP: usize = 4096;
+/// Time from one such step to the next.
+const THIN_STEP_INTERVAL: Duration = Duration::from_millis(5);
 
 /// How often a volume's snapshots are taken, and which are kept.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -148,14 +156,14 @@ pub fn to_thin(snapshots: &[Known], keep: &Keep, now: WallTime) -> Vec<u64> {
             // The oldest of each period that a spacing makes, by the age it is of.
             let mut kept: HashMap<(usize, u64), (WallTime, u64)> = HashMap::new();
             for it in snapshots {
-                if let Some(Place::Period(period)) = place(it, ages, now) {
+                if let Some(Place::Period(period)) = place(it.time, ages, now) {
                     let this = (it.time, it.sequence);
                     kept.entry(period)
                         .and_modify(|oldest| *oldest = this.min(*oldest))
                         .or_insert(this);
                 }
             }
-            let stays = |it: &Known| match place(it, ages, now) {
+            let stays = |it: &Known| match place(it.time, ages, now) {
                 None => false,
                 Some(Place::Free) => true,
                 Some(Place::Period(period)) => kept[&period] == (it.time, it.sequence),
@@ -175,8 +183,8 @@ enum Place {
 }
 
 /// None when it is older than anything that stays.
-fn place(snapshot: &Known, ages: &[Age], now: WallTime) -> Option<Place> {
-    let time = snapshot.time.as_unix_nanos();
+fn place(time: WallTime, ages: &[Age], now: WallTime) -> Option<Place> {
+    let time = time.as_unix_nanos();
     // A clock that was set back leaves snapshots of the future, which are as young as can be.
     let age = Duration::from_nanos(now.as_unix_nanos().saturating_sub(time));
     let index = ages.iter().position(|it| age <= it.up_to)?;
@@ -205,8 +213,62 @@ pub struct ScheduleCounters {
 pub struct Due {
     /// Take a snapshot, and say [`Timetable::taken`] or [`Timetable::failed`].
     pub snapshot: bool,
-    /// Delete these snapshots, if any, and say [`Timetable::thinned`].
+    /// Delete these snapshots, if any, and say [`Timetable::thinned`]. In the order of the log.
     pub thin: Vec<u64>,
+}
+
+/// Snapshots of a volume that are not deleted, as far as some of them may go. Those that somebody else
+/// takes or deletes it is told of.
+#[derive(Clone, Default, Debug)]
+struct Live {
+    plain: BTreeMap<u64, WallTime>,
+    labelled: BTreeMap<u64, WallTime>,
+    /// All of them by age, where that matters: those of one period follow one another.
+    by_time: BTreeSet<(WallTime, u64)>,
+}
+
+impl Live {
+    fn insert(&mut self, snapshot: Known, keep: &Keep) {
+        self.remove(snapshot.sequence);
+        let Known { sequence, time, labelled } = snapshot;
+        match keep {
+            Keep::All => return,
+            Keep::Newest(_) => {}
+            Keep::Ages(_) => {
+                self.by_time.insert((time, sequence));
+            }
+        }
+        let of_kind = if labelled { &mut self.labelled } else { &mut self.plain };
+        of_kind.insert(sequence, time);
+    }
+
+    fn remove(&mut self, sequence: u64) {
+        let time = self.plain.remove(&sequence).or_else(|| self.labelled.remove(&sequence));
+        if let Some(time) = time {
+            self.by_time.remove(&(time, sequence));
+        }
+    }
+
+    /// The newest one by its place in the log.
+    fn newest(&self) -> Option<u64> {
+        let last = |of_kind: &BTreeMap<u64, WallTime>| of_kind.last_key_value().map(|(it, _)| *it);
+        last(&self.plain).max(last(&self.labelled))
+    }
+
+    /// One that thinning may delete, if it is not to be kept.
+    fn may_go(&self, sequence: u64, newest: u64) -> bool {
+        let labelled = || self.labelled.contains_key(&sequence) && !planted::is(Bug::ThinsLabelled);
+        sequence != newest && !labelled()
+    }
+}
+
+/// A look at all snapshots from old to young, a step at a time. The time is that of its beginning.
+#[derive(Clone, Copy, Debug)]
+struct Pass {
+    now: WallTime,
+    after: Option<(WallTime, u64)>,
+    /// The period that was looked at last.
+    period: Option<(usize, u64)>,
 }
 
 /// A volume's schedule under way. See the module's documentation.
@@ -219,8 +281,11 @@ pub struct Timetable {
     taking: bool,
     /// A deletion is.
     thinning: bool,
-    /// Snapshots that are not deleted. Those that somebody else takes or deletes it is told of.
-    live: BTreeMap<u64, (WallTime, bool)>,
+    live: Live,
+    /// All snapshots that there were at the beginning are known.
+    complete: bool,
+    /// How far the look at all snapshots has come that is under way.
+    pass: Option<Pass>,
     counters: ScheduleCounters,
 }
 
@@ -230,15 +295,26 @@ impl Timetable {
     /// # Panics
     /// When the schedule makes no sense: it is checked where it comes in.
     pub fn new(schedule: Schedule, now: Instant, live: impl IntoIterator<Item = Known>) -> Self {
+        let mut table = Self::begin(schedule, now);
+        table.known(live, true);
+        table
+    }
+
+    /// The same, of a volume whose snapshots come later, by [`Timetable::known`].
+    ///
+    /// # Panics
+    /// When the schedule makes no sense: it is checked where it comes in.
+    pub fn begin(schedule: Schedule, now: Instant) -> Self {
         assert_eq!(schedule.check(), Ok(()), "{schedule:?}");
-        let live = live.into_iter().map(|it| (it.sequence, (it.time, it.labelled)));
         Self {
             thin_due: now.after(schedule.every.max(THIN_INTERVAL)),
             schedule,
             due: now,
             taking: false,
             thinning: false,
-            live: live.collect(),
+            live: Live::default(),
+            complete: false,
+            pass: None,
             counters: ScheduleCounters::default(),
         }
     }
@@ -271,25 +347,60 @@ impl Timetable {
         }
         if self.thin_due <= now {
             self.thin_due = now.after(self.schedule.every.max(THIN_INTERVAL));
-            if !self.thinning {
-                due.thin = self.to_thin(wall);
+            if !self.thinning && self.complete {
+                due.thin = self.next_to_thin(wall);
                 self.thinning = !due.thin.is_empty();
+                if self.pass.is_some() {
+                    self.thin_due = now.after(THIN_STEP_INTERVAL);
+                }
             }
         }
         due
     }
 
-    fn to_thin(&self, wall: WallTime) -> Vec<u64> {
-        if self.schedule.keep == Keep::All {
-            return Vec::new();
+    /// Some of the snapshots that the volume had at the beginning; `complete` with the last of them.
+    pub fn known(&mut self, snapshots: impl IntoIterator<Item = Known>, complete: bool) {
+        snapshots.into_iter().for_each(|snapshot| self.note(snapshot));
+        self.complete |= complete;
+    }
+
+    /// Some of what goes: what [`to_thin`] says, a step at a time.
+    fn next_to_thin(&mut self, wall: WallTime) -> Vec<u64> {
+        let Some(newest) = self.live.newest() else { return Vec::new() };
+        match &self.schedule.keep {
+            Keep::All => Vec::new(),
+            Keep::Newest(count) => {
+                let excess = (self.live.plain.len() as u64).saturating_sub(*count);
+                let plain = self.live.plain.keys().copied();
+                let oldest = plain.filter(|it| self.live.may_go(*it, newest)).take(excess as usize);
+                oldest.take(THIN_STEP).collect()
+            }
+            Keep::Ages(ages) => {
+                let start = Pass { now: wall, after: None, period: None };
+                let mut pass = self.pass.take().unwrap_or(start);
+                let from = pass.after.map_or(Bound::Unbounded, Bound::Excluded);
+                let mut gone = Vec::new();
+                let from_old_to_young = self.live.by_time.range((from, Bound::Unbounded));
+                for (seen, &(time, sequence)) in from_old_to_young.enumerate() {
+                    if seen == THIN_STEP {
+                        self.pass = Some(pass);
+                        break;
+                    }
+                    pass.after = Some((time, sequence));
+                    let stays = match place(time, ages, pass.now) {
+                        None => false,
+                        Some(Place::Free) => true,
+                        // They come in order of age, so the first of a period is its oldest.
+                        Some(Place::Period(period)) => pass.period.replace(period) != Some(period),
+                    };
+                    if !stays && self.live.may_go(sequence, newest) {
+                        gone.push(sequence);
+                    }
+                }
+                gone.sort_unstable();
+                gone
+            }
         }
-        let known = |(sequence, (time, labelled)): (&u64, &(WallTime, bool))| Known {
-            sequence: *sequence,
-            time: *time,
-            labelled: *labelled,
-        };
-        let live: Vec<Known> = self.live.iter().map(known).collect();
-        to_thin(&live, &self.schedule.keep, wall)
     }
 
     /// True while an answer to a snapshot is waited for.
@@ -301,7 +412,7 @@ impl Timetable {
     pub fn taken(&mut self, sequence: u64, time: WallTime) {
         self.taking = false;
         self.counters.taken += 1;
-        self.live.insert(sequence, (time, false));
+        self.note(Known { sequence, time, labelled: false });
     }
 
     /// The snapshot that was due could not be taken.
@@ -330,12 +441,12 @@ impl Timetable {
 
     /// Somebody has taken a snapshot, or given one a label or taken it away.
     pub fn note(&mut self, snapshot: Known) {
-        self.live.insert(snapshot.sequence, (snapshot.time, snapshot.labelled));
+        self.live.insert(snapshot, &self.schedule.keep);
     }
 
     /// Somebody has deleted a snapshot.
     pub fn forget(&mut self, sequence: u64) {
-        self.live.remove(&sequence);
+        self.live.remove(sequence);
     }
 }
 
@@ -499,6 +610,65 @@ mod tests {
             let schedule = Schedule { every, keep: Keep::All };
             assert_eq!(schedule.check(), Err(ScheduleError::Every(every)));
         }
+    }
+
+    /// In steps, with the snapshots told in pieces, it deletes what [`to_thin`] says.
+    #[test]
+    fn thinning_a_long_history_in_steps_deletes_the_same() {
+        for seed in 0..400 {
+            let random = &mut Random::new(seed);
+            let keep = policy(random);
+            let mut snapshots = history(random);
+            if seed % 20 == 0 {
+                let long = (0..10_000).map(|it| known(it, 1_000 * S + it * (S / 40)));
+                snapshots = long.collect();
+            }
+            let schedule = Schedule { every: EVERY_MAX, keep: keep.clone() };
+            let (mut now, wall) = (0, WallTime::from_unix_nanos(1_400 * S));
+            let mut table = Timetable::begin(schedule, Instant::from_nanos(0));
+            table.poll(Instant::from_nanos(0), wall);
+            for piece in snapshots.chunks(64) {
+                table.thin_due = Instant::from_nanos(now);
+                assert_eq!(
+                    table.poll(Instant::from_nanos(now), wall).thin,
+                    [],
+                    "not all are known"
+                );
+                table.known(piece.iter().copied(), false);
+                now += 1;
+            }
+            table.known([], true);
+            let mut gone: Vec<u64> = Vec::new();
+            // Until a look at all of them finds nothing more.
+            let mut found = true;
+            while std::mem::take(&mut found) {
+                loop {
+                    table.thin_due = Instant::from_nanos(now);
+                    let thin = table.poll(Instant::from_nanos(now), wall).thin;
+                    assert!(thin.is_sorted() && thin.len() <= THIN_STEP);
+                    now += 1;
+                    if !thin.is_empty() {
+                        found = true;
+                        gone.extend(&thin);
+                        table.thinned(Some(&thin));
+                    }
+                    if table.pass.is_none() {
+                        break;
+                    }
+                }
+            }
+            gone.sort_unstable();
+            assert_eq!(gone, to_thin(&snapshots, &keep, wall), "seed {seed}");
+        }
+    }
+
+    #[test]
+    fn a_schedule_that_keeps_all_remembers_none() {
+        let mut table = timetable(Keep::All);
+        for sequence in 0..100 {
+            table.note(known(sequence, sequence));
+        }
+        assert!(table.live.plain.is_empty() && table.live.by_time.is_empty());
     }
 
     fn timetable(keep: Keep) -> Timetable {

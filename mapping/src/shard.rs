@@ -22,6 +22,7 @@ use crate::extents::{Authority, Step};
 use crate::flusher::{FlushWaiter, Flusher};
 use crate::format::{ExtentMap, Geometry, TagKey};
 use crate::journal::{Change, Entry as JournalEntry, Journal};
+use crate::log_loads::{LOG_LOADS_MAX, LogLoads};
 use crate::message::{BlockKind, Message};
 use crate::nodes::cache::{FrameId, NodeCache};
 use crate::pipeline::{BOUNCE_BYTES, Piece, Request, WaitingOnNode, Work};
@@ -62,8 +63,8 @@ impl ShardConfig {
     /// Device operations that the shard may have in flight: open its device with this depth.
     pub fn device_depth(&self) -> usize {
         let images = images_for(self.node_cache);
-        // Pieces, node loads, images of rounds and of commands, the authority, a flush.
-        self.pieces_max() + LOADS_MAX + images + SEALED_IMAGES + 2
+        // Pieces, node and log loads, images of rounds and of commands, the authority, a flush.
+        self.pieces_max() + LOADS_MAX + LOG_LOADS_MAX + images + SEALED_IMAGES + 2
     }
 
     fn pieces_max(&self) -> usize {
@@ -90,10 +91,13 @@ pub(crate) enum TokenKind {
     Flush,
     /// The allocation authority's one I/O.
     Authority,
+    /// The read of a block of a snapshot log.
+    Log,
 }
 
 impl TokenKind {
-    const ALL: [Self; 5] = [Self::Piece, Self::Node, Self::Image, Self::Flush, Self::Authority];
+    const ALL: [Self; 6] =
+        [Self::Piece, Self::Node, Self::Image, Self::Flush, Self::Authority, Self::Log];
 
     pub(crate) const fn token(self, index: u32) -> Token {
         Token((self as u64) << 32 | index as u64)
@@ -145,6 +149,7 @@ pub struct Shard<D: Device> {
     /// Work whose node cannot be had: it fails before this turn ends.
     pub(crate) doomed: Vec<(Work, CommandError)>,
     pub(crate) double_uses: u64,
+    pub(crate) log_loads: LogLoads,
 
     pub(crate) images: BufferPool,
     pub(crate) sealed_images: BufferPool,
@@ -234,6 +239,7 @@ impl<D: Device> Shard<D> {
             parked_on_nodes: Vec::with_capacity(config.requests_max + pieces_max),
             doomed: Vec::new(),
             double_uses: 0,
+            log_loads: LogLoads::new(),
             images: BufferPool::new(images, BLOCK_SIZE as usize),
             sealed_images: BufferPool::new(SEALED_IMAGES, BLOCK_SIZE as usize),
             image_writes: Slab::new(images + SEALED_IMAGES),
@@ -299,6 +305,7 @@ impl<D: Device> Shard<D> {
             self.commit_in_background();
         }
         self.start_rounds();
+        self.start_log_loads();
         self.pass_barriers();
         self.send_claims();
         self.poll_authority();
@@ -414,6 +421,7 @@ impl<D: Device> Shard<D> {
             TokenKind::Node => self.node_loaded(FrameId(index), result),
             TokenKind::Image => self.image_written(index, result),
             TokenKind::Flush => self.flush_completed(result),
+            TokenKind::Log => self.log_loaded(index, result),
             TokenKind::Authority => {
                 let authority = self.authority.as_mut().expect("it submitted the I/O");
                 let step = authority.completed(result, &mut self.device);

@@ -7,15 +7,19 @@
 //! |-------------|------------------------------------------------------------------------|
 //! | `probe.rs`  | says what a device holds, so that nobody formats over a file system    |
 //! | `create.rs` | makes a store, its superblock last                                     |
-//! | `open.rs`   | reads everything but the trees; raises the host's epoch                |
+//! | `open.rs`   | reads everything but trees and old snapshots; raises the host's epoch  |
+//! | `log.rs`    | walks snapshot logs, from their newest block back                      |
 //! | `reopen.rs` | reads one volume of an open store again                                |
 
 mod create;
+mod log;
 mod open;
 mod probe;
 mod reopen;
 
 pub use create::{FormatError, FormatOptions, FormatReport, format};
+pub(crate) use log::first_of_block;
+pub use log::{LogFault, LogPart, LogWalk, WholeLog, read_log};
 pub(crate) use open::{Losses, survey};
 pub use open::{OpenError, OpenMode, OpenedStore, begin_life, close, open};
 pub use probe::{Found, probe};

@@ -75,6 +75,8 @@ pub(crate) struct Volume {
     /// What everybody calls it. Follows the record once that is durable.
     pub(crate) name: String,
     pub(crate) log: SnapshotLog,
+    /// A block of its log is being read.
+    pub(crate) log_loading: bool,
     pub(crate) cache: CacheMode,
     /// Sectors a guest may address. Follows the record once that is durable.
     pub(crate) sectors: u64,
@@ -110,8 +112,6 @@ pub(crate) struct Volume {
     pub(crate) write_mark: Option<u64>,
     /// Snapshots that wait for the requests up to a stamp: (stamp, sequence).
     pub(crate) settling: VecDeque<(u64, u64)>,
-    /// Snapshot log entries that the device has.
-    pub(crate) durable_snapshots: u64,
     /// The tree that the record on the device names.
     pub(crate) durable_tree: CurrentTree,
 
@@ -139,7 +139,6 @@ impl Volume {
             slot,
             cache: record.cache,
             sectors: record.size.sectors(),
-            durable_snapshots: record.log_count,
             name: record.name.clone(),
             durable_tree: CurrentTree {
                 root: record.root,
@@ -149,6 +148,7 @@ impl Volume {
             record,
             unpublished: false,
             log,
+            log_loading: false,
             root,
             dirty: Vec::with_capacity(256),
             dirty_since: None,

@@ -3,12 +3,15 @@
 //!
 //! The API sends it closures and waits for their results, so each operation reads top down as a
 //! method of [`ControlPlane`] and never meets another half done. It reaches the reactors by
-//! messages only (see `attach`); a reactor never waits for it.
+//! messages only (see `attach`); a reactor never waits for it. What takes long it does in pieces, between
+//! two operations.
 
 use crate::api::Refusal;
-use crate::plane::ControlPlane;
-use std::sync::{Arc, mpsc};
+use crate::plane::{ControlPlane, Step};
+use std::sync::Arc;
+use std::sync::mpsc::{self, RecvTimeoutError, TryRecvError};
 use std::thread::JoinHandle;
+use std::time::Duration;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 
 /// Most imports at once: each has a thread, a connection, and a MiB on its way to the device.
@@ -38,7 +41,7 @@ impl Control {
         let (jobs, inbox) = mpsc::channel::<Job>();
         let thread =
             std::thread::Builder::new().name("bessel-control".to_owned()).spawn(move || {
-                for job in inbox {
+                while let Some(job) = next_job(&inbox, &mut plane) {
                     job(&mut plane);
                 }
                 plane
@@ -97,6 +100,27 @@ impl Control {
         });
         self.jobs.send(job).map_err(|_| Refusal::stopping())?;
         answered.await.unwrap_or_else(|_| Err(Refusal::stopping()))
+    }
+}
+
+/// How soon to look again whether what the plane waits for has come.
+const LOOK: Duration = Duration::from_millis(10);
+
+/// Waits for the next operation, and has the plane do in the meantime what it has put off. None when
+/// nobody can ask for anything any more.
+fn next_job(inbox: &mpsc::Receiver<Job>, plane: &mut ControlPlane) -> Option<Job> {
+    loop {
+        match plane.work() {
+            Step::Done => return inbox.recv().ok(),
+            Step::More => match inbox.try_recv() {
+                Err(TryRecvError::Empty) => {}
+                other => return other.ok(),
+            },
+            Step::Later => match inbox.recv_timeout(LOOK) {
+                Err(RecvTimeoutError::Timeout) => {}
+                other => return other.ok(),
+            },
+        }
     }
 }
 

@@ -9,6 +9,7 @@ mod attachment;
 mod collect;
 mod forest;
 mod import;
+mod logs;
 mod open;
 mod schedule;
 mod tree;
@@ -16,8 +17,8 @@ mod view;
 mod walks;
 
 use crate::api::types::{
-    JobView, LatencyView, RolledBack, SnapshotCreated, SnapshotDeleted, SnapshotView, StatsView,
-    StoreView, VolumeView,
+    JobView, LatencyView, ReclaimView, RolledBack, SnapshotCreated, SnapshotDeleted, SnapshotView,
+    StatsView, StoreView, VolumeView,
 };
 use crate::api::{Refusal, RefusalKind};
 use crate::attach::{CoreCounters, CoreMessage, CorePort, VolumeHost};
@@ -25,30 +26,34 @@ use crate::config::GcConfig;
 use crate::jobs::Jobs;
 use crate::placement::Placement;
 use crate::reclaimer::{Reclaimer, Stopper};
-use crate::reference::{Moment, SnapshotReference};
+use crate::reference::SnapshotReference;
 use crate::scheduler::Schedules;
-use crate::time::rfc3339;
 use bessel_mapping::directory::{Directory, DirectoryError, VolumeSummary};
+use bessel_mapping::forest::Forest;
 use bessel_mapping::format::{ExtentMap, ExtentType, Geometry};
-use bessel_mapping::reclaim::ReclaimPlan;
 use bessel_mapping::request::{
     CacheMode, CloneOrigin, Command, CommandError, Reply, ShardStats, SnapshotId, SnapshotInfo,
-    VolumeHandle, VolumeId, VolumeInfo, deletions,
+    VolumeHandle, VolumeId, VolumeInfo, Which, deletions,
 };
 use bessel_mapping::schedule::ScheduleCounters;
+use bessel_mapping::snapshot_log::SnapshotLog;
 use bessel_mapping::store::OpenedStore;
 use bessel_mapping::volume::VolumeCounters;
-use bessel_reactor::clock::{Instant, SystemClock, WallTime};
+use bessel_reactor::clock::{Instant, SystemClock};
 use bessel_reactor::units::{BLOCK_SIZE, ByteCount};
 use bessel_vhost::ServerHandle;
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
 use attachment::{Condition, Detached};
 use collect::Collections;
+pub(crate) use forest::Step;
+use forest::Unplanned;
 use import::Importing;
+use logs::KeptLogs;
+pub(crate) use logs::Needed;
 pub(crate) use open::Service;
 use schedule::Scheduled;
 pub(crate) use view::uuid;
@@ -112,8 +117,12 @@ pub(crate) struct ControlPlane {
     unopened: BTreeMap<VolumeId, Service>,
     /// Volumes that are not served in this life, since they could not be restored.
     withheld: BTreeSet<VolumeId>,
-    /// Snapshots of volumes that were deleted since the start: clones may descend from them.
-    departed: BTreeMap<VolumeId, Vec<SnapshotInfo>>,
+    /// Logs of volumes that are not open: of detached ones, and of deleted ones whose clones live.
+    kept: KeptLogs,
+    forest: Forest,
+    unplanned: Unplanned,
+    /// Volumes whose schedule is still to be told of snapshots, from this position of the log on.
+    to_be_told: VecDeque<(VolumeId, u64)>,
     store: StoreFacts,
     /// Frees what deleted snapshots alone held, and collects; none once the daemon stops.
     reclaimer: Option<Reclaimer>,
@@ -160,7 +169,10 @@ impl ControlPlane {
             detached: BTreeMap::new(),
             unopened: BTreeMap::new(),
             withheld: BTreeSet::new(),
-            departed: BTreeMap::new(),
+            kept: KeptLogs::default(),
+            forest: Forest::default(),
+            unplanned: Unplanned::default(),
+            to_be_told: VecDeque::new(),
             store,
             api_socket,
             started: clock.now(),
@@ -276,42 +288,40 @@ impl ControlPlane {
 
     /// A label for what a rollback leaves, so that nothing thins it and everybody sees what it is.
     fn label_of_abandoned(&self, id: VolumeId) -> Answered<String> {
-        let snapshots = self.info(id)?.snapshots;
-        let live = snapshots.iter().filter(|snapshot| !snapshot.deleted);
-        let taken: BTreeSet<&str> = live.filter_map(|it| it.label.as_deref()).collect();
-        let mut candidates = (snapshots.len()..).map(|at| format!("before-rollback-{at}"));
-        Ok(candidates.find(|label| !taken.contains(&**label)).expect("labels are finite"))
+        for at in self.info(id)?.log.taken.. {
+            let label = format!("before-rollback-{at}");
+            if self.look_up(id, Which::Label(label.clone()))?.is_none() {
+                return Ok(label);
+            }
+        }
+        unreachable!("a volume has fewer labels than there are numbers")
     }
 
     pub(crate) fn delete_volume(&mut self, name: &str) -> Answered<VolumeView> {
         let (id, handle, home) = self.find_served(name)?;
         self.pins.check_volume_free(id)?;
         let view = self.show_volume(name)?;
-        let snapshots = self.info(id)?.snapshots;
         self.without_front_ends(id, name, "stop the guest first", |plane| {
             plane.schedules.end(id);
-            let deleted = plane.ask(home, Command::Delete { volume: handle });
-            if let Err(refusal) = deleted {
-                plane.begin_schedule(id);
-                return Err(refusal);
-            }
+            let log = match plane.ask(home, Command::Delete { volume: handle }) {
+                Ok(Reply::Closed { log, .. }) => log,
+                Ok(reply) => unreachable!("deleting a volume was answered with {reply:?}"),
+                Err(refusal) => {
+                    plane.begin_schedule(id);
+                    return Err(refusal);
+                }
+            };
             let served = plane.served.remove(&id).expect("it was found above");
             plane.placement.remove(served.home, served.queues);
             plane.directory.removed(id);
             plane.collections.note_deletion();
-            plane.departed.insert(id, snapshots);
+            plane.kept.insert(id, log);
             Ok(())
         })?;
         Ok(view)
     }
 
     // Snapshots.
-
-    pub(crate) fn list_snapshots(&mut self, name: &str) -> Answered<Vec<SnapshotView>> {
-        let snapshots = self.snapshots_of(self.find(name)?)?;
-        let live = snapshots.iter().filter(|snapshot| !snapshot.deleted);
-        Ok(live.map(|snapshot| view::snapshot(snapshot, name)).collect())
-    }
 
     pub(crate) fn create_snapshot(
         &mut self,
@@ -364,40 +374,6 @@ impl ControlPlane {
         let left_to_collector = self.reclaim(id, &[sequence]).err();
         let snapshot = self.view_of_snapshot(&found)?;
         Ok(SnapshotDeleted { snapshot, clones, left_to_collector })
-    }
-
-    /// Has what these snapshots of a volume alone held freed. Their marks are durable.
-    ///
-    /// # Errors
-    /// Why that, for some of them, is left to the collector.
-    fn reclaim(&mut self, volume: VolumeId, sequences: &[u64]) -> Result<(), String> {
-        self.collections.note_deletion();
-        let Some(reclaimer) = &self.reclaimer else { return Ok(()) };
-        let left = |why: String| {
-            sequences.iter().for_each(|_| reclaimer.leave());
-            Err(why)
-        };
-        if let Some(slot) = self.directory.unreadable() {
-            return left(format!("the volume record in registry slot {slot} cannot be read"));
-        }
-        let forest = match self.forest_of(volume) {
-            Ok(forest) => forest,
-            Err(refusal) => return left(refusal.to_string()),
-        };
-        let mut outcome = Ok(());
-        for (index, &sequence) in sequences.iter().enumerate() {
-            // One after the other, so those that come later are still there.
-            let later = &sequences[index + 1..];
-            let waits = |id: SnapshotId| id.volume == volume && later.contains(&id.sequence);
-            match ReclaimPlan::new(&forest, SnapshotId { volume, sequence }, waits) {
-                Ok(plan) => reclaimer.push(plan),
-                Err(error) => {
-                    reclaimer.leave();
-                    outcome = Err(error.to_string());
-                }
-            }
-        }
-        outcome
     }
 
     /// Deletes those of a volume's snapshots that have no label: what thinning asks for. Returns which
@@ -489,10 +465,15 @@ impl ControlPlane {
                 .collect(),
             volumes,
             snapshot_latency: self.snapshot_latency(),
-            reclaim: self.reclaimer.as_ref().map(Reclaimer::counters).unwrap_or_default(),
+            reclaim: self.reclaim_counters(),
             gc: self.reclaimer.as_ref().map(Reclaimer::gc).unwrap_or_default(),
             jobs: self.jobs.list(),
         })
+    }
+
+    fn reclaim_counters(&self) -> ReclaimView {
+        let counters = self.reclaimer.as_ref().map(Reclaimer::counters).unwrap_or_default();
+        ReclaimView { waiting: counters.waiting + self.unplanned.len(), ..counters }
     }
 
     fn shard_stats(&self, home: usize) -> Answered<ShardStats> {
@@ -543,6 +524,16 @@ impl ControlPlane {
             p99_ns: all.value_at_quantile(0.99),
             max_ns: all.max(),
         }
+    }
+
+    // Between operations.
+
+    /// Does a little of what is to be done when nobody asks for anything.
+    pub(crate) fn work(&mut self) -> Step {
+        let reading = if self.read_kept_logs() { Step::More } else { Step::Done };
+        let steps = [reading, self.plan_what_waits(), self.tell_schedules()];
+        let first = |wanted| steps.contains(&wanted).then_some(wanted);
+        first(Step::More).or_else(|| first(Step::Later)).unwrap_or(Step::Done)
     }
 
     // The end.
@@ -634,33 +625,6 @@ impl ControlPlane {
         }
     }
 
-    fn find_snapshot(&self, reference: &SnapshotReference) -> Answered<SnapshotInfo> {
-        let missing = || Refusal::not_found(format!("there is no snapshot {reference}"));
-        let volume = match reference {
-            SnapshotReference::Id(SnapshotId { volume, .. }) => *volume,
-            SnapshotReference::Label { volume, .. } | SnapshotReference::Time { volume, .. } => {
-                self.find(volume)?.id
-            }
-        };
-        if self.directory.get(volume).is_none_or(|volume| volume.deleted) {
-            return Err(missing());
-        }
-        let now = self.clock.wall();
-        let snapshots = self.info(volume)?.snapshots.into_iter();
-        let mut live = snapshots.filter(|snapshot| !snapshot.deleted);
-        let found = match reference {
-            SnapshotReference::Id(id) => live.find(|snapshot| snapshot.id == *id),
-            SnapshotReference::Label { label, .. } => {
-                live.find(|snapshot| snapshot.label.as_ref() == Some(label))
-            }
-            SnapshotReference::Time { volume, moment } => {
-                let live: Vec<SnapshotInfo> = live.collect();
-                return newest_at(live, moment, volume, now).map_err(Refusal::not_found);
-            }
-        };
-        found.ok_or_else(missing)
-    }
-
     /// What a clone of the snapshot starts from, once the snapshot has settled.
     fn settled_origin(&self, reference: &SnapshotReference) -> Answered<CloneOrigin> {
         let mut snapshot = self.find_snapshot(reference)?;
@@ -742,43 +706,16 @@ impl ControlPlane {
             None => {
                 let condition = self.condition_of_closed(volume.id, &volume.name);
                 Ok(match self.detached.get(&volume.id) {
-                    Some(detached) => view::detached_volume(volume, detached, condition),
+                    Some(detached) => {
+                        let log = self.kept.get(volume.id).map(SnapshotLog::state);
+                        let log = log.unwrap_or_default();
+                        view::detached_volume(volume, detached, &log, condition)
+                    }
                     None => view::closed_volume(volume, condition),
                 })
             }
         }
     }
-}
-
-/// The newest of a volume's snapshots that had been taken by `moment`; else a line that says which
-/// there are.
-fn newest_at(
-    live: Vec<SnapshotInfo>,
-    moment: &Moment,
-    volume: &str,
-    now: WallTime,
-) -> Result<SnapshotInfo, String> {
-    // A clock that was set back has given a later snapshot an earlier time.
-    let age = |snapshot: &SnapshotInfo| (snapshot.time, snapshot.id.sequence);
-    let text = moment.to_string();
-    if let Some(labelled) = live.iter().find(|it| it.label.as_ref() == Some(&text)) {
-        return Err(format!(
-            "{volume}@{text} may be the label of snapshot {id} or a time; write {id}, or the time \
-             another way",
-            id = labelled.id
-        ));
-    }
-    let then = moment.seen_from(now);
-    let Some(oldest) = live.iter().min_by_key(|it| age(it)) else {
-        return Err(format!("volume {volume:?} has no snapshot at all"));
-    };
-    let none = format!(
-        "volume {volume:?} has no snapshot at or before {}; its oldest is {} of {}",
-        rfc3339(then),
-        oldest.id,
-        rfc3339(oldest.time)
-    );
-    live.into_iter().filter(|snapshot| snapshot.time <= then).max_by_key(age).ok_or(none)
 }
 
 /// The API's word for what the directory refused.
@@ -803,47 +740,10 @@ fn refuse_command(error: CommandError) -> Refusal {
         | CommandError::LabelTaken(_)
         | CommandError::InUse
         | CommandError::Limit(_) => RefusalKind::Conflict,
-        CommandError::Device(_) | CommandError::Corrupt(_) => RefusalKind::Damaged,
+        CommandError::Device(_) | CommandError::Corrupt(_) | CommandError::Log { .. } => {
+            RefusalKind::Damaged
+        }
         CommandError::Latched(_) => RefusalKind::Failed,
     };
     Refusal::new(kind, error.to_string())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use bessel_mapping::format::Parent;
-    use bessel_reactor::units::BlockAddr;
-
-    fn snapshot(sequence: u64, seconds: u64, label: Option<&str>) -> SnapshotInfo {
-        SnapshotInfo {
-            id: SnapshotId { volume: VolumeId(1), sequence },
-            time: WallTime::from_unix_nanos(seconds * 1_000_000_000),
-            label: label.map(str::to_owned),
-            size: ByteCount::new(4096),
-            root: BlockAddr::new(1000),
-            height: 3,
-            deleted: false,
-            settling: false,
-            blocks_allocated: 0,
-            parent: Parent::Origin,
-        }
-    }
-
-    /// A store of an older version may have labels that are read as times today.
-    #[test]
-    fn what_may_be_a_label_or_a_time_is_refused_with_what_to_write_instead() {
-        let live = || vec![snapshot(0, 10, Some("20261120T114000Z")), snapshot(1, 20, None)];
-        let now = WallTime::from_unix_nanos(1 << 62);
-        let at = |text: &str| newest_at(live(), &text.parse().unwrap(), "vm1", now);
-        assert_eq!(
-            at("20261120T114000Z").unwrap_err(),
-            "vm1@20261120T114000Z may be the label of snapshot 1.0 or a time; write 1.0, or the time \
-             another way"
-        );
-        assert_eq!(at("2026-11-20T11:40:00Z").unwrap().id.sequence, 1);
-        assert_eq!(at("1970-01-01T00:00:15Z").unwrap().id.sequence, 0);
-        let none = at("1970-01-01T00:00:05Z").unwrap_err();
-        assert!(none.contains("no snapshot at or before") && none.contains("its oldest is 1.0"));
-    }
 }

@@ -26,9 +26,6 @@ use std::time::Duration;
 /// How often it is looked whether a collection is due: often enough to begin one before a store that
 /// fills up is full, and no load on an idle machine.
 const COLLECTION_LOOK: Duration = Duration::from_secs(5);
-/// Most deletions of one thinning; the rest go with the next ones. Keeps the control plane's thread free
-/// for others.
-const THINNED_MAX: usize = 4096;
 
 /// What a schedule has come to, for whoever asks.
 #[derive(Debug, Default)]
@@ -84,8 +81,6 @@ pub(crate) struct Begin {
     pub(crate) handle: VolumeHandle,
     pub(crate) port: CorePort,
     pub(crate) schedule: Schedule,
-    /// The volume's snapshots that are not deleted.
-    pub(crate) live: Vec<Known>,
     pub(crate) progress: Arc<Progress>,
 }
 
@@ -94,6 +89,12 @@ enum Message {
     End {
         volume: VolumeId,
         ended: SyncSender<()>,
+    },
+    /// Some of the snapshots that the volume had when its schedule began.
+    Known {
+        volume: VolumeId,
+        snapshots: Vec<Known>,
+        complete: bool,
     },
     /// Somebody has taken or labelled a snapshot.
     Noted {
@@ -146,6 +147,12 @@ impl Schedules {
         let (ended, wait) = sync_channel(1);
         self.send(Message::End { volume, ended });
         let _ = wait.recv(); // An error: the thread is gone, and with it all schedules.
+    }
+
+    /// Tells of some of the snapshots that the volume had when its schedule began and that are not deleted;
+    /// `complete` with the last of them. Until then none is thinned.
+    pub(crate) fn known(&self, volume: VolumeId, snapshots: Vec<Known>, complete: bool) {
+        self.send(Message::Known { volume, snapshots, complete });
     }
 
     /// Tells of a snapshot that somebody has taken or labelled.
@@ -262,6 +269,11 @@ impl Timer {
                 self.forget(volume);
                 let _ = ended.send(()); // Whoever asked waits, with room for it.
             }
+            Message::Known { volume, snapshots, complete } => {
+                if let Some(running) = self.running.get_mut(&volume) {
+                    running.table.known(snapshots, complete);
+                }
+            }
             Message::Noted { volume, snapshot } => {
                 if let Some(running) = self.running.get_mut(&volume) {
                     running.table.note(snapshot);
@@ -286,9 +298,9 @@ impl Timer {
     }
 
     fn begin(&mut self, begin: Begin) {
-        let Begin { volume, name, handle, port, schedule, live, progress } = begin;
+        let Begin { volume, name, handle, port, schedule, progress } = begin;
         self.forget(volume);
-        let table = Timetable::new(schedule, self.clock.now(), live);
+        let table = Timetable::begin(schedule, self.clock.now());
         self.due.insert((table.next(), volume));
         let answers = sync_channel(1);
         let running =
@@ -328,8 +340,7 @@ impl Timer {
     }
 
     /// Has the control plane delete snapshots, and hears of it later.
-    fn thin(&self, volume: VolumeId, mut sequences: Vec<u64>) {
-        sequences.truncate(THINNED_MAX);
+    fn thin(&self, volume: VolumeId, sequences: Vec<u64>) {
         let schedules = self.schedules.clone();
         let _ = self.control.send(move |plane| {
             let gone = plane.delete_snapshots_of(volume, &sequences);

@@ -16,7 +16,8 @@ mod support;
 
 use bessel_mapping::format::Parent;
 use bessel_mapping::request::{
-    CacheMode, CurrentTree, IoKind, IoStatus, SnapshotId, SnapshotInfo, VolumeId, VolumeInfo,
+    CacheMode, CurrentTree, IoKind, IoStatus, LogState, SnapshotId, SnapshotInfo, VolumeId,
+    VolumeInfo,
 };
 use bessel_reactor::clock::WallTime;
 use bessel_reactor::device::sim::Random;
@@ -482,12 +483,12 @@ impl Arena {
         self.model.recover_volumes(&present);
         self.disks.retain(|disk| present.contains(&disk.id));
         for at in 0..self.disks.len() {
-            let info = self.info(at);
-            for snapshot in &info.snapshots {
+            let (info, snapshots) = self.info(at);
+            for snapshot in &snapshots {
                 let known = (snapshot.time.as_unix_nanos(), snapshot.label.clone());
                 self.snapshots.insert(snapshot.id, known);
             }
-            self.model.recover_volume(&info);
+            self.model.recover_volume(&info, &snapshots);
             self.disks[at].rolling_back = None;
             let writethrough = info.cache == CacheMode::Writethrough;
             self.model.set_writethrough(self.disks[at].id, writethrough);
@@ -525,7 +526,7 @@ impl Arena {
 
     /// What the daemon says of a volume, in the model's terms: its times are those of the requests,
     /// and snapshots that it does not list are deleted.
-    fn info(&self, at: usize) -> VolumeInfo {
+    fn info(&self, at: usize) -> (VolumeInfo, Vec<SnapshotInfo>) {
         let disk = &self.disks[at];
         let shown = self.world.json(&format!("volume show {}", disk.name));
         let size = ByteCount::new(shown["size_bytes"].as_u64().unwrap());
@@ -566,7 +567,10 @@ impl Arena {
                 parent: Parent::Unknown,
             }
         });
-        VolumeInfo {
+        let snapshots: Vec<SnapshotInfo> = snapshots.collect();
+        let live = snapshots.iter().filter(|snapshot| !snapshot.deleted).count() as u64;
+        let log = LogState { taken: snapshots.len() as u64, live, out_of_reach: 0, fault: None };
+        let info = VolumeInfo {
             id: disk.id,
             name: shown["name"].as_str().unwrap().to_owned(),
             size,
@@ -578,9 +582,10 @@ impl Arena {
             created: WallTime::from_unix_nanos(0),
             latched: None,
             blocks_allocated: 0,
-            snapshots: snapshots.collect(),
+            log,
             current: CurrentTree { root: BlockAddr::new(1), height: 3, parent: Parent::Unknown },
-        }
+        };
+        (info, snapshots)
     }
 
     fn run(&mut self, kills: u64) {

@@ -11,7 +11,9 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::rc::Rc;
 
-use bessel_mapping::request::{IoKind, IoStatus, SnapshotId, VolumeId, VolumeInfo};
+use bessel_mapping::request::{
+    IoKind, IoStatus, LogState, SnapshotId, SnapshotInfo, VolumeId, VolumeInfo,
+};
 use bessel_reactor::clock::WallTime;
 use bessel_reactor::units::{SECTOR_SIZE, SECTORS_PER_BLOCK};
 
@@ -644,8 +646,9 @@ impl Model {
         // Snapshots of a deleted volume stay in the images for its clones.
     }
 
-    /// Checks a volume's record and log against what they may say, and believes them.
-    pub fn recover_volume(&mut self, info: &VolumeInfo) {
+    /// Checks a volume's record and log against what they may say, and believes them. `snapshots` are all
+    /// that the log can be read for.
+    pub fn recover_volume(&mut self, info: &VolumeInfo, snapshots: &[SnapshotInfo]) {
         let id = info.id;
         let volume = self.volume(id);
         assert!(volume.names.contains(&info.name), "{id}: {} of {:?}", info.name, volume.names);
@@ -653,7 +656,9 @@ impl Model {
         let size = info.size.get();
         assert!(volume.sizes.contains(&size), "{id}: size {size} of {:?}", volume.sizes);
         volume.sizes = vec![size];
-        for (sequence, shown) in (0..).zip(&info.snapshots) {
+        // Older ones, if any, cannot be read.
+        let first = info.log.out_of_reach;
+        for (sequence, shown) in (first..).zip(snapshots) {
             assert_eq!(shown.id, SnapshotId { volume: id, sequence }, "a gap in the log");
             let time = shown.time.as_unix_nanos();
             if let Some(known) = volume.snapshots.get_mut(&sequence) {
@@ -682,7 +687,14 @@ impl Model {
             };
             volume.snapshots.insert(sequence, model);
         }
-        let shown = info.snapshots.len() as u64;
+        let live = snapshots.iter().filter(|shown| !shown.deleted).count() as u64;
+        let LogState { taken: shown, live: counted, .. } = info.log;
+        assert_eq!(
+            (shown, counted),
+            (first + snapshots.len() as u64, live),
+            "{id}: {:?}",
+            info.log
+        );
         let lost = volume.snapshots.keys().find(|sequence| **sequence >= shown);
         assert!(lost.is_none(), "snapshot {id}.{} is gone", lost.expect("just checked"));
         volume.pending.clear();

@@ -14,7 +14,8 @@ use bessel_mapping::journal::Journal;
 use bessel_mapping::message::Message;
 use bessel_mapping::request::{
     Busy, CacheChooser, CacheMode, CloneOrigin, Command, CommandError, CreatePlan, IoKind,
-    IoRequest, IoStatus, Reply, SnapshotId, VolumeHandle, VolumeId, VolumeInfo,
+    IoRequest, IoStatus, Reply, SnapshotId, SnapshotInfo, VolumeHandle, VolumeId, VolumeInfo,
+    Which,
 };
 use bessel_mapping::shard::{Shard, ShardConfig};
 use bessel_mapping::store;
@@ -245,6 +246,8 @@ pub struct World {
     pub model: Model,
     /// The world's own dice.
     pub random: Random,
+    /// How many snapshots are asked for at once. Not the world's, which go as they always went.
+    page_dice: Random,
     config: WorldConfig,
     /// Tell on standard error what happens, for replays: set `TRACE=1`.
     trace: bool,
@@ -320,6 +323,7 @@ impl World {
             disk,
             model: Model::default(),
             random: Random::new(config.seed ^ 0x5eed),
+            page_dice: Random::new(config.seed ^ 0xb00c),
             trace: std::env::var_os("TRACE").is_some(),
             config,
             shards: Vec::new(),
@@ -767,7 +771,9 @@ impl World {
             return self.collection_answered(ticket, reply);
         }
         if let Reply::Failed(error) = &reply {
-            self.failed(&pending, error);
+            if !matches!(pending, Pending::Show) {
+                self.failed(&pending, error);
+            }
             self.outcomes.insert(ticket, Outcome::Reply(reply));
             return;
         }
@@ -785,7 +791,10 @@ impl World {
                     self.unpublished.insert(plan.id);
                 }
             }
-            (Pending::Show, Reply::Volume(_))
+            (
+                Pending::Show,
+                Reply::Volume(_) | Reply::Page { .. } | Reply::Snapshot(_) | Reply::FoundAt { .. },
+            )
             | (Pending::Close, Reply::Closed { .. })
             | (Pending::OfDevice | Pending::Shutdown | Pending::Restore, Reply::Done) => {}
             (Pending::Act { action, time }, reply) => self.acted(action, time, reply),
@@ -830,7 +839,7 @@ impl World {
                 self.store.directory.rename_ended(volume, &name, true);
                 self.model.end_rename(volume, &name);
             }
-            (Action::Delete { volume }, Reply::Done) => {
+            (Action::Delete { volume }, Reply::Closed { .. }) => {
                 self.deleting.remove(&volume);
                 self.model.end_delete(volume);
                 self.store.directory.removed(volume);
@@ -853,7 +862,10 @@ impl World {
             CommandError::NoSpace => {
                 self.config.may_fill || self.may_fail() && self.claims_may_fail()
             }
-            CommandError::Device(_) | CommandError::Latched(_) | CommandError::Corrupt(_) => {
+            CommandError::Device(_)
+            | CommandError::Latched(_)
+            | CommandError::Corrupt(_)
+            | CommandError::Log { .. } => {
                 let mut shards = 0..self.shards.len();
                 self.may_fail()
                     && shards.any(|shard| self.is_to_blame(shard, self.life_strikes, IoKind::Write))
@@ -939,13 +951,72 @@ impl World {
 
     /// What a volume says of itself.
     pub fn show(&mut self, id: VolumeId) -> Result<Box<VolumeInfo>, PowerCut> {
+        match self.look_up(id, |volume| Command::Show { volume })? {
+            Reply::Volume(info) => Ok(info),
+            reply => panic!("show was answered with {reply:?}"),
+        }
+    }
+
+    /// Asks a volume for something that changes nothing.
+    pub fn look_up(
+        &mut self,
+        id: VolumeId,
+        command: impl FnOnce(VolumeHandle) -> Command,
+    ) -> Result<Reply, PowerCut> {
+        let ticket = self.start_look_up(id, command);
+        self.reply(ticket)
+    }
+
+    /// The same, not waited for.
+    pub fn start_look_up(
+        &mut self,
+        id: VolumeId,
+        command: impl FnOnce(VolumeHandle) -> Command,
+    ) -> Ticket {
         let ticket = self.ticket();
         let OpenVolume { shard, handle, .. } = self.volumes[&id];
         self.commands.insert(ticket, Pending::Show);
-        self.shards[shard].control(ticket, Command::Show { volume: handle });
-        match self.reply(ticket)? {
-            Reply::Volume(info) => Ok(info),
-            reply => panic!("show was answered with {reply:?}"),
+        self.shards[shard].control(ticket, command(handle));
+        ticket
+    }
+
+    /// A volume's snapshots, deleted ones included, by pages. Where the disk has damaged the log, the older
+    /// ones are missing.
+    pub fn snapshots(&mut self, id: VolumeId) -> Result<Vec<SnapshotInfo>, PowerCut> {
+        let (mut all, mut from) = (Vec::new(), Some(0));
+        while let Some(at) = from {
+            let limit = 1 + self.page_dice.below(1024) as usize;
+            let page = |volume| Command::Page { volume, from: at, limit, with_deleted: true };
+            match self.look_up(id, page)? {
+                Reply::Page { snapshots, next } => {
+                    all.extend(snapshots);
+                    from = next;
+                }
+                Reply::Failed(CommandError::Log { before, .. }) if self.metadata_is_damaged() => {
+                    from = Some(before.sequence);
+                }
+                reply => panic!("a page was answered with {reply:?}"),
+            }
+        }
+        Ok(all)
+    }
+
+    /// Blocks of a volume's snapshot log as the disk has it now, oldest first.
+    pub fn log_blocks(&self, id: VolumeId) -> Vec<BlockAddr> {
+        let store = store::open(&mut self.disk.connect(), store::OpenMode::ReadOnly);
+        let store = store.expect("the store opens");
+        let record = &store.directory.entry(id).expect("the volume opens").record;
+        store::read_log(&mut self.disk.connect(), &store, record).blocks
+    }
+
+    /// A snapshot that is not deleted, as its volume has it; none when there is no such one.
+    pub fn find(&mut self, snapshot: SnapshotId) -> Result<Option<SnapshotInfo>, PowerCut> {
+        let which = Which::Sequence(snapshot.sequence);
+        match self.look_up(snapshot.volume, |volume| Command::Find { volume, which })? {
+            Reply::Snapshot(info) => Ok(Some(info)),
+            Reply::Failed(CommandError::NoSuchSnapshot) => Ok(None),
+            Reply::Failed(CommandError::Log { .. }) if self.may_fail() => Ok(None),
+            reply => panic!("a snapshot was answered with {reply:?}"),
         }
     }
 
@@ -977,10 +1048,7 @@ impl World {
         }
         for _ in 0..STEPS_MAX / 50 {
             let info = self.show(snapshot.volume)?;
-            let found = &info.snapshots[snapshot.sequence as usize];
-            if found.deleted {
-                return Ok(None);
-            }
+            let Some(found) = self.find(snapshot)? else { return Ok(None) };
             if found.settling {
                 // It settles when the requests do that were in flight.
                 for _ in 0..50 {

@@ -111,7 +111,6 @@ impl Marks {
         };
         Reached { first: false, free, conflict }
     }
-
     fn find(&mut self, block: BlockAddr) -> (&mut Part, u32) {
         let in_extent = block.get() % self.geometry.extent_blocks;
         let parts = &mut self.extents[self.geometry.extent_of(block) as usize];

@@ -230,7 +230,8 @@ fn plan_records(plan: &mut RepairPlan, store: &OpenedStore, losses: &Losses, fre
     }
     for (slot, record, root) in losses.older.iter().filter(|_| frees) {
         let live = |it: &LogEntry| !it.deleted && it.root == *root;
-        let keeps = |entry: &VolumeEntry| *root == record.root || entry.log.iter().any(live);
+        let log = || losses.logs.get(&record.id).into_iter().flat_map(|log| &log.entries);
+        let keeps = |_: &VolumeEntry| *root == record.root || log().any(live);
         if record.deleted || !store.directory.entry(record.id).is_some_and(keeps) {
             let what = "of before, whose blocks are freed, written over with the current one";
             writes.extend(plan_successor(plan, store, *slot, record, what));

@@ -7,8 +7,8 @@ use super::marks::{BitmapRead, Marks};
 use super::{CheckReport, Finding, Path, Place, Severity, Structure, usage_of};
 use crate::blocking::{Blocking, Span};
 use crate::format::{
-    Bitmap, Entry, EntryKind, ExtentType, NODE_BITS, NODE_ENTRIES, Node, NodeFault, check_entry,
-    node_as_bytes_mut,
+    Bitmap, Entry, EntryKind, ExtentType, LOG_ENTRIES_PER_BLOCK, LogEntry, NODE_BITS, NODE_ENTRIES,
+    Node, NodeFault, check_entry, node_as_bytes_mut,
 };
 use crate::request::VolumeId;
 use crate::store::{Losses, OpenedStore};
@@ -127,7 +127,20 @@ impl<'a, 'd, D: Device> Walk<'a, 'd, D> {
         }
     }
 
-    /// A log block that opening has read. Nobody else may have it.
+    /// The blocks of a volume's log, as far as it could be read, and the sequence each begins with.
+    pub(super) fn log_blocks(&self, volume: VolumeId) -> Vec<(BlockAddr, u64)> {
+        let Some(log) = self.losses.logs.get(&volume) else { return Vec::new() };
+        let first = log.entries.first().map_or(0, |entry| entry.sequence);
+        log.blocks.iter().copied().zip((first..).step_by(LOG_ENTRIES_PER_BLOCK)).collect()
+    }
+
+    /// The snapshots of a volume that are not deleted, as far as its log could be read.
+    pub(super) fn live_snapshots(&self, volume: VolumeId) -> Vec<LogEntry> {
+        let entries = self.losses.logs.get(&volume).into_iter().flat_map(|log| &log.entries);
+        entries.filter(|entry| !entry.deleted).cloned().collect()
+    }
+
+    /// A log block that was read. Nobody else may have it.
     pub(super) fn log_block(
         &mut self,
         name: &str,

@@ -104,7 +104,7 @@ impl<D: Device> Shard<D> {
         let volume = self.volumes[handle.0 as usize].as_ref().expect("the volume is open");
         let addr = volume.log.block_of(sequence);
         let out = self.sealed_images.bytes_mut(&mut buffer);
-        volume.log.image(out, sequence, volume.record.id, secret);
+        volume.log.image(out, sequence, secret);
         (addr, buffer)
     }
 }

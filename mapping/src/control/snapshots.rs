@@ -14,7 +14,7 @@ use crate::message::BlockKind;
 use crate::nodes::cache::FrameId;
 use crate::planted::{self, Bug};
 use crate::request::{
-    CloneOrigin, CommandError, DELETED_BLOCKS_MAX, Reply, SnapshotId, VolumeHandle,
+    CloneOrigin, CommandError, DELETED_BLOCKS_MAX, Reply, SnapshotId, SnapshotInfo, VolumeHandle,
 };
 use crate::shard::Shard;
 use crate::volume::NO_REQUEST;
@@ -40,9 +40,9 @@ impl<D: Device> Shard<D> {
     }
 
     fn check_label_free(&self, handle: VolumeHandle, label: Option<&str>) -> Tried {
-        let taken = |label: &&str| self.volume(handle).log.by_label(label).is_some();
-        match label.filter(taken) {
-            Some(label) => Err(CommandError::LabelTaken(label.to_owned()).into()),
+        let Some(label) = label else { return Ok(()) };
+        match self.volume(handle).log.by_label(label)? {
+            Some(_) => Err(CommandError::LabelTaken(label.to_owned()).into()),
             None => Ok(()),
         }
     }
@@ -75,7 +75,7 @@ impl<D: Device> Shard<D> {
         let old_root = self.replace_root(handle, root);
         let (addr, height) = (self.cache.frame(old_root).addr, self.cache.frame(old_root).level);
         let volume = self.volume_mut(handle);
-        let sequence = volume.log.entries.len() as u64;
+        let sequence = volume.log.count();
         let entry = LogEntry {
             sequence,
             root: addr,
@@ -87,7 +87,7 @@ impl<D: Device> Shard<D> {
             label: label.map(str::to_owned),
             parent: volume.record.parent,
         };
-        volume.log.append(entry, log_block);
+        volume.log.append(&entry, log_block);
         volume.record.log_count = sequence + 1;
         volume.record.log_tail = Some(volume.log.block_of(sequence));
         volume.record.parent = Parent::Snapshot(derived_from.unwrap_or(sequence));
@@ -103,10 +103,9 @@ impl<D: Device> Shard<D> {
         &self,
         handle: VolumeHandle,
         sequence: u64,
-    ) -> Result<LogEntry, NotNow> {
-        let entry = self.volume(handle).log.entries.get(sequence as usize);
-        let live = entry.filter(|entry| !entry.deleted);
-        Ok(live.cloned().ok_or(CommandError::NoSuchSnapshot)?)
+    ) -> Result<SnapshotInfo, NotNow> {
+        let found = self.volume(handle).log.get(sequence)?;
+        Ok(Some(found).filter(|found| !found.deleted).ok_or(CommandError::NoSuchSnapshot)?)
     }
 
     pub(super) fn label(
@@ -118,14 +117,13 @@ impl<D: Device> Shard<D> {
     ) -> Tried {
         self.live_snapshot(handle, sequence)?;
         if let Some(label) = label
-            && let Some(holder) = self.volume(handle).log.by_label(label)
-            && holder.sequence != sequence
+            && let Some(holder) = self.volume(handle).log.by_label(label)?
+            && holder != sequence
         {
             return Err(CommandError::LabelTaken(label.to_owned()).into());
         }
         self.needs(1, 0)?;
-        let entry = &mut self.volume_mut(handle).log.entries[sequence as usize];
-        entry.label = label.map(str::to_owned);
+        self.volume_mut(handle).log.set_label(sequence, label);
         self.rewrite_log(ticket, handle, sequence);
         Ok(())
     }
@@ -138,12 +136,12 @@ impl<D: Device> Shard<D> {
         sequences: &[u64],
     ) -> Result<Vec<u64>, NotNow> {
         let spare_labelled = spare_labelled && !planted::is(Bug::BatchDeletesLabelled);
-        let entries = &self.volume(handle).log.entries;
+        let log = &self.volume(handle).log;
         let mut going = Vec::with_capacity(sequences.len());
         for sequence in sequences {
-            let entry = entries.get(*sequence as usize).ok_or(CommandError::NoSuchSnapshot)?;
-            let spared = spare_labelled && entry.label.is_some();
-            if !(entry.deleted || spared) {
+            let deleted = log.is_deleted(*sequence)?;
+            let spared = spare_labelled && log.is_labelled(*sequence);
+            if !(deleted || spared || going.contains(sequence)) {
                 going.push(*sequence);
             }
         }
@@ -168,7 +166,7 @@ impl<D: Device> Shard<D> {
         }
         self.needs(blocks.len() + 1, 0)?;
         for sequence in sequences {
-            self.volume_mut(handle).log.entries[*sequence as usize].deleted = true;
+            self.volume_mut(handle).log.mark_deleted(*sequence);
         }
         let mut images = SealedImages::default();
         let written = if planted::is(Bug::BatchWritesOneBlock) { 1 } else { blocks.len() };

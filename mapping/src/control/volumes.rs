@@ -38,8 +38,9 @@ impl<D: Device> Shard<D> {
             let what = format!("root block {root} is that of volume {:?} too", other.record.name);
             return Err(CommandError::Corrupt(format!("{what}; run `bessel check`")).into());
         }
-        let log = SnapshotLog { entries: entry.log.clone(), blocks: entry.log_blocks.clone() };
+        let log = SnapshotLog::begin(entry, &self.extents);
         let handle = self.add_volume(entry.slot, entry.record.clone(), log, frame)?;
+        self.load_log(handle);
         self.reply(ticket, Reply::Opened(handle));
         Ok(())
     }
@@ -79,7 +80,7 @@ impl<D: Device> Shard<D> {
             name: plan.name.clone(),
             parent: Parent::Origin,
         };
-        let log = SnapshotLog::default();
+        let log = SnapshotLog::new(plan.id);
         let handle = match self.add_volume(plan.registry_slot, record, log, root) {
             Ok(handle) => handle,
             Err(error) => {
@@ -352,7 +353,7 @@ impl<D: Device> Shard<D> {
         let volume = self.volume_mut(handle);
         volume.closing = true;
         let (failed, write_mark) = (volume.latched.clone(), volume.write_mark);
-        if volume.active_head != NO_REQUEST || volume.flight.is_some() {
+        if volume.active_head != NO_REQUEST || volume.flight.is_some() || volume.log_loading {
             return Err(NotNow::Wait);
         }
         if failed.is_some() {
@@ -372,8 +373,8 @@ impl<D: Device> Shard<D> {
             }
             return Err(NotNow::Wait);
         }
-        self.forget_volume(handle);
-        self.reply(ticket, Reply::Closed { failed });
+        let log = Box::new(self.forget_volume(handle));
+        self.reply(ticket, Reply::Closed { failed, log });
         Ok(())
     }
 
@@ -383,6 +384,9 @@ impl<D: Device> Shard<D> {
             return Err(CommandError::InUse.into());
         }
         volume.closing = true;
+        if volume.log_loading {
+            return Err(NotNow::Wait);
+        }
         if !volume.is_quiet() {
             self.want_commit(handle); // So that no frame of it stays dirty.
             return Err(NotNow::Wait);

@@ -6,19 +6,16 @@
 //! derived from.
 
 use bessel_reactor::device::Device;
-use bessel_reactor::units::{BLOCK_SIZE, BlockAddr};
+use bessel_reactor::units::BLOCK_SIZE;
 
 use super::mark::Marks;
 use super::{CollectError, DeletedVolume};
 use crate::blocking::Blocking;
 use crate::forest::Tree;
-use crate::format::{
-    Bitmap, ExtentMap, ExtentType, Geometry, LOG_ENTRIES_PER_BLOCK, SlotPair, VolumeRecord,
-    decode_log_block,
-};
+use crate::format::{Bitmap, ExtentMap, ExtentType, Geometry, SlotPair, VolumeRecord};
 use crate::planted::{self, Bug};
 use crate::request::VolumeId;
-use crate::store::read_record;
+use crate::store::{LogWalk, read_record};
 use crate::walk::{NodeReader, READS_MAX};
 
 /// Registry slots, log blocks and bitmap blocks that are read in one step.
@@ -36,14 +33,6 @@ pub(super) struct BitmapCopy {
     pub(super) bitmap: Box<Bitmap>,
 }
 
-/// A log that is read from its newest block on.
-#[derive(Debug)]
-struct LogCursor {
-    volume: VolumeId,
-    next: Option<BlockAddr>,
-    entries_left: u64,
-}
-
 /// See the module's documentation.
 #[derive(Debug)]
 pub(super) struct Survey {
@@ -51,7 +40,7 @@ pub(super) struct Survey {
     secret: u64,
     extents: ExtentMap,
     next_slot: u32,
-    logs: Vec<LogCursor>,
+    logs: Vec<(VolumeId, LogWalk)>,
     deleted: Vec<DeletedVolume>,
     /// The next bitmap block: of which extent, and which of its.
     next_bitmap: (u64, u64),
@@ -99,14 +88,12 @@ impl Survey {
                 self.read_slot(slot, reader, marks, io)?;
             }
             self.next_slot = end;
-        } else if let Some(mut log) = self.logs.pop() {
+        } else if let Some((volume, mut walk)) = self.logs.pop() {
             for _ in 0..LOG_BLOCKS {
-                if log.entries_left > 0 {
-                    self.read_log_block(&mut log, reader, marks, io)?;
-                }
+                self.read_log_block(volume, &mut walk, marks, io)?;
             }
-            if log.entries_left > 0 {
-                self.logs.push(log);
+            if walk.left() > 0 {
+                self.logs.push((volume, walk));
             }
         } else {
             for _ in 0..BITMAPS {
@@ -147,53 +134,51 @@ impl Survey {
                 return Err(CollectError::Damaged(format!("registry slot {slot}: {damage}")));
             }
         };
-        let VolumeRecord { id, generation, root, height, log_tail, log_count, .. } = record;
+        let VolumeRecord { id, generation, root, height, .. } = record;
         if record.deleted {
             self.deleted.push(DeletedVolume { id, slot, generation });
             return Ok(());
         }
         reader.check_root(root)?;
         marks.root(Tree { root, height });
-        self.logs.push(LogCursor { volume: id, next: log_tail, entries_left: log_count });
+        self.logs.push((id, LogWalk::new(&record)));
         Ok(())
     }
 
+    /// Reads the next block of a log, if there is one.
     fn read_log_block<D: Device>(
         &self,
-        log: &mut LogCursor,
-        reader: &NodeReader,
+        volume: VolumeId,
+        walk: &mut LogWalk,
         marks: &mut Marks,
         io: &mut Blocking<'_, D>,
     ) -> Result<(), CollectError> {
-        let volume = log.volume;
-        let of = format!("the snapshot log of volume {volume}");
-        let Some(addr) = log.next.filter(|it| self.extents.holds(*it, ExtentType::Metadata)) else {
-            return Err(CollectError::Damaged(format!("{of} ends early, or leaves the metadata")));
+        let holds = |block| self.extents.holds(block, ExtentType::Metadata);
+        let damaged = |what: &dyn std::fmt::Display| {
+            CollectError::Damaged(format!("volume {volume}: {what}"))
         };
-        let first =
-            (log.entries_left - 1) / LOG_ENTRIES_PER_BLOCK as u64 * LOG_ENTRIES_PER_BLOCK as u64;
-        let count = (log.entries_left - first) as usize;
-        let secret = self.secret;
+        let Some(addr) = walk.next(holds).map_err(|fault| damaged(&fault))? else { return Ok(()) };
         let mut bytes = [0; BLOCK_SIZE as usize];
-        let block = again_while(
+        let (next, part) = again_while(
             || {
                 io.read_into(addr, &mut bytes).map_err(|source| CollectError::Device {
-                    what: format!("{of} at block {addr}"),
+                    what: format!("the snapshot log of volume {volume} at block {addr}"),
                     source,
                 })?;
-                Ok(decode_log_block(&bytes, addr, volume, first, count, secret))
+                let mut next = walk.clone();
+                let part = next.take(&bytes, self.secret, holds);
+                Ok((next, part))
             },
-            Result::is_err,
+            |(_, part)| part.is_err(),
         )?;
-        let block = block.map_err(|damage| CollectError::Damaged(damage.to_string()))?;
+        let part = part.map_err(|fault| damaged(&fault))?;
         if !planted::is(Bug::LogsNotReached) {
             marks.log_block(addr);
         }
-        for entry in block.entries.iter().filter(|entry| !entry.deleted) {
-            reader.check_root(entry.root)?;
+        for entry in part.entries.iter().filter(|entry| !entry.deleted) {
             marks.root(Tree { root: entry.root, height: entry.height });
         }
-        (log.next, log.entries_left) = (block.previous, first);
+        *walk = next;
         Ok(())
     }
 

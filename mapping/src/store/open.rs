@@ -1,4 +1,8 @@
-//! Opening a store: everything but the trees is read and checked, once, here.
+//! Opening a store: everything but trees and old snapshots is read and checked, once, here.
+//!
+//! Of a snapshot log only the newest block is read, which is what appending needs: opening takes no longer
+//! for a million snapshots than for none. The rest is read later, by whoever has the volume open. The log
+//! of a deleted volume is not looked at: nobody appends to it, and its blocks may have been reclaimed.
 //!
 //! What concerns the whole store and cannot be trusted refuses the store, unchanged. What concerns
 //! one volume takes that volume out alone. Only when all has been read is anything written: bad
@@ -13,6 +17,7 @@ use bessel_reactor::clock::WallTime;
 use bessel_reactor::device::{Device, DeviceError};
 use bessel_reactor::units::{BLOCK_SIZE, BlockAddr, ByteCount, SECTOR_SIZE, SECTORS_PER_BLOCK};
 
+use super::log::{LogFault, LogPart, LogWalk, WholeLog, step};
 use super::probe::{Found, look};
 use super::{FreeCounts, HOST_LOCAL, write_superblock};
 use crate::blocking::{Blocking, Span};
@@ -21,11 +26,11 @@ use crate::directory::{Directory, VolumeEntry};
 use crate::flusher::SharedFlushes;
 use crate::format::{
     Bitmap, CATALOGUE_ENTRIES_PER_SECTOR, CatalogueEntry, Damage, ExtentMap, ExtentType,
-    FEATURES_INCOMPATIBLE_KNOWN, FEATURES_READ_ONLY_KNOWN, Geometry, HostRecord,
-    LOG_ENTRIES_PER_BLOCK, LogEntry, SUPERBLOCK_COPIES, Slot, SlotPair, Superblock,
-    SuperblockFault, TagKey, VolumeRecord, choose_slot, decode_catalogue_sector, decode_log_block,
-    find_lost_slot, refuse_wrong_slot, seal, tree_blocks,
+    FEATURES_INCOMPATIBLE_KNOWN, FEATURES_READ_ONLY_KNOWN, Geometry, HostRecord, SUPERBLOCK_COPIES,
+    Slot, SlotPair, Superblock, SuperblockFault, TagKey, VolumeRecord, choose_slot,
+    decode_catalogue_sector, find_lost_slot, refuse_wrong_slot, seal,
 };
+use crate::request::VolumeId;
 
 const BLOCK: usize = BLOCK_SIZE as usize;
 
@@ -174,6 +179,8 @@ pub(crate) struct Losses {
     pub(crate) older: Vec<(u32, VolumeRecord, BlockAddr)>,
     /// Volumes that cannot be opened and whose trees can be found, and what to call them.
     pub(crate) unopened: Vec<(String, VolumeRecord)>,
+    /// Snapshot logs as far as they can be read, those of deleted volumes too; of a survey only.
+    pub(crate) logs: BTreeMap<VolumeId, WholeLog>,
     /// Why trees may exist that cannot be found, the first reason.
     pub(crate) hidden: Option<String>,
 }
@@ -290,6 +297,9 @@ fn read_store<D: Device>(
     };
     find_lost_host(&mut store, mode, &mut losses, &mut findings)?;
     read_registry(io, &mut store, &mut losses, &mut findings);
+    if leniency == Leniency::All {
+        read_logs(io, &store, &mut losses, &mut findings);
+    }
     store.findings = findings.kept;
     store.findings_omitted = findings.omitted;
     Ok((store, losses))
@@ -819,6 +829,7 @@ impl Losses {
             records: Vec::new(),
             older: Vec::new(),
             unopened: Vec::new(),
+            logs: BTreeMap::new(),
             hidden: None,
         }
     }
@@ -840,7 +851,8 @@ impl Losses {
 /// What is wrong with a volume: of what, where, and what.
 pub(super) struct VolumeFault(Structure, Option<BlockAddr>, pub(super) String);
 
-/// Reads a volume's log and puts the volume into the directory, as good or as faulted.
+/// Reads the newest block of a volume's log and puts the volume into the directory, as good or as
+/// faulted.
 fn read_volume<D: Device>(
     io: &mut Blocking<'_, D>,
     store: &mut OpenedStore,
@@ -850,14 +862,9 @@ fn read_volume<D: Device>(
 ) {
     let copy = record.clone();
     let outcome = check_root(store, losses, record.root, record.deleted)
-        .and_then(|()| match read_log(io, store, losses, &record) {
-            // The collector may have freed it, and somebody else may have the blocks.
-            Err(_) if record.deleted => Ok((Vec::new(), Vec::new())),
-            read => read,
-        })
-        .and_then(|(log, log_blocks)| {
-            let entry = VolumeEntry { slot, record, log, log_blocks };
-            store.directory.add(entry).map_err(|fault| {
+        .and_then(|()| read_tail(io, store, losses, &record))
+        .and_then(|tail| {
+            store.directory.add(VolumeEntry { slot, record, tail }).map_err(|fault| {
                 let block = store.geometry.registry_slot(slot, copy.generation);
                 VolumeFault(Structure::Record, Some(block), fault)
             })
@@ -890,56 +897,45 @@ pub(super) fn check_root(
     }
 }
 
-/// The entries of a log, oldest first, and the blocks they lie in.
-pub(super) type Log = (Vec<LogEntry>, Vec<BlockAddr>);
-
-/// Walks a log back from its tail. The sequence each block must have falls with every step, so a
-/// chain that loops or wanders is found at once.
-pub(super) fn read_log<D: Device>(
+/// The newest block of a volume's log, to which snapshots are appended; none when it has no snapshot,
+/// or is deleted.
+pub(super) fn read_tail<D: Device>(
     io: &mut Blocking<'_, D>,
     store: &OpenedStore,
     losses: &mut Losses,
     record: &VolumeRecord,
-) -> Result<Log, VolumeFault> {
-    let per_block = LOG_ENTRIES_PER_BLOCK as u64;
-    let mut newest_first = Vec::new();
-    let mut next = record.log_tail;
-    let mut left = record.log_count;
-    let mut block = [0; BLOCK];
-    while left > 0 {
-        let fault = |block, what: String| VolumeFault(Structure::Log, block, what);
-        let addr = next.ok_or_else(|| fault(None, "its snapshot log ends early".to_owned()))?;
-        let fault = |what| fault(Some(addr), what);
-        if !losses.holds(&store.extents, addr, ExtentType::Metadata) {
-            let what = format!("its snapshot log leads to block {addr}, outside metadata");
-            return Err(fault(what));
-        }
-        io.read_into(addr, &mut block).map_err(|error| {
-            fault(format!("its snapshot log cannot be read at block {addr}: {error}"))
-        })?;
-        let first = (left - 1) / per_block * per_block;
-        let count = (left - first) as usize;
-        let read = decode_log_block(&block, addr, record.id, first, count, store.secret)
-            .map_err(|damage: Damage| fault(damage.to_string()))?;
-        for entry in &read.entries {
-            let sequence = entry.sequence;
-            check_root(store, losses, entry.root, entry.deleted).map_err(
-                |VolumeFault(structure, block, what)| {
-                    VolumeFault(structure, block, format!("snapshot {sequence}: {what}"))
-                },
-            )?;
-            if entry.size.blocks_ceil() > tree_blocks(entry.height) {
-                return Err(fault(format!("snapshot {sequence} does not fit its tree")));
-            }
-        }
-        next = read.previous;
-        left = first;
-        newest_first.push((addr, read.entries));
+) -> Result<Option<LogPart>, VolumeFault> {
+    if record.deleted {
+        return Ok(None);
     }
-    newest_first.reverse();
-    let blocks = newest_first.iter().map(|(addr, _)| *addr).collect();
-    let log = newest_first.into_iter().flat_map(|(_, entries)| entries).collect();
-    Ok((log, blocks))
+    let mut holds = |block| losses.holds(&store.extents, block, ExtentType::Metadata);
+    let read = step(io, &mut LogWalk::new(record), store.secret, &mut holds);
+    read.map_err(|LogFault { structure, block, what }| VolumeFault(structure, block, what))
+}
+
+/// Reads the logs of all volumes, to find out what is wrong with them. Nothing hangs on that of a
+/// deleted volume, whose blocks may be others' by now.
+fn read_logs<D: Device>(
+    io: &mut Blocking<'_, D>,
+    store: &OpenedStore,
+    losses: &mut Losses,
+    findings: &mut Findings,
+) {
+    for VolumeEntry { slot, record, .. } in store.directory.entries() {
+        let VolumeRecord { id, name, .. } = record;
+        let holds = |block| losses.holds(&store.extents, block, ExtentType::Metadata);
+        let log = WholeLog::read(io, record, store.secret, holds);
+        if let Some(LogFault { structure, block, what }) = &log.fault
+            && !record.deleted
+        {
+            losses.hide(|| format!("snapshots of volume {name:?} cannot be found"));
+            let place = format!("volume {name:?} (id {id}, registry slot {slot})");
+            let read = log.entries.first().map_or(record.log_count, |entry| entry.sequence);
+            let what = format!("{what}; its snapshots before {id}.{read} are out of reach");
+            findings.push(Finding::new(Severity::Corrupt, *structure, *block, place, what));
+        }
+        losses.logs.insert(*id, log);
+    }
 }
 
 /// Starts a new life of the host: its epoch is durable before anything else of it is written.

@@ -5,7 +5,7 @@ use bessel_reactor::device::{Device, DeviceError};
 use bessel_reactor::units::BLOCK_SIZE;
 
 use super::OpenedStore;
-use super::open::{Losses, VolumeFault, check_root, read_log, read_pair, wrong_slot};
+use super::open::{Losses, VolumeFault, check_root, read_pair, read_tail, wrong_slot};
 use crate::blocking::Blocking;
 use crate::directory::VolumeEntry;
 use crate::format::{Geometry, SlotPair, VolumeRecord, choose_slot, refuse_wrong_slot, seal};
@@ -82,10 +82,6 @@ pub fn reread<D: Device>(
     let mut none = Losses::none(store.geometry);
     let corrupt = |fault: VolumeFault| ReopenError::Corrupt(fault.2);
     check_root(store, &mut none, record.root, record.deleted).map_err(corrupt)?;
-    let (log, log_blocks) = match read_log(&mut io, store, &mut none, &record) {
-        // As in `open`: it may have been collected.
-        Err(_) if record.deleted => (Vec::new(), Vec::new()),
-        read => read.map_err(corrupt)?,
-    };
-    Ok(VolumeEntry { slot, record, log, log_blocks })
+    let tail = read_tail(&mut io, store, &mut none, &record).map_err(corrupt)?;
+    Ok(VolumeEntry { slot, record, tail })
 }

@@ -2,6 +2,7 @@
 //!
 //! Tests hold it to the routes (none missing, none invented) and to the JSON that the types make.
 
+use bessel_mapping::snapshot_log::PAGE_MAX;
 use serde_json::{Map, Value, json};
 
 /// The whole document.
@@ -58,7 +59,7 @@ fn paths() -> Value {
             "post": import("Make a clone of a snapshot with a difference to it applied", &[VOLUME, SNAPSHOT]),
         },
         "/v1/volumes/{name}/snapshots": {
-            "get": operation("List a volume's snapshots, oldest first", &[VOLUME], None, array("Snapshot")),
+            "get": list("List a page of a volume's snapshots, oldest first; it has fewer than `limit` only when there are no more", &[VOLUME], array("Snapshot")),
             "post": operation("Take a snapshot; answered when it is durable", &[VOLUME], Some("CreateSnapshot"), reference("SnapshotCreated")),
         },
         "/v1/snapshots/{snapshot}": {
@@ -129,6 +130,30 @@ fn operation(summary: &str, parameters: &[&str], request: Option<&str>, answer: 
             "content": { "application/json": { "schema": reference(request) } },
         });
     }
+    operation
+}
+
+/// An operation whose answer is a page of a list.
+fn list(summary: &str, parameters: &[&str], answer: Value) -> Value {
+    let mut operation = operation(summary, parameters, None, answer);
+    let page = [
+        json!({
+            "name": "limit",
+            "in": "query",
+            "required": false,
+            "description": "How many",
+            "schema": { "type": "integer", "minimum": 1, "maximum": PAGE_MAX, "default": PAGE_MAX },
+        }),
+        json!({
+            "name": "after",
+            "in": "query",
+            "required": false,
+            "description": "Those after this one, by its id: the last of the page before",
+            "schema": { "type": "string" },
+        }),
+    ];
+    let parameters = operation["parameters"].as_array_mut();
+    parameters.expect("a list has a path").extend(page);
     operation
 }
 
@@ -256,6 +281,8 @@ const VOLUME_FIELDS: &[(&str, &str)] = &[
     ("remedy", "string?"),
     ("allocated_bytes", "integer"),
     ("snapshots", "integer"),
+    ("snapshots_unread", "integer"),
+    ("snapshots_fault", "string?"),
     ("schedule", "Schedule?"),
 ];
 
@@ -497,6 +524,8 @@ mod tests {
             remedy: None,
             allocated_bytes: 0,
             snapshots: 0,
+            snapshots_unread: 0,
+            snapshots_fault: None,
             schedule: None,
         }
     }

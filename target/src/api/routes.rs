@@ -11,7 +11,7 @@ use super::types::{
 };
 use super::{Refusal, RefusalKind, metrics, openapi};
 use crate::control::Control;
-use crate::plane::{ExportPlan, Gone};
+use crate::plane::{ExportPlan, Gone, Needed, Step};
 use crate::reference::{SnapshotReference, label, volume_name};
 use axum::body::{Body, Bytes};
 use axum::extract::rejection::BytesRejection;
@@ -22,7 +22,9 @@ use axum::http::request::Parts;
 use axum::response::{IntoResponse, Response};
 use axum::routing::{MethodRouter, get, patch, post, put};
 use axum::{Json, Router};
+use bessel_mapping::request::SnapshotId;
 use bessel_mapping::schedule::Schedule;
+use bessel_mapping::snapshot_log::PAGE_MAX;
 use bessel_reactor::units::ByteCount;
 use hyper::body::Frame;
 use serde::de::DeserializeOwned;
@@ -175,6 +177,9 @@ async fn create_volume(
     let size = request.size_bytes.map(ByteCount::new);
     let from: Option<SnapshotReference> =
         request.from.map(|text| text.parse()).transpose().map_err(Refusal::malformed)?;
+    if let Some(from) = &from {
+        read_for(&control, from).await?;
+    }
     control.call(move |plane| plane.create_volume(&name, size, from.as_ref())).await.map(Json)
 }
 
@@ -220,6 +225,9 @@ async fn rollback_volume(
     let snapshot: SnapshotReference = request.snapshot.parse().map_err(Refusal::malformed)?;
     let kept = request.label.as_deref().map(label).transpose().map_err(Refusal::malformed)?;
     let force = request.force;
+    // What is kept gets a label, which must be free.
+    read_logs(&control, Needed::Volume(name.clone())).await?;
+    read_for(&control, &snapshot).await?;
     control.call(move |plane| plane.rollback_volume(&name, &snapshot, kept, force)).await.map(Json)
 }
 
@@ -261,8 +269,92 @@ async fn attach_volume(
 async fn list_snapshots(
     State(control): State<Control>,
     VolumeName(name): VolumeName,
+    Page { limit, after }: Page,
 ) -> Answer<Vec<SnapshotView>> {
-    control.call(move |plane| plane.list_snapshots(&name)).await.map(Json)
+    read_logs(&control, Needed::Volume(name.clone())).await?;
+    let mut from = match after {
+        None => Some(0),
+        Some(after) => {
+            let of = name.clone();
+            control.call(move |plane| plane.check_is_of(&of, after)).await?;
+            after.sequence.checked_add(1)
+        }
+    };
+    let mut found: Vec<SnapshotView> = Vec::new();
+    while let Some(at) = from.filter(|_| found.len() < limit) {
+        let (name, left) = (name.clone(), limit - found.len());
+        let (more, next) = control.call(move |plane| plane.list_snapshots(&name, at, left)).await?;
+        found.extend(more);
+        from = next;
+    }
+    Ok(Json(found))
+}
+
+/// The part of a list that is asked for.
+struct Page {
+    limit: usize,
+    after: Option<SnapshotId>,
+}
+
+impl<S: Send + Sync> FromRequestParts<S> for Page {
+    type Rejection = Refusal;
+
+    async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, Refusal> {
+        page(parts.uri.query().unwrap_or_default()).map_err(Refusal::malformed)
+    }
+}
+
+fn page(query: &str) -> Result<Page, String> {
+    let mut page = Page { limit: PAGE_MAX, after: None };
+    for part in query.split('&').filter(|part| !part.is_empty()) {
+        let (key, value) = part.split_once('=').unwrap_or((part, ""));
+        match key {
+            "limit" => {
+                let limit = value.parse().ok().filter(|limit| (1..=PAGE_MAX).contains(limit));
+                page.limit =
+                    limit.ok_or(format!("limit={value} will not do; give 1 to {PAGE_MAX}"))?;
+            }
+            "after" => {
+                let after = value.parse().map_err(|()| {
+                    format!(
+                        "after={value} is no snapshot; give the id of the last one, such as 3.17"
+                    )
+                })?;
+                page.after = Some(after);
+            }
+            _ => return Err(format!("there is no {key:?} here; give limit, after, or nothing")),
+        }
+    }
+    Ok(page)
+}
+
+/// How often it is looked whether a log has been read, and how often in vain before it counts as stuck.
+const LOG_LOOK: Duration = Duration::from_millis(5);
+const LOG_LOOKS_MAX: u32 = 12_000;
+
+/// Waits until the logs that somebody needs have been read: here, so that the control plane does not.
+async fn read_logs(control: &Control, needed: Needed) -> Result<(), Refusal> {
+    let (mut least, mut looks) = (u64::MAX, 0);
+    loop {
+        let of = needed.clone();
+        let left = control.call(move |plane| plane.unread(&of)).await?;
+        if left == 0 {
+            return Ok(());
+        }
+        looks = if left < least { 0 } else { looks + 1 };
+        least = least.min(left);
+        if looks == LOG_LOOKS_MAX {
+            return Err(Refusal::failed(format!(
+                "{left} snapshots have not been read from their log for a minute; look at the device"
+            )));
+        }
+        tokio::time::sleep(LOG_LOOK).await;
+    }
+}
+
+/// The same for what a snapshot is found by.
+async fn read_for(control: &Control, snapshot: &SnapshotReference) -> Result<(), Refusal> {
+    read_logs(control, Needed::Snapshot(snapshot.clone())).await
 }
 
 async fn create_snapshot(
@@ -272,6 +364,9 @@ async fn create_snapshot(
 ) -> Answer<SnapshotCreated> {
     let request: CreateSnapshot = parse(body)?;
     let label = request.label.as_deref().map(label).transpose().map_err(Refusal::malformed)?;
+    if label.is_some() {
+        read_logs(&control, Needed::Volume(name.clone())).await?;
+    }
     control.call(move |plane| plane.create_snapshot(&name, label)).await.map(Json)
 }
 
@@ -282,6 +377,7 @@ async fn change_snapshot(
 ) -> Answer<SnapshotView> {
     let request: ChangeSnapshot = parse(body)?;
     let label = request.label.as_deref().map(label).transpose().map_err(Refusal::malformed)?;
+    read_logs(&control, Needed::VolumeOf(snapshot.clone())).await?;
     control.call(move |plane| plane.label_snapshot(&snapshot, label)).await.map(Json)
 }
 
@@ -289,6 +385,7 @@ async fn delete_snapshot(
     State(control): State<Control>,
     SnapshotName(snapshot): SnapshotName,
 ) -> Answer<SnapshotDeleted> {
+    read_for(&control, &snapshot).await?;
     control.call(move |plane| plane.delete_snapshot(&snapshot)).await.map(Json)
 }
 
@@ -304,6 +401,7 @@ async fn create_clones(
     }
     // The longest of the names stands for all.
     volume_name(&format!("{prefix}-{count}")).map_err(Refusal::malformed)?;
+    read_for(&control, &snapshot).await?;
     control.call(move |plane| plane.create_clones(&snapshot, &prefix, count)).await.map(Json)
 }
 
@@ -311,6 +409,8 @@ async fn diff_snapshots(
     State(control): State<Control>,
     TwoSnapshots(from, to): TwoSnapshots,
 ) -> Answer<DiffView> {
+    read_for(&control, &from).await?;
+    read_for(&control, &to).await?;
     let plan = control.call(move |plane| plane.plan_diff(&from, &to)).await?;
     on_a_thread("bessel-diff", move || plan.run()).await.map(Json)
 }
@@ -319,7 +419,15 @@ async fn show_space(
     State(control): State<Control>,
     VolumeName(name): VolumeName,
 ) -> Answer<SpaceView> {
-    let plan = control.call(move |plane| plane.plan_space(&name)).await?;
+    read_logs(&control, Needed::Volume(name.clone())).await?;
+    let plan = loop {
+        let name = name.clone();
+        match control.call(move |plane| plane.plan_space(&name)).await? {
+            Ok(plan) => break plan,
+            Err(Step::Later) => tokio::time::sleep(LOG_LOOK).await,
+            Err(Step::More | Step::Done) => {}
+        }
+    };
     on_a_thread("bessel-space", move || plan.run()).await.map(Json)
 }
 
@@ -327,6 +435,7 @@ async fn export_snapshot(
     State(control): State<Control>,
     SnapshotName(snapshot): SnapshotName,
 ) -> Result<Response, Refusal> {
+    read_for(&control, &snapshot).await?;
     let plan = control.call(move |plane| plane.plan_export(&snapshot, None)).await?;
     stream_out(plan)
 }
@@ -335,6 +444,8 @@ async fn export_difference(
     State(control): State<Control>,
     TwoSnapshots(base, snapshot): TwoSnapshots,
 ) -> Result<Response, Refusal> {
+    read_for(&control, &base).await?;
+    read_for(&control, &snapshot).await?;
     let plan = control.call(move |plane| plane.plan_export(&snapshot, Some(&base))).await?;
     stream_out(plan)
 }
@@ -401,7 +512,16 @@ async fn end_collection(State(control): State<Control>) -> Answer<GcView> {
 }
 
 async fn show_tree(State(control): State<Control>) -> Answer<TreeView> {
-    control.call(|plane| plane.tree()).await.map(Json)
+    read_logs(&control, Needed::All).await?;
+    let mut volumes = Vec::new();
+    for branch in control.call(|plane| plane.branches()).await? {
+        let (mut branch, mut more) = (branch, true);
+        while more {
+            (branch, more) = control.call(move |plane| Ok(plane.grow(branch))).await?;
+        }
+        volumes.push(branch.finish());
+    }
+    Ok(Json(TreeView { volumes }))
 }
 
 async fn show_jobs(State(control): State<Control>) -> Answer<Vec<JobView>> {
@@ -424,6 +544,19 @@ async fn show_openapi() -> Json<serde_json::Value> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_page_is_what_the_query_says_and_nothing_else() {
+        let parse =
+            |query| page(query).map(|page| (page.limit, page.after.map(|id| id.to_string())));
+        assert_eq!(parse(""), Ok((PAGE_MAX, None)));
+        assert_eq!(parse("limit=7&after=3.17"), Ok((7, Some("3.17".to_owned()))));
+        for bad in
+            ["limit=0", "limit=1025", "limit=", "limit=-1", "after=3", "after=", "page=2", "limit"]
+        {
+            assert!(page(bad).is_err(), "{bad}");
+        }
+    }
 
     #[test]
     fn the_description_lists_every_route_and_no_other() {

@@ -231,8 +231,15 @@ pub(crate) struct VolumeView {
     pub(crate) remedy: Option<String>,
     /// Data and metadata allocated for it since its newest snapshot.
     pub(crate) allocated_bytes: u64,
-    /// Snapshots there are, deleted ones not counted.
-    pub(crate) snapshots: usize,
+    /// Snapshots there are, deleted ones not counted, of those that are known.
+    pub(crate) snapshots: u64,
+    /// Snapshots, deleted ones included, that are not known: the oldest ones. Their log is being read, as
+    /// it is after each start, or cannot be.
+    #[serde(default)]
+    pub(crate) snapshots_unread: u64,
+    /// Why these cannot be read, if so.
+    #[serde(default)]
+    pub(crate) snapshots_fault: Option<String>,
     /// When snapshots are taken by themselves, if they are.
     #[serde(default)]
     pub(crate) schedule: Option<ScheduleView>,

@@ -1,7 +1,7 @@
 //! What commands print: aligned tables for people, JSON for programs.
 //!
-//! Everything goes out in one write at the end, and a reader that has left (`bessel tree | head`)
-//! is no error.
+//! Everything goes out in one write at the end, or a page at a time where a list may be long; and a reader
+//! that has left (`bessel tree | head`) is no error.
 
 use super::Outcome;
 use indicatif::{ProgressBar, ProgressStyle};
@@ -11,11 +11,15 @@ use std::io::Write;
 /// Prints `text` and a line end, unless it ends in one.
 pub(crate) fn print(text: &str) -> Outcome {
     let end = if text.ends_with('\n') || text.is_empty() { "" } else { "\n" };
-    match std::io::stdout().lock().write_all(format!("{text}{end}").as_bytes()) {
-        Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => {
-            Err(format!("cannot write the output: {error}").into())
-        }
-        _ => Ok(()),
+    print_part(&format!("{text}{end}")).map(|_| ())
+}
+
+/// Prints what is a part of something. False when nobody reads it any more.
+fn print_part(text: &str) -> Result<bool, Box<dyn std::error::Error>> {
+    match std::io::stdout().lock().write_all(text.as_bytes()) {
+        Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(false),
+        Err(error) => Err(format!("cannot write the output: {error}").into()),
+        Ok(()) => Ok(true),
     }
 }
 
@@ -51,20 +55,82 @@ impl Table {
 
     /// The lines, each with its end.
     pub(crate) fn render(&self) -> String {
-        let width = |column: usize| {
-            self.rows.iter().map(|row| row[column].chars().count()).max().unwrap_or(0)
-        };
-        let widths: Vec<usize> = (0..self.rows[0].len()).map(width).collect();
+        self.render_on(&mut Vec::new())
+    }
+
+    /// The lines, with columns at least as wide as those of the part before, whose widths `widths` has.
+    fn render_on(&self, widths: &mut Vec<usize>) -> String {
+        widths.resize(self.rows.first().map_or(widths.len(), Vec::len), 0);
+        for (column, width) in widths.iter_mut().enumerate() {
+            let cells = self.rows.iter().map(|row| row[column].chars().count());
+            *width = cells.max().unwrap_or(0).max(*width);
+        }
         let mut text = String::new();
         for row in &self.rows {
             let mut line = String::new();
-            for (cell, width) in row.iter().zip(&widths) {
+            for (cell, width) in row.iter().zip(&*widths) {
                 line.push_str(&format!("{cell:width$}  "));
             }
             text.push_str(line.trim_end());
             text.push('\n');
         }
         text
+    }
+}
+
+/// A list that comes in parts and is printed as it comes: a table for people, an array for programs.
+pub(crate) struct Parts {
+    json: bool,
+    /// Nothing has been printed yet.
+    first: bool,
+    header: Vec<&'static str>,
+    widths: Vec<usize>,
+}
+
+impl Parts {
+    pub(crate) fn new(json: bool, header: &[&'static str]) -> Self {
+        Self { json, first: true, header: header.to_vec(), widths: Vec::new() }
+    }
+
+    /// Prints some more of the list. False when nobody reads it any more.
+    pub(crate) fn add<T: Serialize>(
+        &mut self,
+        items: &[T],
+        row: impl Fn(&T) -> Vec<String>,
+    ) -> Result<bool, Box<dyn std::error::Error>> {
+        let text = if self.json { self.elements(items) } else { self.rows(items, row) };
+        self.first &= items.is_empty() && self.json;
+        print_part(&text)
+    }
+
+    fn rows<T>(&mut self, items: &[T], row: impl Fn(&T) -> Vec<String>) -> String {
+        let mut table = Table { rows: Vec::new() };
+        if self.first {
+            table = Table::new(&self.header);
+        }
+        table.rows.extend(items.iter().map(row));
+        table.render_on(&mut self.widths)
+    }
+
+    /// As a part of an array, as it would look if it was printed at once.
+    fn elements<T: Serialize>(&self, items: &[T]) -> String {
+        let mut text = String::new();
+        for (index, item) in items.iter().enumerate() {
+            text.push_str(if self.first && index == 0 { "[\n" } else { ",\n" });
+            let item = serde_json::to_string_pretty(item)
+                .expect("the API's answers have string keys and finite numbers");
+            text.push_str(&format!("  {}", item.replace('\n', "\n  ")));
+        }
+        text
+    }
+
+    /// Ends the list.
+    pub(crate) fn end(self) -> Outcome {
+        match (self.json, self.first) {
+            (false, _) => Ok(()),
+            (true, true) => print("[]"),
+            (true, false) => print("\n]"),
+        }
     }
 }
 
@@ -139,6 +205,25 @@ mod tests {
         table.row(vec!["a-long-name".into(), "4GiB".into()]);
         table.row(vec!["b".into(), String::new()]);
         assert_eq!(table.render(), "NAME         SIZE\na-long-name  4GiB\nb\n");
+    }
+
+    #[test]
+    fn a_list_in_parts_looks_as_it_would_at_once() {
+        let all: Vec<(u32, &str)> = vec![(1, "a"), (22, "bb"), (333, "c"), (4, "d")];
+        let row = |item: &(u32, &str)| vec![item.0.to_string(), item.1.to_owned()];
+        for cut in 0..=all.len() {
+            let mut parts = Parts::new(true, &["N", "S"]);
+            let mut text = String::new();
+            for part in [&all[..cut], &all[cut..]] {
+                text += &parts.elements(part);
+                parts.first &= part.is_empty();
+            }
+            assert_eq!(text + "\n]", serde_json::to_string_pretty(&all).unwrap());
+        }
+        let mut parts = Parts::new(false, &["N", "S"]);
+        let first = parts.rows(&all[..2], row);
+        parts.first = false;
+        assert_eq!(first + &parts.rows(&all[2..], row), "N   S\n1   a\n22  bb\n333  c\n4    d\n");
     }
 
     #[test]

@@ -1,13 +1,16 @@
 //! `bessel snapshot`: create, list, label, delete, diff, export.
 
+use super::client::{Client, ClientError};
 use super::export::{self, Export};
-use super::output::{Table, duration, or_dash, print_either};
+use super::output::{Parts, Table, duration, or_dash, print_either};
 use super::{ApiArgs, Outcome};
 use crate::api::types::{
     ChangeSnapshot, CreateSnapshot, DiffView, RangeKind, SnapshotCreated, SnapshotDeleted,
     SnapshotView, SpaceView,
 };
 use crate::reference::{SnapshotReference, label, volume_name};
+use bessel_mapping::request::SnapshotId;
+use bessel_mapping::snapshot_log::PAGE_MAX;
 use bessel_reactor::units::ByteCount;
 use clap::{Args, Subcommand};
 use std::path::PathBuf;
@@ -37,6 +40,9 @@ enum SnapshotCommand {
         /// The volume's name
         #[arg(value_parser = volume_name)]
         volume: String,
+        /// Only those after this one, by its id
+        #[arg(long, value_name = "ID", value_parser = snapshot_id, conflicts_with = "space")]
+        after: Option<SnapshotId>,
         /// Show what the volume and they take, alone and shared: reads all their metadata
         #[arg(long)]
         space: bool,
@@ -90,11 +96,16 @@ pub(crate) fn run(arguments: &SnapshotArgs) -> Outcome {
                 format!("snapshot {}, durable in {took}", name(&created.snapshot))
             })
         }
-        SnapshotCommand::List { volume, space: true } => show_space(&arguments.api, volume),
-        SnapshotCommand::List { volume, .. } => {
-            let path = format!("/v1/volumes/{volume}/snapshots");
-            let snapshots: Vec<SnapshotView> = client.get(&path)?;
-            print_either(json, &snapshots, |snapshots| list(snapshots))
+        SnapshotCommand::List { volume, space: true, .. } => show_space(&arguments.api, volume),
+        SnapshotCommand::List { volume, after, .. } => {
+            let mut parts = Parts::new(json, &COLUMNS);
+            let mut pages = Pages::new(&client, volume, *after);
+            while let Some(page) = pages.next()? {
+                if !parts.add(&page, row)? {
+                    return Ok(()); // Nobody reads on.
+                }
+            }
+            parts.end()
         }
         SnapshotCommand::Label { snapshot, label } => {
             let request = ChangeSnapshot { label: Some(label.clone()) };
@@ -186,18 +197,49 @@ fn differences(diff: &DiffView) -> String {
     format!("{}{sum}\n", table.render())
 }
 
-/// A table of snapshots.
-pub(super) fn list(snapshots: &[SnapshotView]) -> String {
-    let mut table = Table::new(&["ID", "LABEL", "TIME", "SIZE", "ALLOCATED", "STATE"]);
-    for snapshot in snapshots {
-        table.row(vec![
-            snapshot.id.clone(),
-            or_dash(&snapshot.label),
-            snapshot.time.clone(),
-            ByteCount::new(snapshot.size_bytes).human(),
-            ByteCount::new(snapshot.allocated_bytes).human(),
-            if snapshot.settling { "settling" } else { "-" }.to_owned(),
-        ]);
+/// What a list of snapshots says of each.
+pub(super) const COLUMNS: [&str; 6] = ["ID", "LABEL", "TIME", "SIZE", "ALLOCATED", "STATE"];
+
+pub(super) fn row(snapshot: &SnapshotView) -> Vec<String> {
+    vec![
+        snapshot.id.clone(),
+        or_dash(&snapshot.label),
+        snapshot.time.clone(),
+        ByteCount::new(snapshot.size_bytes).human(),
+        ByteCount::new(snapshot.allocated_bytes).human(),
+        if snapshot.settling { "settling" } else { "-" }.to_owned(),
+    ]
+}
+
+/// An id such as 3.17.
+fn snapshot_id(text: &str) -> Result<SnapshotId, String> {
+    text.parse().map_err(|()| format!("{text:?} is no id of a snapshot, such as 3.17"))
+}
+
+/// A volume's snapshots, by pages: there may be a million.
+pub(super) struct Pages<'a> {
+    client: &'a Client,
+    path: String,
+    /// The last one of the page before.
+    after: Option<String>,
+    ended: bool,
+}
+
+impl<'a> Pages<'a> {
+    pub(super) fn new(client: &'a Client, volume: &str, after: Option<SnapshotId>) -> Self {
+        let path = format!("/v1/volumes/{volume}/snapshots?limit={PAGE_MAX}");
+        Self { client, path, after: after.map(|id| id.to_string()), ended: false }
     }
-    table.render()
+
+    /// The next page; none when there are no more.
+    pub(super) fn next(&mut self) -> Result<Option<Vec<SnapshotView>>, ClientError> {
+        if self.ended {
+            return Ok(None);
+        }
+        let after = self.after.take().map_or(String::new(), |after| format!("&after={after}"));
+        let page: Vec<SnapshotView> = self.client.get(&format!("{}{after}", self.path))?;
+        self.ended = page.len() < PAGE_MAX;
+        self.after = page.last().map(|last| last.id.clone());
+        Ok(Some(page))
+    }
 }

@@ -1,7 +1,8 @@
 //! `bessel volume`: create, import, list, show, resize, rename, rollback, schedule, detach, attach, delete.
 
 use super::import::{self, Import};
-use super::output::{Table, or_dash, print_either};
+use super::output::{Parts, Table, or_dash, print, print_either};
+use super::snapshot::{self, Pages};
 use super::{ApiArgs, Outcome};
 use crate::api::types::{
     CLONES_MAX, Cache, ChangeVolume, CreateClones, CreateVolume, KeepView, Rollback, RolledBack,
@@ -11,6 +12,7 @@ use crate::keep::{keep_text, parse_keep};
 use crate::reference::{SnapshotReference, label, volume_name};
 use crate::size::parse_size;
 use crate::span::{parse_span, span_text};
+use bessel_mapping::request::{SnapshotId, VolumeId};
 use bessel_mapping::schedule::Keep;
 use bessel_reactor::units::ByteCount;
 use clap::{ArgGroup, Args, Subcommand};
@@ -198,15 +200,32 @@ pub(crate) fn run(arguments: &VolumeArgs) -> Outcome {
             let volumes: Vec<VolumeView> = client.get("/v1/volumes")?;
             print_either(json, &volumes, |volumes| list(volumes))
         }
-        VolumeCommand::Show { volume, space: true } => {
-            super::snapshot::show_space(&arguments.api, volume)
-        }
+        VolumeCommand::Show { volume, space: true } => snapshot::show_space(&arguments.api, volume),
         VolumeCommand::Show { volume, .. } => {
-            let shown = VolumeWithSnapshots {
-                volume: client.get(&format!("/v1/volumes/{volume}"))?,
-                snapshot_list: client.get(&format!("/v1/volumes/{volume}/snapshots"))?,
-            };
-            print_either(json, &shown, show)
+            let view: VolumeView = client.get(&format!("/v1/volumes/{volume}"))?;
+            // Of a damaged log, what can be read.
+            let lost = view.snapshots_fault.as_ref().and(view.snapshots_unread.checked_sub(1));
+            let after = lost.map(|sequence| SnapshotId { volume: VolumeId(view.id), sequence });
+            let mut pages = Pages::new(&client, volume, after);
+            if json {
+                let mut shown = VolumeWithSnapshots { volume: view, snapshot_list: Vec::new() };
+                while let Some(page) = pages.next()? {
+                    shown.snapshot_list.extend(page);
+                }
+                return print_either(json, &shown, |_| String::new());
+            }
+            let mut parts = Parts::new(false, &snapshot::COLUMNS);
+            let mut text = show(&view);
+            while let Some(page) = pages.next()? {
+                if !text.is_empty() {
+                    text.push_str(if page.is_empty() { "" } else { "\n" });
+                    print(&std::mem::take(&mut text))?;
+                }
+                if page.is_empty() || !parts.add(&page, snapshot::row)? {
+                    break; // There is none, or nobody reads on.
+                }
+            }
+            Ok(())
         }
         VolumeCommand::Resize { volume, size } => {
             let request = ChangeVolume { size_bytes: Some(size.get()), name: None };
@@ -233,9 +252,9 @@ pub(crate) fn run(arguments: &VolumeArgs) -> Outcome {
                 format!(
                     "volume {name} reads as snapshot {} of {} now; what it held is kept as snapshot {}: \
                      `bessel volume rollback {name} {}` undoes this",
-                    super::snapshot::name(snapshot),
+                    snapshot::name(snapshot),
                     snapshot.time,
-                    super::snapshot::name(kept),
+                    snapshot::name(kept),
                     kept.id,
                     name = volume.name,
                 )
@@ -297,7 +316,7 @@ fn list(volumes: &[VolumeView]) -> String {
             volume.id.to_string(),
             ByteCount::new(volume.size_bytes).human(),
             cache_name(volume.cache).to_owned(),
-            volume.snapshots.to_string(),
+            count_of_snapshots(volume),
             or_dash(&volume.origin),
             state_name(volume.state).to_owned(),
             guest_state(volume).to_owned(),
@@ -307,8 +326,7 @@ fn list(volumes: &[VolumeView]) -> String {
     table.render()
 }
 
-fn show(shown: &VolumeWithSnapshots) -> String {
-    let volume = &shown.volume;
+fn show(volume: &VolumeView) -> String {
     let mut table = Table::new(&["volume", &volume.name]);
     for (key, value) in [
         ("id", volume.id.to_string()),
@@ -322,6 +340,7 @@ fn show(shown: &VolumeWithSnapshots) -> String {
         ("origin", or_dash(&volume.origin)),
         ("allocated", ByteCount::new(volume.allocated_bytes).human()),
         ("created", volume.created.clone()),
+        ("snapshots", count_of_snapshots(volume)),
     ] {
         table.row(vec![key.to_owned(), value]);
     }
@@ -336,17 +355,20 @@ fn show(shown: &VolumeWithSnapshots) -> String {
             table.row(vec![what.to_owned(), reason.clone()]);
         }
     }
-    for (key, value) in [("reason", &volume.reason), ("remedy", &volume.remedy)] {
+    let trouble =
+        [("reason", &volume.reason), ("remedy", &volume.remedy), ("lost", &volume.snapshots_fault)];
+    for (key, value) in trouble {
         if let Some(value) = value {
             table.row(vec![key.to_owned(), value.clone()]);
         }
     }
-    let mut text = table.render();
-    if !shown.snapshot_list.is_empty() {
-        text.push('\n');
-        text.push_str(&super::snapshot::list(&shown.snapshot_list));
-    }
-    text
+    table.render()
+}
+
+/// How many snapshots: of those that are known, as long as some are not.
+fn count_of_snapshots(volume: &VolumeView) -> String {
+    let more = if volume.snapshots_unread > 0 { "+" } else { "" };
+    format!("{}{more}", volume.snapshots)
 }
 
 /// `a snapshot every 1s, kept: 60`

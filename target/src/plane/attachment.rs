@@ -10,9 +10,7 @@ use super::open::Service;
 use super::{Answered, ControlPlane, refuse_command, refuse_plan};
 use crate::api::Refusal;
 use crate::api::types::{State, VolumeView};
-use bessel_mapping::request::{
-    CacheMode, Command, CurrentTree, Reply, SnapshotInfo, VolumeHandle, VolumeId,
-};
+use bessel_mapping::request::{CacheMode, Command, CurrentTree, Reply, VolumeHandle, VolumeId};
 use bessel_mapping::store;
 use bessel_reactor::device::{FileDevice, OpenOptions};
 
@@ -23,8 +21,6 @@ pub(crate) struct Detached {
     pub(super) home: usize,
     pub(super) service: Service,
     pub(super) cache: CacheMode,
-    /// As they were last known.
-    pub(super) snapshots: Vec<SnapshotInfo>,
     /// Its current tree; none when it had failed, so that nobody knows what the device holds.
     pub(super) current: Option<CurrentTree>,
     /// Why it was detached, or could not be attached.
@@ -50,8 +46,8 @@ impl ControlPlane {
         // Its handle may be another volume's soon.
         self.schedules.end(id);
         let info = self.info(id)?;
-        let failed = match self.ask(home, Command::Close { volume: handle })? {
-            Reply::Closed { failed } => failed,
+        let (failed, log) = match self.ask(home, Command::Close { volume: handle })? {
+            Reply::Closed { failed, log } => (failed, log),
             reply => unreachable!("closing a volume was answered with {reply:?}"),
         };
         let served = self.served.remove(&id).expect("it was found above");
@@ -67,10 +63,11 @@ impl ControlPlane {
             cache: served.cache,
             schedule: served.schedule.map(|scheduled| scheduled.schedule),
         };
-        let (cache, snapshots) = (info.cache, info.snapshots);
+        let cache = info.cache;
         let current = Some(info.current).filter(|_| well);
-        let detached = Detached { home, service, cache, snapshots, current, reason };
-        self.detached.insert(id, detached);
+        self.detached.insert(id, Detached { home, service, cache, current, reason });
+        // As it was last known.
+        self.kept.insert(id, log);
         self.show_volume(name)
     }
 
@@ -100,6 +97,8 @@ impl ControlPlane {
             }
         })?;
         self.detached.remove(&id);
+        self.kept.remove(id);
+        self.forest.forget(id);
         self.serve(id, home, handle, service).map_err(|refusal| {
             Refusal::failed(format!("volume {name:?} is attached but not served: {refusal}"))
         })?;
@@ -152,9 +151,8 @@ impl ControlPlane {
         let (name, deleted) = (entry.record.name.clone(), entry.record.deleted);
         self.directory.reread(entry.clone()).map_err(refuse_plan)?;
         if deleted {
-            if let Some(Detached { home, service, snapshots, .. }) = self.detached.remove(&id) {
+            if let Some(Detached { home, service, .. }) = self.detached.remove(&id) {
                 self.placement.remove(home, service.queues);
-                self.departed.insert(id, snapshots);
             }
             return Err(Refusal::not_found(format!(
                 "volume {name:?} is gone: the device has its deletion"

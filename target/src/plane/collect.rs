@@ -167,6 +167,14 @@ impl ControlPlane {
                 volume.name, volume.name
             ));
         }
+        // What has no plan yet is found now, or by the next one: a plan that is made later would free
+        // it again.
+        let left = self.unplanned.leave();
+        if left > 0 {
+            self.collections.note_deletion();
+            let reclaimer = self.reclaimer().map_err(|refusal| refusal.to_string())?;
+            (0..left).for_each(|_| reclaimer.leave());
+        }
         // The device has no record of what is being imported, nor may have had when it was read.
         let importing: Vec<VolumeId> = self.importing.keys().copied().collect();
         let unpublished = importing.into_iter().map(|id| self.tree_of(id));

@@ -3,12 +3,14 @@
 //! A volume of the configuration has at each start the schedule that stands there, or none. One that is
 //! set by the API counts until the daemon ends: the store says nothing of schedules.
 
-use super::{Answered, ControlPlane};
+use super::logs::Snapshots;
+use super::{Answered, ControlPlane, Step};
 use crate::api::Refusal;
 use crate::api::types::VolumeView;
 use crate::scheduler::{Begin, Progress};
 use bessel_mapping::request::{SnapshotInfo, VolumeId};
-use bessel_mapping::schedule::{Known, Schedule, ScheduleCounters};
+use bessel_mapping::schedule::{Keep, Known, Schedule, ScheduleCounters};
+use bessel_mapping::snapshot_log::PAGE_MAX;
 use std::sync::Arc;
 
 /// A volume's schedule, and what it has come to.
@@ -51,20 +53,42 @@ impl ControlPlane {
     }
 
     /// Begins the schedule of a volume that is open, if it has one.
-    pub(super) fn begin_schedule(&self, id: VolumeId) {
+    pub(super) fn begin_schedule(&mut self, id: VolumeId) {
         let Some(served) = self.served.get(&id) else { return };
         let Some(Scheduled { schedule, progress }) = served.schedule.clone() else { return };
-        let Ok(info) = self.info(id) else { return }; // Asking an open volume does not fail.
-        let live = info.snapshots.iter().filter(|snapshot| !snapshot.deleted).map(known).collect();
+        let Some(name) = self.name_of_present(id) else { return };
+        let keeps_all = schedule.keep == Keep::All;
         self.schedules.begin(Begin {
             volume: id,
-            name: info.name,
+            name,
             handle: served.handle,
             port: self.homes[served.home].port.clone(),
             schedule,
-            live,
             progress,
         });
+        self.to_be_told.retain(|(other, _)| *other != id);
+        if !keeps_all {
+            self.to_be_told.push_back((id, 0));
+        }
+    }
+
+    /// Tells a schedule of some more of the snapshots that its volume had when it began.
+    pub(super) fn tell_schedules(&mut self) -> Step {
+        let Some((id, from)) = self.to_be_told.pop_front() else { return Step::Done };
+        let Ok(info) = self.info(id) else { return Step::More }; // It has no schedule any more.
+        if info.log.out_of_reach > from && info.log.fault.is_none() {
+            self.to_be_told.push_back((id, from));
+            return Step::Later;
+        }
+        // What cannot be read is not thinned.
+        let Ok(Snapshots { snapshots, next }) =
+            self.page(id, from.max(info.log.out_of_reach), PAGE_MAX, false)
+        else {
+            return Step::More;
+        };
+        self.schedules.known(id, snapshots.iter().map(known).collect(), next.is_none());
+        self.to_be_told.extend(next.map(|next| (id, next)));
+        Step::More
     }
 
     /// Tells the volume's schedule of a snapshot that an operator has taken or labelled.

@@ -10,7 +10,9 @@ use crate::attach::CoreCounters;
 use crate::scheduler::Progress;
 use crate::time::rfc3339;
 use bessel_mapping::directory::VolumeSummary;
-use bessel_mapping::request::{CacheMode, ShardStats, SnapshotId, SnapshotInfo, VolumeInfo};
+use bessel_mapping::request::{
+    CacheMode, LogState, ShardStats, SnapshotId, SnapshotInfo, VolumeInfo,
+};
 use bessel_mapping::schedule::{Schedule, ScheduleCounters};
 use bessel_mapping::volume::VolumeCounters;
 use bessel_reactor::units::{BLOCK_SIZE, ByteCount};
@@ -32,7 +34,9 @@ pub(super) fn volume(info: &VolumeInfo, served: &Served, condition: Condition) -
         reason,
         remedy,
         allocated_bytes: ByteCount::from_blocks(info.blocks_allocated).get(),
-        snapshots: info.snapshots.iter().filter(|snapshot| !snapshot.deleted).count(),
+        snapshots: info.log.live,
+        snapshots_unread: info.log.out_of_reach,
+        snapshots_fault: info.log.fault.clone(),
         schedule: served.schedule.as_ref().map(|it| schedule(&it.schedule, &it.progress)),
     }
 }
@@ -48,15 +52,17 @@ fn cache(mode: CacheMode) -> Cache {
 pub(super) fn detached_volume(
     volume: &VolumeSummary,
     detached: &Detached,
+    log: &LogState,
     condition: Condition,
 ) -> VolumeView {
-    let live = detached.snapshots.iter().filter(|snapshot| !snapshot.deleted);
     VolumeView {
         cache: cache(detached.cache),
         queues: detached.service.queues,
         socket: detached.service.socket.display().to_string(),
         reactor: detached.home,
-        snapshots: live.count(),
+        snapshots: log.live,
+        snapshots_unread: log.out_of_reach,
+        snapshots_fault: log.fault.clone(),
         schedule: detached.service.schedule.as_ref().map(detached_schedule),
         ..closed_volume(volume, condition)
     }
@@ -81,6 +87,8 @@ pub(super) fn closed_volume(volume: &VolumeSummary, condition: Condition) -> Vol
         remedy,
         allocated_bytes: 0,
         snapshots: 0,
+        snapshots_unread: 0,
+        snapshots_fault: None,
         schedule: None,
     }
 }

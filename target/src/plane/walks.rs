@@ -4,7 +4,7 @@
 //! while the plane answers others. Until it ends the snapshots are *pinned*: deleting one of them is
 //! refused, and so is deleting its volume.
 
-use super::{Answered, ControlPlane};
+use super::{Answered, ControlPlane, Step};
 use crate::api::Refusal;
 use crate::api::RefusalKind;
 use crate::api::types::{
@@ -175,24 +175,37 @@ impl ControlPlane {
     }
 
     /// Prepares to find out what space a volume and its snapshots take, and what of that they share
-    /// with others of their forest.
-    pub(crate) fn plan_space(&self, name: &str) -> Answered<SpacePlan> {
+    /// with others of their forest; or a part of that, and says when to go on.
+    pub(crate) fn plan_space(&mut self, name: &str) -> Answered<Result<SpacePlan, Step>> {
         let volume = self.find(name)?.id;
-        let forest = self.forest_of(volume)?;
-        if let Some(unknown) = forest.unknown().find(|id| self.is_present(*id)) {
-            return Err(Refusal::conflict(format!(
-                "nobody knows what volume {unknown} shares with it, which has failed or could not be \
-                 opened; mend that first"
-            )));
+        self.begin_question();
+        let connected = self.forest.connected(volume);
+        for id in &connected {
+            match self.catch_up(*id)? {
+                Step::Done => {}
+                step => return Ok(Err(step)),
+            }
         }
-        let trees: Vec<(TreeId, Tree)> = forest.living().collect();
+        let mut trees: Vec<(TreeId, Tree)> = Vec::new();
+        for id in connected {
+            match self.forest.living(id) {
+                Some(living) => trees.extend(living),
+                None if self.is_present(id) => {
+                    return Err(Refusal::conflict(format!(
+                        "nobody knows what volume {id} shares with it, which has failed, has a damaged \
+                         snapshot log or could not be opened; mend that first"
+                    )));
+                }
+                None => {}
+            }
+        }
         let snapshots = trees.iter().filter_map(|(id, _)| match id {
             TreeId::Snapshot(id) => Some(*id),
             TreeId::Current(_) => None,
         });
         let pinned = self.pins.pin(snapshots.collect());
         let (source, name) = (self.walk_source(), name.to_owned());
-        Ok(SpacePlan { source, volume, name, trees, _pinned: pinned })
+        Ok(Ok(SpacePlan { source, volume, name, trees, _pinned: pinned }))
     }
 
     fn is_present(&self, id: VolumeId) -> bool {

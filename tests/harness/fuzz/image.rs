@@ -103,7 +103,9 @@ impl Base {
         places[2] = blocks(geometry.host_slot(0, 0), 2).collect();
         let slots = store.directory.volumes().count() as u64 + 1; // One that was never used.
         places[3] = blocks(geometry.registry_slot(0, 0), 2 * slots).collect();
-        places[5] = store.directory.entries().flat_map(|entry| entry.log_blocks.clone()).collect();
+        let logs = store.directory.entries().map(|entry| &entry.record);
+        let logs = logs.map(|record| store::read_log(&mut disk.connect(), &store, record));
+        places[5] = logs.flat_map(|log| log.blocks).collect();
         for extent in 0..geometry.extent_count {
             let kind = store.extents.get(extent);
             let rest = match kind {

@@ -3,6 +3,7 @@
 use std::collections::VecDeque;
 use std::time::Duration;
 
+use bessel_mapping::directory::VolumeEntry;
 use bessel_mapping::message::Message;
 use bessel_mapping::request::{
     CloneOrigin, Command, IoKind, IoRequest, IoStatus, Reply, SnapshotId, VolumeHandle,
@@ -25,6 +26,7 @@ pub(super) const SECTORS_MAX: u64 = 64;
 /// A store in service.
 pub(super) struct Rig {
     pub(super) store: OpenedStore,
+    disk: SimDisk,
     shards: Vec<Shard<SimDevice>>,
     now: Instant,
     tickets: u64,
@@ -47,7 +49,8 @@ impl Rig {
         let buffer = pool.take().expect("it has one");
         let memory = pool.lend(&buffer);
         let now = Instant::from_nanos(1);
-        Some(Self { store, shards, now, tickets: 0, memory, _pool: (pool, buffer) })
+        let disk = disk.clone();
+        Some(Self { store, disk, shards, now, tickets: 0, memory, _pool: (pool, buffer) })
     }
 
     fn turn(&mut self) {
@@ -145,9 +148,11 @@ impl Rig {
     /// Every snapshot that can be cloned.
     pub(super) fn origins(&self) -> Vec<CloneOrigin> {
         let live = self.store.directory.entries().filter(|entry| !entry.record.deleted);
-        live.flat_map(|entry| {
-            entry.log.iter().filter(|snapshot| !snapshot.deleted).map(|snapshot| CloneOrigin {
-                snapshot: SnapshotId { volume: entry.record.id, sequence: snapshot.sequence },
+        live.flat_map(|VolumeEntry { record, .. }| {
+            let log = store::read_log(&mut self.disk.connect(), &self.store, record);
+            let live = log.entries.into_iter().filter(|snapshot| !snapshot.deleted);
+            live.map(|snapshot| CloneOrigin {
+                snapshot: SnapshotId { volume: record.id, sequence: snapshot.sequence },
                 root: snapshot.root,
                 height: snapshot.height,
                 size: snapshot.size,

@@ -32,7 +32,7 @@ impl World {
         let ticket = self.ticket();
         self.commands.insert(ticket, Pending::Close);
         self.shards[open.shard].control(ticket, Command::Close { volume: open.handle });
-        let Reply::Closed { failed } = self.reply(ticket)? else {
+        let Reply::Closed { failed, .. } = self.reply(ticket)? else {
             panic!("volume {id} could not be detached");
         };
         assert!(failed.is_none() || self.config.may_fail, "{failed:?}");
@@ -102,9 +102,11 @@ impl World {
             return Ok(Err(error));
         }
         self.detached.remove(&id);
+        self.reclaims.forget(id);
+        let snapshots = self.snapshots(id)?;
         let info = self.show(id)?;
         assert_eq!(info.latched, None, "attaching clears it");
-        self.model.recover_volume(&info);
+        self.model.recover_volume(&info, &snapshots);
         self.model.set_writethrough(id, info.cache == CacheMode::Writethrough);
         self.settle()?;
         self.observe(id);

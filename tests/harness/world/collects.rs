@@ -1,12 +1,13 @@
 //! The collector beside everything else, as the daemon's thread runs it: a step of its own between
 //! steps of the shards, and never while a deleted snapshot's blocks are being freed.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 
 use bessel_mapping::blocking::Blocking;
 use bessel_mapping::forest::Tree;
 use bessel_mapping::gc::{CollectError, Collected, Collection, Next, Progress};
-use bessel_mapping::request::{Command, Reply, VolumeId, VolumeInfo};
+use bessel_mapping::request::{Command, Reply, SnapshotInfo, VolumeId, VolumeInfo};
+use bessel_mapping::snapshot_log::PAGE_MAX;
 use bessel_reactor::device::sim::Random;
 
 use super::reclaims::marks;
@@ -18,7 +19,13 @@ enum Now {
     /// The shards, or shard 0, are asked.
     Asked { asked: BTreeSet<Ticket>, replies: Vec<Reply> },
     /// Volumes are asked what they have: some of their deleted snapshots wait to be freed.
-    Look { asked: BTreeMap<Ticket, VolumeId>, shown: Vec<VolumeInfo> },
+    Look {
+        asked: BTreeSet<Ticket>,
+        shown: Vec<VolumeInfo>,
+        snapshots: Vec<SnapshotInfo>,
+        /// One has not told.
+        failed: bool,
+    },
 }
 
 #[derive(Debug)]
@@ -145,7 +152,9 @@ impl World {
             Some(Now::Asked { asked, replies }) if asked.is_empty() => {
                 running.job.answered(replies);
             }
-            Some(Now::Look { asked, shown }) if asked.is_empty() => self.spare(&shown),
+            Some(Now::Look { asked, shown, snapshots, failed }) if asked.is_empty() => {
+                self.spare(&shown, &snapshots, failed);
+            }
             None => {}
             waiting => {
                 running.now = waiting;
@@ -205,30 +214,33 @@ impl World {
             let running = self.collects.running.as_mut().expect("one is under way");
             return running.job.fail("not all volumes are open".to_owned());
         }
-        let open: Vec<(VolumeId, OpenVolume)> =
-            self.volumes.iter().map(|(id, open)| (*id, *open)).collect();
-        let mut asked = BTreeMap::new();
-        for (id, OpenVolume { shard, handle, .. }) in open {
-            let ticket = self.ticket();
-            asked.insert(ticket, id);
-            self.commands.insert(ticket, Pending::Collect);
-            self.shards[shard].control(ticket, Command::Show { volume: handle });
+        let open: Vec<OpenVolume> = self.volumes.values().copied().collect();
+        let mut asked = BTreeSet::new();
+        for OpenVolume { shard, handle: volume, .. } in open {
+            let all = Command::Page { volume, from: 0, limit: PAGE_MAX, with_deleted: true };
+            for command in [Command::Show { volume }, all] {
+                let ticket = self.ticket();
+                asked.insert(ticket);
+                self.commands.insert(ticket, Pending::Collect);
+                self.shards[shard].control(ticket, command);
+            }
         }
-        self.now_collecting(Now::Look { asked, shown: Vec::new() });
+        let (shown, snapshots) = (Vec::new(), Vec::new());
+        self.now_collecting(Now::Look { asked, shown, snapshots, failed: false });
     }
 
     /// The trees of deleted snapshots that wait, or whose mark is not durable yet.
-    fn spare(&mut self, shown: &[VolumeInfo]) {
+    fn spare(&mut self, shown: &[VolumeInfo], snapshots: &[SnapshotInfo], mut failed: bool) {
         let mut waiting: Vec<_> = self.reclaims.waiting().collect();
         waiting.extend(self.commands.values().flat_map(marks));
-        let failed = shown.iter().any(|it| it.latched.is_some()) || self.collects.doubtful_creation;
+        failed |= shown.iter().any(|it| it.latched.is_some()) || self.collects.doubtful_creation;
         let tree = |root, height| Tree { root, height };
-        let all = shown.iter().flat_map(|volume| &volume.snapshots);
         // The device had no record of these when it was read.
         let unread =
             |id: &VolumeId| self.unpublished.contains(id) || self.collects.published.contains(id);
-        let snapshots =
-            all.filter(|it| waiting.contains(&it.id) || unread(&it.id.volume) && !it.deleted);
+        let snapshots = snapshots
+            .iter()
+            .filter(|it| waiting.contains(&it.id) || unread(&it.id.volume) && !it.deleted);
         let mut trees: Vec<Tree> = snapshots.map(|it| tree(it.root, it.height)).collect();
         let current = shown.iter().filter(|volume| unread(&volume.id));
         trees.extend(current.map(|it| tree(it.current.root, it.current.height)));
@@ -242,18 +254,26 @@ impl World {
 
     /// A shard has answered.
     pub(super) fn collection_answered(&mut self, ticket: Ticket, reply: Reply) {
+        let may_fail = self.may_fail();
         let Some(running) = &mut self.collects.running else { return };
         match &mut running.now {
             Some(Now::Asked { asked, replies }) => {
                 let ours = asked.remove(&ticket);
                 replies.extend(ours.then_some(reply));
             }
-            Some(Now::Look { asked, shown }) => {
-                // Else its volume went meanwhile, with the command that was before this one.
-                if asked.remove(&ticket).is_some()
-                    && let Reply::Volume(info) = reply
-                {
-                    shown.push(*info);
+            Some(Now::Look { asked, shown, snapshots, failed }) => {
+                if !asked.remove(&ticket) {
+                    return;
+                }
+                match reply {
+                    Reply::Volume(info) => shown.push(*info),
+                    Reply::Page { snapshots: page, next } => {
+                        assert_eq!(next, None, "a volume of a page of snapshots");
+                        snapshots.extend(page);
+                    }
+                    // Its volume went meanwhile, with the command that was before this one; or its log
+                    // cannot be read.
+                    _ => *failed |= may_fail,
                 }
             }
             None => {}

@@ -54,8 +54,9 @@ impl World {
         }
         let before = *self.diffs.dice.pick(&known);
         let after = *self.diffs.dice.pick(&known);
-        let shown = self.show(volume)?.snapshots;
-        let (before, after) = (&shown[before as usize], &shown[after as usize]);
+        let all = self.snapshots(volume)?;
+        let find = |sequence| all.iter().find(|it| it.id.sequence == sequence);
+        let (Some(before), Some(after)) = (find(before), find(after)) else { return Ok(()) };
         // Who deletes one waits for whoever reads it.
         let going: Vec<SnapshotId> = self.commands.values().flat_map(marks).collect();
         let unfit = |it: &SnapshotInfo| it.deleted || it.settling || going.contains(&it.id);

@@ -4,7 +4,7 @@
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use bessel_mapping::blocking::Blocking;
-use bessel_mapping::forest::{Forest, ForestVolume, Tree, TreeId};
+use bessel_mapping::forest::{Forest, NoAnswer, Tree, TreeId};
 use bessel_mapping::reclaim::{Next, Reclaim, ReclaimPlan};
 use bessel_mapping::request::{Command, Reply, SnapshotId, SnapshotInfo, VolumeId, VolumeInfo};
 use bessel_mapping::walk::{Change, Changes, NodeReader, Space, TreeSpace, UsageWalk};
@@ -17,10 +17,11 @@ use super::{Action, OpenVolume, Pending, Ticket, World};
 #[derive(Debug)]
 enum Now {
     Nothing,
-    /// Asking what volumes there are.
+    /// Asking about volumes that matter.
     Look {
         asked: BTreeMap<Ticket, VolumeId>,
-        shown: Vec<VolumeInfo>,
+        /// What they have said of themselves, once their snapshots are asked for.
+        shown: BTreeMap<VolumeId, VolumeInfo>,
     },
     Work {
         job: Box<Reclaim>,
@@ -34,6 +35,8 @@ enum Now {
 pub(super) struct Reclaims {
     waiting: VecDeque<SnapshotId>,
     now: Now,
+    /// What is known of the trees, in this life.
+    forest: Forest,
     /// Not the world's: worlds without deletions go as they always went.
     dice: Random,
     /// Clones that could not be made: whether the disk has them, nobody knows.
@@ -48,6 +51,7 @@ impl Reclaims {
         Self {
             waiting: VecDeque::new(),
             now: Now::Nothing,
+            forest: Forest::default(),
             unborn: Vec::new(),
             dice: Random::new(seed ^ 0x4ec1a1),
             done: 0,
@@ -57,7 +61,13 @@ impl Reclaims {
 
     /// The mark of a snapshot is durable.
     pub(super) fn push(&mut self, snapshot: SnapshotId) {
+        self.forest.mark_deleted(snapshot);
         self.waiting.push_back(snapshot);
+    }
+
+    /// A volume is read anew from the disk.
+    pub(super) fn forget(&mut self, volume: VolumeId) {
+        self.forest.forget(volume);
     }
 
     /// Nothing waits and nothing is under way.
@@ -79,6 +89,7 @@ impl Reclaims {
     pub(super) fn clear(&mut self) {
         self.waiting.clear();
         self.unborn.clear();
+        self.forest = Forest::default();
         self.now = Now::Nothing;
     }
 }
@@ -109,14 +120,15 @@ impl World {
 
     /// What the trees of these volumes and their snapshots take, and all of them together.
     pub fn space(&mut self, volumes: &[VolumeId]) -> (Vec<(TreeId, TreeSpace)>, Space) {
-        let shown = volumes.iter().map(|id| self.show(*id).expect("the power is on"));
-        let shown: Vec<_> = shown.collect();
-        let forest = Forest::new(
-            shown
-                .iter()
-                .map(|it| ForestVolume::present(it.id, it.origin, &it.snapshots, it.current)),
-        );
-        let (names, trees): (Vec<TreeId>, Vec<Tree>) = forest.living().unzip();
+        let mut forest = Forest::default();
+        for id in volumes {
+            let info = self.show(*id).expect("the power is on");
+            forest.add(*id, info.origin);
+            forest.extend(*id, &self.snapshots(*id).expect("the power is on"));
+            forest.set_present(*id, info.current, info.log.taken);
+        }
+        let living = volumes.iter().flat_map(|id| forest.living(*id).expect("it was just told of"));
+        let (names, trees): (Vec<TreeId>, Vec<Tree>) = living.unzip();
         let mut reader = NodeReader::new(&self.store);
         let mut device = self.disk.connect();
         let mut io = Blocking::new(&mut device);
@@ -124,6 +136,14 @@ impl World {
         while !walk.step(&mut reader, &mut io).expect("whole trees") {}
         let (spaces, total) = walk.spaces();
         (names.into_iter().zip(spaces.iter().copied()).collect(), total)
+    }
+
+    /// Leaves what waits to be freed to the collector.
+    pub fn leave_to_collector(&mut self) {
+        self.reclaims.waiting.clear();
+        if matches!(self.reclaims.now, Now::Look { .. }) {
+            self.reclaims.now = Now::Nothing;
+        }
     }
 
     /// Goes on until nothing of a deleted snapshot waits to be freed.
@@ -154,7 +174,7 @@ impl World {
         true
     }
 
-    /// Asks every volume what it has. Nobody is making or deleting one at that moment.
+    /// Begins with the next deleted snapshot. Nobody is making or deleting a volume at that moment.
     fn look(&mut self) {
         let moves = |pending: &Pending| {
             matches!(
@@ -168,51 +188,81 @@ impl World {
         if self.commands.values().any(moves) {
             return;
         }
-        let open: Vec<(VolumeId, OpenVolume)> =
-            self.volumes.iter().map(|(id, open)| (*id, *open)).collect();
+        self.reclaims.forest.begin();
+        self.reclaims.now = Now::Look { asked: BTreeMap::new(), shown: BTreeMap::new() };
+    }
+
+    /// Asks about these volumes. Of one that is not open, nobody knows what it has.
+    fn look_at(&mut self, volumes: Vec<VolumeId>) {
         let mut asked = BTreeMap::new();
-        for (id, OpenVolume { shard, handle, .. }) in open {
+        for id in volumes {
+            let Some(OpenVolume { shard, handle, .. }) = self.volumes.get(&id).copied() else {
+                self.reclaims.forest.set_unknown(id);
+                continue;
+            };
             let ticket = self.ticket();
             asked.insert(ticket, id);
             self.commands.insert(ticket, Pending::Reclaim);
             self.shards[shard].control(ticket, Command::Show { volume: handle });
         }
-        self.reclaims.now = Now::Look { asked, shown: Vec::new() };
+        self.reclaims.now = Now::Look { asked, shown: BTreeMap::new() };
+    }
+
+    /// A volume has answered: asks on until all its snapshots are known that it has spoken of.
+    fn look_on(&mut self, id: VolumeId, reply: Reply) {
+        let Now::Look { asked, shown } = &mut self.reclaims.now else { return };
+        let forest = &mut self.reclaims.forest;
+        match reply {
+            // Of a volume that has failed nobody knows what the device holds, marks included.
+            Reply::Volume(info) if info.latched.is_some() => return forest.set_unknown(id),
+            Reply::Volume(info) => drop(shown.insert(id, *info)),
+            Reply::Page { snapshots, .. } => {
+                forest.extend(id, &snapshots);
+            }
+            // Its volume went meanwhile, or its log cannot be read.
+            _ => return forest.set_unknown(id),
+        }
+        let (info, from) = (&shown[&id], forest.known(id));
+        if from >= info.log.taken {
+            return forest.set_present(id, info.current, info.log.taken);
+        }
+        let Some(OpenVolume { shard, handle, .. }) = self.volumes.get(&id).copied() else {
+            return forest.set_unknown(id);
+        };
+        self.tickets += 1;
+        let ticket = self.tickets;
+        asked.insert(ticket, id);
+        self.commands.insert(ticket, Pending::Reclaim);
+        let limit = 1 + self.reclaims.dice.below(30) as usize;
+        let command = Command::Page { volume: handle, from, limit, with_deleted: true };
+        self.shards[shard].control(ticket, command);
     }
 
     fn plan_reclaim(&mut self) {
-        let Now::Look { shown, .. } = std::mem::replace(&mut self.reclaims.now, Now::Nothing)
-        else {
-            unreachable!("the caller looked");
-        };
-        let snapshot = self.reclaims.waiting.pop_front().expect("one waits");
         if self.store.directory.unreadable().is_some() {
+            self.reclaims.waiting.pop_front();
+            self.reclaims.now = Now::Nothing;
             return;
         }
-        let mut volumes: BTreeMap<VolumeId, ForestVolume> = BTreeMap::new();
-        // Of a volume that has failed nobody knows what the device holds, marks included.
-        for VolumeInfo { id, origin, snapshots, current, .. } in
-            shown.iter().filter(|it| it.latched.is_none())
-        {
-            volumes.insert(*id, ForestVolume::present(*id, *origin, snapshots, *current));
-        }
         for volume in self.store.directory.volumes() {
-            let unknown = || ForestVolume::unknown(volume.id, volume.origin);
-            volumes.entry(volume.id).or_insert_with(unknown);
+            self.reclaims.forest.add(volume.id, volume.origin);
         }
-        for (id, origin) in &self.reclaims.unborn {
-            volumes.entry(*id).or_insert_with(|| ForestVolume::unknown(*id, Some(*origin)));
+        for (id, origin) in self.reclaims.unborn.clone() {
+            self.reclaims.forest.add(id, Some(origin));
         }
-        let forest = Forest::new(volumes.into_values());
-        if forest.tree(snapshot).is_none() {
-            return; // Its volume is gone.
-        }
+        let snapshot = *self.reclaims.waiting.front().expect("one waits");
         // A mark that is under way is in the log that was shown, and not yet durable.
         let waiting = &self.reclaims.waiting;
         let marking = |other| self.commands.values().any(|pending| marks(pending).contains(&other));
-        let waits = |other| waiting.contains(&other) || marking(other);
-        let plan = ReclaimPlan::new(&forest, snapshot, waits);
+        let later = |other| waiting.iter().skip(1).any(|it| *it == other);
+        let waits = |other| later(other) || marking(other);
+        let plan = ReclaimPlan::new(&self.reclaims.forest, snapshot, waits);
+        if let Err(NoAnswer::Ask(volumes)) = plan {
+            return self.look_at(volumes);
+        }
         self.tell(format_args!("reclaim {snapshot}: {plan:?}"));
+        self.reclaims.waiting.pop_front();
+        self.reclaims.now = Now::Nothing;
         let Ok(plan) = plan else { return };
         let Ok(job) = Reclaim::new(&self.store, plan) else { return };
         let (asked, replies) = (BTreeSet::new(), Vec::new());
@@ -260,12 +310,9 @@ impl World {
     /// A shard has answered.
     pub(super) fn reclaim_answered(&mut self, ticket: Ticket, reply: Reply) {
         match &mut self.reclaims.now {
-            Now::Look { asked, shown } => {
-                // Else its volume went meanwhile, with the command that was before this one.
-                if asked.remove(&ticket).is_some()
-                    && let Reply::Volume(info) = reply
-                {
-                    shown.push(*info);
+            Now::Look { asked, .. } => {
+                if let Some(id) = asked.remove(&ticket) {
+                    self.look_on(id, reply);
                 }
             }
             Now::Work { asked, replies, .. } => {

@@ -160,11 +160,24 @@ impl World {
         self.resume_faults();
     }
 
+    /// Opens the store after a power cut and looks at nothing yet. From the moment that volumes are opened
+    /// on, `meddle` has the disk do something.
+    pub fn reopen(&mut self, meddle: impl FnOnce(&SimDisk)) {
+        self.disk.set_schedule(Schedule::AtOnce);
+        self.check();
+        let wall = self.wall().as_unix_nanos();
+        self.store = open(&self.disk, wall);
+        meddle(&self.disk);
+        assert!(self.serve_unless_killed(false), "nobody kills it");
+    }
+
     /// Compares everything there is, now that the store is open again, with the model.
-    fn compare(&mut self) {
+    pub fn compare(&mut self) {
         for id in self.volumes() {
+            // When they are there, so is all of the log that can be read.
+            let snapshots = self.snapshots(id).expect("the power is back");
             let info = self.show(id).expect("the power is back");
-            self.model.recover_volume(&info);
+            self.model.recover_volume(&info, &snapshots);
             self.model.set_writethrough(id, info.cache == CacheMode::Writethrough);
             self.observe(id);
         }
@@ -206,6 +219,10 @@ impl World {
 
     /// Serves the store that was just opened. False when this life was killed at that.
     fn serve(&mut self) -> bool {
+        self.serve_unless_killed(true)
+    }
+
+    fn serve_unless_killed(&mut self, may_be_killed: bool) -> bool {
         let live = self.store.directory.entries().filter(|entry| !entry.record.deleted);
         let entries: Vec<_> = live.cloned().collect();
         let listed = self.store.directory.volumes().filter(|volume| !volume.deleted);
@@ -231,7 +248,7 @@ impl World {
             return false;
         }
         self.begin_life();
-        if self.random.chance(1, 8) {
+        if may_be_killed && self.random.chance(1, 8) {
             // Killed before it could remove what counts no more.
             self.tell(format_args!("killed again, when all was made"));
             self.disk.crash(Keep::Everything);
@@ -435,6 +452,7 @@ impl Outage {
             model: self.model.clone(),
             config: self.config_of(seed, &mut random),
             random,
+            page_dice: Random::new(seed ^ 0xb00c),
             trace: self.trace,
             shards: Vec::new(),
             fronts: Vec::new(),

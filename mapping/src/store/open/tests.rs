@@ -1,10 +1,12 @@
 //! Refusals, repairs and isolation, on a small store that is damaged behind its back.
 
 use super::*;
-use crate::format::{Parent, encode_catalogue_block, encode_log_block};
+use crate::format::{LogEntry, Parent, encode_catalogue_block, encode_log_block};
 use crate::request::{CacheMode, VolumeId};
+use crate::snapshot_log::{NotHere, SnapshotLog};
+use crate::store::read_log;
 use crate::store::testing::{NOW, READ_WRITE, SECRET, disk, formatted};
-use bessel_reactor::device::sim::{Fault, Keep, SimDisk};
+use bessel_reactor::device::sim::{Fault, Keep, OpKind, SimDisk};
 
 fn open_it(disk: &SimDisk) -> Result<OpenedStore, OpenError> {
     open(&mut disk.connect(), READ_WRITE)
@@ -254,9 +256,142 @@ fn volumes_come_back_with_their_logs() {
     assert_eq!(store.faults, Vec::new());
     let entry = store.directory.entry(VolumeId(2)).unwrap();
     assert_eq!((entry.slot, &entry.record), (3, &two));
-    assert_eq!(entry.log, (0..50).map(log_entry).collect::<Vec<_>>());
-    assert_eq!(entry.log_blocks, [300, 301, 302].map(BlockAddr::new));
+    let tail = entry.tail.as_ref().unwrap();
+    assert_eq!(tail.entries, [48, 49].map(log_entry));
+    assert_eq!((tail.addr, tail.previous), (BlockAddr::new(302), Some(BlockAddr::new(301))));
+    let whole = read_log(&mut disk.connect(), &store, &two);
+    assert_eq!(whole.entries, (0..50).map(log_entry).collect::<Vec<_>>());
+    assert_eq!(whole.blocks, [300, 301, 302].map(BlockAddr::new));
+    assert_eq!(whole.fault, None);
     assert_eq!(store.directory.find("one").unwrap().id, VolumeId(1));
+}
+
+/// A store with a log of `count` entries, and that log.
+fn with_log(count: u64) -> (SimDisk, VolumeRecord) {
+    let disk = with_metadata();
+    let record = VolumeRecord {
+        log_tail: (count > 0).then(|| poke_log(&disk, 1, count)),
+        log_count: count,
+        ..record(1, "vm")
+    };
+    poke_record(&disk, 0, &record);
+    (disk, record)
+}
+
+#[test]
+fn opening_reads_as_much_of_a_long_log_as_of_a_short_one() {
+    let reads = |count| {
+        let (disk, _) = with_log(count);
+        disk.trace();
+        open_it(&disk).unwrap();
+        let reads = disk.trace().into_iter().filter(|op| op.kind == OpKind::Read);
+        reads.map(|op| op.length.get()).collect::<Vec<_>>()
+    };
+    let one = reads(1);
+    for count in [24, 25, 4000] {
+        assert_eq!(reads(count), one, "{count} snapshots");
+    }
+    assert_eq!(reads(0).len() + 1, one.len(), "the newest block of the log");
+}
+
+#[test]
+fn the_log_of_a_deleted_volume_is_nothing_that_opening_needs() {
+    let (disk, record) = with_log(50);
+    let deleted = VolumeRecord { deleted: true, generation: 2, ..record };
+    poke_record(&disk, 0, &deleted);
+    for block in 300..303 {
+        poke(&disk, BlockAddr::new(block), |block| block.fill(0x5a)); // Others' by now.
+    }
+    let store = open_it(&disk).unwrap();
+    assert_eq!((store.faults.len(), store.findings.len()), (0, 0));
+    assert!(store.directory.entry(VolumeId(1)).unwrap().tail.is_none());
+    assert!(survey(&mut disk.connect()).unwrap().0.findings.is_empty());
+}
+
+/// Reads the rest of a log as whoever has the volume open does; returns the blocks it took.
+fn load(disk: &SimDisk, store: &OpenedStore) -> (SnapshotLog, Vec<BlockAddr>) {
+    let entry = store.directory.entry(VolumeId(1)).unwrap();
+    let (mut log, mut read) = (SnapshotLog::begin(entry, &store.extents), Vec::new());
+    while let Some(addr) = log.wanted() {
+        read.push(addr);
+        log.take(Ok(&disk.peek(addr)), SECRET, &store.extents);
+    }
+    (log, read)
+}
+
+/// Damage to an older block is found when that is read: the volume opens, has its newer snapshots, and
+/// says of the others what, where and from which on.
+#[test]
+fn damage_to_an_old_log_block_costs_the_snapshots_up_to_it() {
+    type Damaging = fn(&SimDisk);
+    let damages: [(&str, u64, Damaging); 5] = [
+        ("block 302", 72, |disk| poke(disk, BlockAddr::new(302), |block| block[40] ^= 1)),
+        ("block 300, sector 0: the sector is all zero", 24, |disk| {
+            poke(disk, BlockAddr::new(300), |block| block.fill(0));
+        }),
+        ("outside metadata", 72, |disk| {
+            let entries: Vec<_> = (72..96).map(log_entry).collect();
+            let previous = Some(BlockAddr::new(5));
+            poke(disk, BlockAddr::new(303), |block| {
+                let addr = BlockAddr::new(303);
+                encode_log_block(block, addr, previous, VolumeId(1), 72, &entries, SECRET);
+            });
+        }),
+        ("block 303, sector 0: the block belongs at another place", 72, |disk| {
+            let entries: Vec<_> = (72..96).map(log_entry).collect();
+            let addr = BlockAddr::new(303);
+            poke(disk, addr, |block| {
+                encode_log_block(block, addr, Some(addr), VolumeId(1), 72, &entries, SECRET);
+            });
+        }),
+        ("block 99999, is not in a metadata", 48, |disk| {
+            let mut entries: Vec<_> = (24..48).map(log_entry).collect();
+            entries[7].root = BlockAddr::new(99999);
+            let (addr, previous) = (BlockAddr::new(301), Some(BlockAddr::new(300)));
+            poke(disk, addr, |block| {
+                encode_log_block(block, addr, previous, VolumeId(1), 24, &entries, SECRET);
+            });
+        }),
+    ];
+    for (expected, from, damage) in damages {
+        let (disk, _) = with_log(100);
+        damage(&disk);
+        let store = open_it(&disk).unwrap();
+        assert_eq!((store.faults.len(), store.findings.len()), (0, 0), "{expected}");
+        let (log, _) = load(&disk, &store);
+        let state = log.state();
+        let why = state.fault.expect("it is damaged");
+        assert!(why.contains(expected), "{why} / {expected}");
+        assert_eq!((state.taken, state.live, state.out_of_reach), (100, 100 - from, from));
+        assert!(log.get(from).is_ok() && log.page(from, 10, true).is_ok());
+        for refused in [
+            log.get(from - 1).unwrap_err(),
+            log.page(0, 10, true).unwrap_err(),
+            log.by_label("no such").unwrap_err(),
+            log.newest_at(NOW, u64::MAX).unwrap_err(),
+        ] {
+            let NotHere::Lost { before, why: told } = refused else { panic!("{refused:?}") };
+            assert_eq!((before.sequence, &told), (from, &why));
+        }
+        let (surveyed, losses) = survey(&mut disk.connect()).unwrap();
+        assert_eq!(surveyed.faults.len(), 0);
+        let [finding] = &surveyed.findings[..] else { panic!("{:?}", surveyed.findings) };
+        assert!(finding.to_string().contains(expected), "{finding}");
+        assert!(finding.what.contains(&format!("before 1.{from}")), "{finding}");
+        assert!(losses.hidden.is_some(), "what they hold is not free");
+    }
+}
+
+#[test]
+fn a_log_is_read_to_its_beginning_newest_first() {
+    let (disk, _) = with_log(100);
+    let (log, read) = load(&disk, &open_it(&disk).unwrap());
+    assert_eq!(read, [303, 302, 301, 300].map(BlockAddr::new));
+    let state = log.state();
+    assert_eq!((state.live, state.out_of_reach, state.fault), (100, 0, None));
+    assert_eq!(log.by_label("thirty"), Ok(Some(30)));
+    assert_eq!(log.by_label("no such"), Ok(None));
+    assert_eq!(log.get(100), Err(NotHere::None));
 }
 
 /// Each damage takes its own volume out and no other.
@@ -265,8 +400,8 @@ fn a_damaged_volume_fails_alone() {
     type Damaging = fn(&SimDisk);
     let damages: [(&str, Damaging); 7] = [
         ("checksum", |disk| poke(disk, geometry().registry_slot(1, 1), |block| block[40] ^= 1)),
-        ("checksum", |disk| poke(disk, BlockAddr::new(300), |block| block[40] ^= 1)),
-        ("all zero", |disk| poke(disk, BlockAddr::new(300), |block| block.fill(0))),
+        ("checksum", |disk| poke(disk, BlockAddr::new(301), |block| block[40] ^= 1)),
+        ("all zero", |disk| poke(disk, BlockAddr::new(301), |block| block.fill(0))),
         ("outside metadata", |disk| {
             let tail = Some(BlockAddr::new(5));
             poke_record(
