@@ -164,6 +164,10 @@ impl Soak {
             snapshots,
             snapshots_read,
             sectors,
+            reclaims,
+            collections,
+            diffs,
+            imports,
         } = self.total;
         let (crashes, violations) = (self.total.crashes(), self.failed.len());
         let (seconds, rate) = (self.started.elapsed().as_secs_f64(), self.rate());
@@ -196,6 +200,10 @@ impl Soak {
              | snapshots listed | {snapshots} |\n\
              | snapshots cloned and read | {snapshots_read} |\n\
              | sectors compared | {sectors} |\n\
+             | deleted snapshots whose own space was freed | {reclaims} |\n\
+             | collections of garbage, each to its end | {collections} |\n\
+             | diffs of snapshots compared | {diffs} |\n\
+             | imports | {imports} |\n\
              | **violations** | **{violations}** |\n"
         );
         for seed in &self.failed {

@@ -62,6 +62,14 @@ pub struct Tally {
     pub snapshots_read: u64,
     /// Sectors compared with the model.
     pub sectors: u64,
+    /// Deleted snapshots of which all that only they held was freed.
+    pub reclaims: u64,
+    /// Collections that came to their end.
+    pub collections: u64,
+    /// Diffs compared with the model.
+    pub diffs: u64,
+    /// Imports that came to their end.
+    pub imports: u64,
 }
 
 impl Tally {
@@ -87,6 +95,10 @@ impl AddAssign for Tally {
         self.snapshots += other.snapshots;
         self.snapshots_read += other.snapshots_read;
         self.sectors += other.sectors;
+        self.reclaims += other.reclaims;
+        self.collections += other.collections;
+        self.diffs += other.diffs;
+        self.imports += other.imports;
     }
 }
 
@@ -143,6 +155,11 @@ pub fn run(seed: u64, effort: &Effort) -> Tally {
     run.work_until_the_power_goes();
     run.recover();
     run.tally.sectors += run.world.model.sectors_checked;
+    run.tally.reclaims += run.world.reclaimed().1;
+    let collections = run.world.collections().iter().filter(|it| it.is_ok());
+    run.tally.collections += collections.count() as u64;
+    run.tally.diffs += run.world.diffs();
+    run.tally.imports += run.world.imports();
     run.tally
 }
 

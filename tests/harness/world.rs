@@ -274,6 +274,8 @@ pub struct World {
     volumes: BTreeMap<VolumeId, OpenVolume>,
     /// Those of them that the device has no record of yet.
     unpublished: BTreeSet<VolumeId>,
+    /// Volumes that were published.
+    imports: u64,
     /// Volumes that are being deleted. When that fails they stay.
     deleting: BTreeMap<VolumeId, OpenVolume>,
     schedules: BTreeMap<VolumeId, schedules::Running>,
@@ -339,6 +341,7 @@ impl World {
             tickets: 0,
             volumes: BTreeMap::new(),
             unpublished: BTreeSet::new(),
+            imports: 0,
             deleting: BTreeMap::new(),
             schedules: BTreeMap::new(),
             detached: BTreeMap::new(),
@@ -646,6 +649,11 @@ impl World {
         self.volumes.keys().copied().filter(|id| !self.unpublished.contains(id)).collect()
     }
 
+    /// How many volumes were published.
+    pub fn imports(&self) -> u64 {
+        self.imports
+    }
+
     /// Volumes that are being made.
     pub fn unpublished(&self) -> Vec<VolumeId> {
         self.unpublished.iter().copied().collect()
@@ -828,6 +836,7 @@ impl World {
             (Action::Publish { volume }, Reply::Done) => {
                 self.unpublished.remove(&volume);
                 self.collects.published.push(volume);
+                self.imports += 1;
                 self.model.end_create(volume);
             }
             (Action::Grow { volume, size }, Reply::Done) => {

@@ -468,6 +468,7 @@ impl Outage {
             schedules: BTreeMap::new(),
             volumes: BTreeMap::new(),
             unpublished: BTreeSet::new(),
+            imports: 0,
             deleting: BTreeMap::new(),
             detached: BTreeMap::new(),
             requests: BTreeMap::new(),
