@@ -54,6 +54,19 @@ struct Watch {
     passed: BlockSet,
     /// See [`Claims::hold`].
     held: Vec<BlockRun>,
+    /// Some of these were needed.
+    broken: bool,
+}
+
+/// What [`Claims::unwatch`] tells.
+#[derive(Debug, Default)]
+pub(crate) struct Watched {
+    /// Blocks that were here when it began, or have come since.
+    pub(crate) passed: BlockSet,
+    /// What was held, and may be put back now.
+    pub(crate) held: Vec<BlockRun>,
+    /// Some of it was needed before.
+    pub(crate) broken: bool,
 }
 
 /// The blocks of both kinds. Hot path: no allocation beyond the queue's high-water mark, but for a
@@ -90,17 +103,26 @@ impl Claims {
         self.watch = Some(watch);
     }
 
-    /// Ends that, and tells what has passed, and what was held and may be put back now.
-    pub(crate) fn unwatch(&mut self) -> (BlockSet, Vec<BlockRun>) {
-        let Watch { passed, held } = self.watch.take().map_or_else(Watch::default, |it| *it);
-        (passed, held)
+    /// Ends that, and tells what there was.
+    pub(crate) fn unwatch(&mut self) -> Watched {
+        let Watch { passed, held, broken } =
+            self.watch.take().map_or_else(Watch::default, |it| *it);
+        Watched { passed, held, broken }
+    }
+
+    /// What is held, when there is no other block for a node: the collection has to begin again.
+    pub(crate) fn break_watch(&mut self) -> Vec<BlockRun> {
+        let Some(watch) = &mut self.watch else { return Vec::new() };
+        watch.broken |= !watch.held.is_empty();
+        std::mem::take(&mut watch.held)
     }
 
     /// Keeps the blocks of nodes that were freed while a collection runs; false when none does. Nothing
     /// else is written there before it has read its last node: it may be on the way to one of these.
     pub(crate) fn hold(&mut self, run: BlockRun) -> bool {
         self.note(run);
-        let watch = self.watch.as_mut().filter(|_| !planted::is(Bug::FreedNodesNotHeld));
+        let holds = |watch: &&mut Box<Watch>| !watch.broken && !planted::is(Bug::FreedNodesNotHeld);
+        let watch = self.watch.as_mut().filter(holds);
         watch.map(|watch| watch.held.push(run)).is_some()
     }
 

@@ -94,6 +94,8 @@ pub struct Directory {
     /// Those of them that hold nothing but the record of a deleted volume that a collection has seen,
     /// with that record's generation.
     collected: BTreeMap<u32, (VolumeId, u64)>,
+    /// Those of them that a plan has.
+    promised: BTreeMap<u32, (VolumeId, u64)>,
     /// What the slots of volumes held that have one of those.
     before: BTreeMap<u32, (VolumeId, u64)>,
     slots: u32,
@@ -116,6 +118,7 @@ impl Directory {
             entries: BTreeMap::new(),
             slots_taken: BTreeSet::new(),
             collected: BTreeMap::new(),
+            promised: BTreeMap::new(),
             before: BTreeMap::new(),
             slots,
             names_reserved: BTreeSet::new(),
@@ -160,6 +163,13 @@ impl Directory {
         self.list(entry.slot, &entry.record, None);
         self.entries.insert(entry.record.id, entry);
         Ok(())
+    }
+
+    /// Notes that a record was written once more, as it is.
+    pub(crate) fn renewed(&mut self, record: &VolumeRecord) {
+        if let Some(entry) = self.entries.get_mut(&record.id) {
+            entry.record.generation = record.generation;
+        }
     }
 
     /// Notes a volume whose record was read and that cannot be opened. Its name, identity and slot
@@ -277,7 +287,9 @@ impl Directory {
         let id = id.ok_or(DirectoryError::IdentitiesUsedUp)?;
         (self.id_next, self.unreadable) = (id.checked_add(1), 0);
         self.slots_taken.insert(registry_slot);
-        self.collected.remove(&registry_slot);
+        if let Some(before) = self.collected.remove(&registry_slot) {
+            self.promised.insert(registry_slot, before);
+        }
         self.names_reserved.insert(name.to_owned());
         Ok(CreatePlan {
             registry_slot,
@@ -291,7 +303,8 @@ impl Directory {
     }
 
     /// A slot for a new record, and the generation of the record there; 0 for none. One that was never
-    /// used goes first, then one whose volume has no clones: what is known of their descent stays known.
+    /// used goes first. That of a volume with clones stays: without it nobody would know what they share
+    /// with those that it came from.
     fn free_slot(&self) -> Option<(u32, u64)> {
         if let Some(slot) = (0..self.slots).find(|slot| !self.slots_taken.contains(slot)) {
             return Some((slot, 0));
@@ -300,14 +313,17 @@ impl Directory {
             let mut origins = self.volumes.values().filter_map(|volume| volume.origin);
             origins.any(|origin| origin.volume == id)
         };
-        let free = self.collected.iter().find(|(_, (id, _))| !is_origin(*id));
-        let (slot, (_, generation)) = free.or_else(|| self.collected.first_key_value())?;
+        let mut free = self.collected.iter().filter(|(_, (id, _))| !is_origin(*id));
+        let (slot, (_, generation)) = free.next()?;
         Some((*slot, *generation))
     }
 
     /// How many volumes more there is room for.
     pub fn free_slots(&self) -> usize {
-        self.slots as usize - self.slots_taken.len() + self.collected.len()
+        let origins: BTreeSet<VolumeId> =
+            self.volumes.values().filter_map(|it| Some(it.origin?.volume)).collect();
+        let collected = self.collected.values().filter(|(id, _)| !origins.contains(id));
+        self.slots as usize - self.slots_taken.len() + collected.count()
     }
 
     /// Notes of which deleted volumes a collection has found that nothing is left but their records: new
@@ -315,7 +331,8 @@ impl Directory {
     pub fn collected(&mut self, deleted: &[DeletedVolume]) {
         for DeletedVolume { id, slot, generation } in deleted {
             let known = self.volumes.get(id).is_some_and(|it| it.deleted && it.slot == *slot);
-            if known {
+            // It was read before the slot was promised to somebody.
+            if known && !self.promised.contains_key(slot) {
                 self.collected.insert(*slot, (*id, *generation));
             }
         }
@@ -327,11 +344,8 @@ impl Directory {
     /// When there was no such plan.
     pub fn created(&mut self, plan: &CreatePlan) {
         assert!(self.names_reserved.remove(&plan.name), "{:?} was not planned", plan.name);
-        if plan.generation > 0 {
-            let mut before = self.volumes.values().filter(|it| it.slot == plan.registry_slot);
-            if let Some(before) = before.next() {
-                self.before.insert(plan.registry_slot, (before.id, plan.generation));
-            }
+        if let Some(before) = self.promised.remove(&plan.registry_slot) {
+            self.before.insert(plan.registry_slot, before);
             self.volumes.retain(|_, volume| volume.slot != plan.registry_slot);
             self.entries.retain(|_, entry| entry.slot != plan.registry_slot);
         }
@@ -355,6 +369,7 @@ impl Directory {
     /// When there was no such plan.
     pub fn abandoned(&mut self, plan: &CreatePlan) {
         assert!(self.names_reserved.remove(&plan.name), "{:?} was not planned", plan.name);
+        self.promised.remove(&plan.registry_slot);
         if plan.generation == 0 {
             self.slots_taken.remove(&plan.registry_slot);
         } // Else nobody knows which generation is there, before the next collection.
@@ -526,24 +541,27 @@ mod tests {
         let deleted = |id, slot| DeletedVolume { id: VolumeId(id), slot, generation: 7 };
         // The third is none that is deleted, whatever a record said.
         directory.collected(&[deleted(1, 0), deleted(2, 1), deleted(3, 2)]);
-        assert_eq!(directory.free_slots(), 2);
+        assert_eq!(directory.free_slots(), 1, "of one a clone lives");
         let first = plan(&mut directory, "a").unwrap();
         assert_eq!((first.registry_slot, first.generation, first.id), (1, 7, VolumeId(4)));
+        directory.collected(&[deleted(2, 1)]);
+        let full = DirectoryError::RegistryFull(3);
+        assert_eq!(plan(&mut directory, "b"), Err(full.clone()), "it is promised");
+        directory.abandoned(&first);
+        assert_eq!(plan(&mut directory, "b"), Err(full), "nobody knows what is there");
+        directory.collected(&[deleted(2, 1)]);
         let second = plan(&mut directory, "b").unwrap();
-        assert_eq!((second.registry_slot, second.generation), (0, 7), "its clone lives");
-        directory.created(&first);
-        assert!(directory.get(VolumeId(2)).is_none() && directory.get(VolumeId(4)).is_some());
-        directory.abandoned(&second);
-        assert_eq!(directory.free_slots(), 0, "nobody knows what is there");
-        directory.collected(&[deleted(1, 0)]);
-        assert_eq!(directory.free_slots(), 1);
+        directory.created(&second);
+        assert!(directory.get(VolumeId(2)).is_none() && directory.get(second.id).is_some());
+        assert_eq!(directory.free_slots(), 0);
+        directory.unmade(second.id);
         // One that the device never had a record of leaves what was there.
         let third = plan(&mut directory, "c").unwrap();
         directory.created(&third);
         assert_eq!(directory.free_slots(), 0);
         directory.unmade(third.id);
         let fourth = plan(&mut directory, "d").unwrap();
-        assert_eq!((fourth.registry_slot, fourth.generation), (0, 7));
+        assert_eq!((fourth.registry_slot, fourth.generation), (1, 7));
     }
 
     #[test]

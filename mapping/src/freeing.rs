@@ -7,6 +7,8 @@ use crate::walk::BlockSet;
 
 /// Runs in one message, as in a grant.
 const RUNS_MAX: usize = 256;
+/// Nodes in one message: each is looked for in the cache of every shard, in one turn.
+const NODES_MAX: u64 = 1024;
 
 /// What to ask whom.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -69,7 +71,7 @@ impl Freeing {
             self.data_freed += count(&data);
             return Step::Free(data);
         }
-        let nodes = self.nodes.take_runs(RUNS_MAX, u64::MAX);
+        let nodes = self.nodes.take_runs(RUNS_MAX, NODES_MAX);
         if !nodes.is_empty() {
             self.nodes_freed += count(&nodes);
             return Step::Forget(nodes);

@@ -21,9 +21,12 @@
 //! - A tree only ever loses what it shares, gains blocks that passed through those hands, or begins as
 //!   a copy of another living tree. So what is reached at the end was reached at the checkpoint, by a
 //!   tree that lived then, or has passed.
-//! - Trees that lived then stay readable: their roots are those of the device at that time, and
-//!   whatever is deleted meanwhile is freed later. A node that a volume itself frees is held back, so
-//!   that a link that was just read does not lead to another node.
+//! - Trees that lived then stay readable: whatever is deleted meanwhile is freed later. A node that a
+//!   volume itself frees is held back, so that a link that was just read does not lead to another node;
+//!   a shard that needs one all the same says so, and nothing is freed.
+//! - Roots are not read at one instant. A tree that begins as a copy of another after that one's place was
+//!   read is reached through it, unless it was read as deleted: so all that was deleted since the
+//!   collection began is spared, and after the deletion of a volume it begins again.
 //! - What was read may not be durable, and requests may still use what they looked up before. So before
 //!   anything is freed the rounds and requests under way have to end, and no volume may have failed.
 //! - Snapshots that were deleted and wait to be freed by [`crate::reclaim`] count as living, with the
@@ -62,12 +65,22 @@ pub enum Next {
     AskAuthority(Command),
     /// Call [`Collection::read`].
     Read,
-    /// Call [`Collection::spare`] with the trees that deleted snapshots need which wait to be freed by
-    /// themselves, those that have been marked since the collection began included; or
-    /// [`Collection::fail`], when a volume's state on the device is not known.
+    /// Call [`Collection::spare`]; or [`Collection::fail`], when a volume's state on the device is not
+    /// known.
     Spare,
     /// Nothing: this is what it came to.
     Done(Result<Collected, CollectError>),
+}
+
+/// What the roots on the device do not tell.
+#[derive(Clone, PartialEq, Eq, Default, Debug)]
+pub struct Spare {
+    /// Trees to leave whole: those that deleted snapshots need which wait to be freed by themselves, those
+    /// of all other snapshots that were marked deleted since the collection began, and those of volumes
+    /// that the device has no record of yet, or had not when the collection began.
+    pub trees: Vec<Tree>,
+    /// A volume was deleted since the collection began.
+    pub volume_deleted: bool,
 }
 
 /// What a collection came to.
@@ -155,6 +168,12 @@ pub enum CollectError {
     /// A volume failed while it was under way.
     #[error("a volume has failed meanwhile")]
     VolumeFailed,
+    /// A volume was deleted while it was looked where trees begin: begin again.
+    #[error("a volume was deleted meanwhile; run it again")]
+    VolumeDeleted,
+    /// A shard needed what was held back: there was no other free block for a node.
+    #[error("the store is so full that it needed what was held back; run it again")]
+    Full,
     /// The caller ended it, or a shard refused.
     #[error("{0}")]
     Refused(String),
@@ -290,8 +309,12 @@ impl Collection {
         };
     }
 
-    /// Takes in the trees that deleted snapshots need which wait to be freed by themselves.
-    pub fn spare(&mut self, trees: impl IntoIterator<Item = Tree>) {
+    /// Takes in what the roots on the device do not tell.
+    pub fn spare(&mut self, spare: Spare) {
+        let Spare { trees, volume_deleted } = spare;
+        if volume_deleted && !planted::is(Bug::DeletionUnderSurvey) {
+            return self.give_up(CollectError::VolumeDeleted);
+        }
         for tree in trees.into_iter().filter(|_| !planted::is(Bug::WaitingNotSpared)) {
             if let Err(error) = self.reader.check_root(tree.root) {
                 return self.give_up(error.into());
@@ -361,7 +384,13 @@ impl Collection {
             match reply {
                 Reply::Done => {}
                 Reply::Passed { failures, .. } => failures_now += failures,
-                Reply::Watched(passed) => self.passed.insert_all(&passed),
+                Reply::Watched { passed, broken } => {
+                    self.passed.insert_all(&passed);
+                    if broken {
+                        // Whatever it has found since, what it read may have been something else by then.
+                        self.failed = Some(CollectError::Full);
+                    }
+                }
                 Reply::Failed(error) => {
                     return self.give_up(CollectError::Refused(error.to_string()));
                 }

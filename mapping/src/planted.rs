@@ -201,6 +201,12 @@ bugs! {
     LogsNotReached,
     /// A collection goes on when a volume has failed meanwhile.
     FailureUnderCollection,
+    /// A deletion is written into one slot of a record only.
+    DeletedInOneSlot,
+    /// What is half written of a record is left so when a store is opened.
+    HalfRecordsLeft,
+    /// A collection does not hear of volumes that were deleted while it read where trees begin.
+    DeletionUnderSurvey,
     /// A volume takes the registry slot of one that was collected, and begins its record anew.
     SlotBegunAnew,
     // Snapshot logs.

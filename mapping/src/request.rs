@@ -403,9 +403,13 @@ pub enum Reply {
         /// How often one has.
         failures: u64,
     },
-    /// The answer to [`Command::EndCheckpoint`]: blocks that were free in the shard's hands at the
-    /// checkpoint or have been since.
-    Watched(Box<crate::walk::BlockSet>),
+    /// The answer to [`Command::EndCheckpoint`].
+    Watched {
+        /// Blocks that were free in the shard's hands at the checkpoint or have been since.
+        passed: Box<crate::walk::BlockSet>,
+        /// A node that was freed since may have become something else already: there was no other block.
+        broken: bool,
+    },
     /// The answer to [`Command::Show`].
     Volume(Box<VolumeInfo>),
     /// The answer to [`Command::Page`].

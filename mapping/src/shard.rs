@@ -560,7 +560,24 @@ impl<D: Device> Shard<D> {
     /// any: what a guest has discarded, it may write again.
     pub(crate) fn take_blocks(&mut self, kind: BlockKind, count: u32) -> Taken {
         let taken = self.claims.take(kind, count, self.now);
-        if taken == Taken::Full && self.rounds_free_blocks() { Taken::Wait } else { taken }
+        if taken != Taken::Full {
+            return taken;
+        }
+        if kind == BlockKind::Metadata && self.break_watch() {
+            return self.claims.take(kind, count, self.now);
+        }
+        if self.rounds_free_blocks() { Taken::Wait } else { taken }
+    }
+
+    /// Gives back what a collection has held back of nodes, which has to begin again. False when there
+    /// is none.
+    fn break_watch(&mut self) -> bool {
+        let held = self.claims.break_watch();
+        let some = !held.is_empty();
+        for run in held {
+            self.give_back(BlockKind::Metadata, run);
+        }
+        some
     }
 
     /// True when a round that is on its way, or now is, gives blocks back.

@@ -49,6 +49,7 @@ use std::time::Duration;
 
 use attachment::{Condition, Detached};
 use collect::Collections;
+pub(crate) use collect::End;
 pub(crate) use forest::Step;
 use forest::Unplanned;
 use import::Importing;
@@ -303,6 +304,7 @@ impl ControlPlane {
         let view = self.show_volume(name)?;
         self.without_front_ends(id, name, "stop the guest first", |plane| {
             plane.schedules.end(id);
+            plane.collections.note_volume_deletion();
             let log = match plane.ask(home, Command::Delete { volume: handle }) {
                 Ok(Reply::Closed { log, .. }) => log,
                 Ok(reply) => unreachable!("deleting a volume was answered with {reply:?}"),
@@ -314,7 +316,6 @@ impl ControlPlane {
             let served = plane.served.remove(&id).expect("it was found above");
             plane.placement.remove(served.home, served.queues);
             plane.directory.removed(id);
-            plane.collections.note_deletion();
             plane.kept.insert(id, log);
             Ok(())
         })?;
@@ -366,7 +367,8 @@ impl ControlPlane {
         let SnapshotId { volume: id, sequence } = found.id;
         self.pins.check_free(found.id)?;
         let (volume, home) = self.handle_of(id)?;
-        self.ask(home, Command::DeleteSnapshot { volume, sequence })?;
+        self.ask(home, Command::DeleteSnapshot { volume, sequence })
+            .inspect_err(|_| self.collections.note_doubtful_deletion())?;
         self.schedules.deleted(id, sequence);
         let clones =
             self.directory.volumes().filter(|it| !it.deleted && it.origin == Some(found.id));
@@ -390,6 +392,9 @@ impl ControlPlane {
         let sequences: Vec<u64> = sequences.iter().copied().filter(is_free).collect();
         let mut deleted = Vec::with_capacity(sequences.len());
         let outcome = self.mark_deleted(id, &sequences, &mut deleted);
+        if outcome.is_err() {
+            self.collections.note_doubtful_deletion();
+        }
         if !deleted.is_empty()
             && let Err(why) = self.reclaim(id, &deleted)
         {

@@ -424,11 +424,11 @@ fn a_volume_that_is_being_imported_is_nobodys_and_is_told_of() {
         "volume schedule x --every 1s --keep 3",
         "snapshot create x",
         "volume rollback x 2.0",
+        "volume create y --from 2.0",
     ] {
         let error = world.refused(command);
         assert!(error.contains("\"x\" is being imported; wait"), "{command}: {error}");
     }
-    assert!(world.refused("volume create y --from 2.0").contains("no snapshot 2.0"));
     for command in
         ["volume create x --size 1MiB", "volume rename vm1 x", "volume import x vm1.sock"]
     {

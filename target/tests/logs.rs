@@ -56,13 +56,15 @@ fn ids(list: &Value) -> Vec<String> {
     list.as_array().unwrap().iter().map(|it| it["id"].as_str().unwrap().to_owned()).collect()
 }
 
-/// Waits until nothing of a deleted snapshot waits to be freed. Says how many were done with.
-fn reclaimed(world: &World) -> u64 {
+/// Waits until nothing of a deleted snapshot waits to be freed. Says how many were done with. What waits
+/// when the collection begins that follows a crash is left to the next one.
+fn reclaimed(world: &World, after_crash: bool) -> u64 {
     loop {
         let now = world.json("stats")["reclaim"].clone();
-        assert_eq!(now["left_to_collector"], 0, "{now}\n{}", world.log());
+        let left = now["left_to_collector"].as_u64().unwrap();
+        assert!(after_crash || left == 0, "{now}\n{}", world.log());
         if now["waiting"] == 0 {
-            return now["snapshots"].as_u64().unwrap();
+            return now["snapshots"].as_u64().unwrap() + left;
         }
     }
 }
@@ -92,7 +94,7 @@ fn tens_of_thousands_of_snapshots_are_listed_found_and_deleted() {
         assert_eq!(by_label["label"], "l3.1200");
         let taken = world.refused("snapshot create vm1 --label l0.0");
         assert!(taken.contains("already taken"), "{taken}");
-        assert_eq!(reclaimed(&world), 1);
+        assert_eq!(reclaimed(&world, life == 1), 1);
         let left = COUNT - 1 - life;
         let shown = world.json("volume show vm1");
         assert_eq!((&shown["snapshots"], &shown["snapshots_unread"]), (&left.into(), &0.into()));
@@ -165,7 +167,7 @@ fn a_long_log_is_thinned_detached_and_outlived() {
         }
     }
     world.text("volume schedule vm1 --off");
-    reclaimed(&world);
+    reclaimed(&world, false);
     let left = ids(&world.json("snapshot list vm1"));
     // One more may have been taken by now.
     assert!((labelled + 3..labelled + 5).contains(&left.len()), "{left:?}");
@@ -185,7 +187,7 @@ fn a_long_log_is_thinned_detached_and_outlived() {
         world.text("snapshot create clone --label x");
         let deleted = world.json("snapshot delete clone@x");
         assert_eq!(deleted["left_to_collector"], Value::Null, "{deleted}");
-        assert!(reclaimed(&world) > 0);
+        assert!(reclaimed(&world, false) > 0);
         world.end("-TERM");
         world.serve("");
     }

@@ -762,6 +762,7 @@ impl World {
         if matches!(action, Action::Delete { .. }) {
             let open = self.volumes.remove(&id).expect("it was just looked at");
             self.deleting.insert(id, open);
+            self.collects.volume_deleted = true;
         }
         self.tell(format_args!("{ticket}: {action:?}"));
         self.commands.insert(ticket, Pending::Act { action, time: time_ns });
@@ -850,6 +851,7 @@ impl World {
             }
             (Action::Delete { volume }, Reply::Closed { .. }) => {
                 self.deleting.remove(&volume);
+                self.collects.volume_deleted = true;
                 self.model.end_delete(volume);
                 self.store.directory.removed(volume);
             }

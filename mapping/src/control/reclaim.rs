@@ -4,6 +4,7 @@ use bessel_reactor::device::Device;
 use bessel_reactor::units::BlockAddr;
 
 use super::{NotNow, Tried};
+use crate::claims::Watched;
 use crate::extents::Authority;
 use crate::message::{BlockKind, BlockRun, Message};
 use crate::nodes::cache::FrameState;
@@ -70,7 +71,7 @@ impl<D: Device> Shard<D> {
     }
 
     pub(super) fn end_checkpoint(&mut self, ticket: u64) {
-        let (mut passed, held) = self.claims.unwatch();
+        let Watched { mut passed, held, broken } = self.claims.unwatch();
         for run in held {
             self.give_back(BlockKind::Metadata, run);
         }
@@ -82,7 +83,7 @@ impl<D: Device> Shard<D> {
             volume.unlinked.iter().for_each(|unlinked| passed.insert_run(unlinked.run));
         }
         self.released = true; // There may be nodes' blocks again.
-        self.reply(ticket, Reply::Watched(Box::new(passed)));
+        self.reply(ticket, Reply::Watched { passed: Box::new(passed), broken });
     }
 
     /// Answers those whose time has come. Nobody waits as a rule, and that costs nothing.

@@ -391,8 +391,13 @@ impl<D: Device> Shard<D> {
             self.want_commit(handle); // So that no frame of it stays dirty.
             return Err(NotNow::Wait);
         }
-        self.needs(1, 0)?;
+        self.needs(2, 0)?;
         self.volume_mut(handle).record.deleted = true;
+        // Into both slots: once its blocks are somebody else's, the record from before must not count
+        // again, whatever becomes of the newer one.
+        if !planted::is(Bug::DeletedInOneSlot) {
+            self.seal_plain(handle, SealedImages::default(), true, After::Nothing);
+        }
         self.seal_plain(handle, SealedImages::default(), true, After::Close { ticket });
         Ok(())
     }

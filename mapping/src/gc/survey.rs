@@ -123,13 +123,13 @@ impl Survey {
             |pair| match pair {
                 SlotPair::Empty => false,
                 SlotPair::Damaged(_) => true,
-                SlotPair::Record(record, damage) => damage.is_some() && !record.deleted,
+                SlotPair::Record(_, damage) => damage.is_some(),
             },
         )?;
         let record = match read {
             SlotPair::Empty => return Ok(()),
             SlotPair::Record(record, None) => record,
-            SlotPair::Record(record, Some(_)) if record.deleted => record,
+            // Also beside a deletion: it may have been that of a newer volume.
             SlotPair::Damaged(damage) | SlotPair::Record(_, Some(damage)) => {
                 return Err(CollectError::Damaged(format!("registry slot {slot}: {damage}")));
             }

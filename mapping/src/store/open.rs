@@ -30,6 +30,7 @@ use crate::format::{
     Slot, SlotPair, Superblock, SuperblockFault, TagKey, VolumeRecord, choose_slot,
     decode_catalogue_sector, find_lost_slot, refuse_wrong_slot, seal,
 };
+use crate::planted::{self, Bug};
 use crate::request::VolumeId;
 
 const BLOCK: usize = BLOCK_SIZE as usize;
@@ -77,6 +78,9 @@ pub struct OpenedStore {
     pub findings: Vec<Finding>,
     /// How many more there are.
     pub findings_omitted: u64,
+    /// Why nothing may be freed because nobody was seen to need it: a volume goes on from a record that may
+    /// not be its newest.
+    pub doubt: Option<String>,
     /// What shards know of each other's flushes: they all write to one cache.
     pub flushes: Arc<SharedFlushes>,
 }
@@ -177,12 +181,17 @@ pub(crate) struct Losses {
     /// Volumes whose older record names another tree, or says that they are not deleted: the slot,
     /// the record that counts, and the older one's root.
     pub(crate) older: Vec<(u32, VolumeRecord, BlockAddr)>,
+    /// Records that stand in one of their two slots, beside that of another volume, or of the same one
+    /// before it was deleted.
+    pub(crate) half: Vec<(u32, VolumeRecord)>,
     /// Volumes that cannot be opened and whose trees can be found, and what to call them.
     pub(crate) unopened: Vec<(String, VolumeRecord)>,
     /// Snapshot logs as far as they can be read, those of deleted volumes too; of a survey only.
     pub(crate) logs: BTreeMap<VolumeId, WholeLog>,
     /// Why trees may exist that cannot be found, the first reason.
     pub(crate) hidden: Option<String>,
+    /// See [`OpenedStore::doubt`].
+    older_used: Option<String>,
 }
 
 /// Extents whose catalogue entries are lost. What whole links lead to tells what they hold.
@@ -247,8 +256,36 @@ pub fn open<D: Device>(device: &mut D, mode: OpenMode) -> Result<OpenedStore, Op
         write_superblock(&mut io, &store.superblock, &losses.superblocks)
             .map_err(failed("renewing the superblock"))?;
         attach(&mut io, &mut store, time)?;
+        write_half_records(&mut io, &mut store, losses.half)
+            .map_err(failed("writing what was cut short of the registry"))?;
     }
     Ok(store)
+}
+
+/// Writes deletions, and records of volumes in used slots, into their other slot too, where a crash or an
+/// earlier version has left something else: that would count if the newer one were damaged, and its
+/// blocks may be somebody else's.
+fn write_half_records<D: Device>(
+    io: &mut Blocking<'_, D>,
+    store: &mut OpenedStore,
+    half: Vec<(u32, VolumeRecord)>,
+) -> Result<(), DeviceError> {
+    if half.is_empty() || planted::is(Bug::HalfRecordsLeft) {
+        return Ok(());
+    }
+    let half: BTreeMap<BlockAddr, VolumeRecord> = half
+        .into_iter()
+        .map(|(slot, mut record)| {
+            record.generation += 1;
+            (store.geometry.registry_slot(slot, record.generation), record)
+        })
+        .collect();
+    io.write(half.keys().map(|place| Span::one(*place)), |addr, block| {
+        half[&addr].encode_block(block, addr, store.secret);
+    })?;
+    io.flush()?;
+    half.into_values().for_each(|record| store.directory.renewed(&record));
+    Ok(())
 }
 
 /// Reads as much of a store as there is, to find out what is wrong with it. Writes nothing.
@@ -292,6 +329,7 @@ fn read_store<D: Device>(
         faults: Vec::new(),
         findings: Vec::new(),
         findings_omitted: 0,
+        doubt: None,
         flushes: Arc::default(),
         superblock,
     };
@@ -300,6 +338,7 @@ fn read_store<D: Device>(
     if leniency == Leniency::All {
         read_logs(io, &store, &mut losses, &mut findings);
     }
+    store.doubt = losses.older_used.take();
     store.findings = findings.kept;
     store.findings_omitted = findings.omitted;
     Ok((store, losses))
@@ -586,7 +625,7 @@ fn damages_of<T>(slots: &[Slot<T>; 2]) -> Vec<Damage> {
 }
 
 /// The damage of a block that should hold something and holds zeroes.
-fn zero_block(kind: seal::Kind, block: BlockAddr) -> Damage {
+pub(super) fn zero_block(kind: seal::Kind, block: BlockAddr) -> Damage {
     Damage { kind, block, sector: 0, fault: seal::Fault::Zero }
 }
 
@@ -729,6 +768,7 @@ fn read_registry<D: Device>(
         find_lost_slot(&mut pair, |record| record.generation > 1 && !record.deleted, lost);
         let damages = damages_of(&pair);
         losses.older.extend(older_of(slot, &pair));
+        losses.half.extend(half_of(slot, &pair));
         match choose_slot(pair, |record| record.generation) {
             SlotPair::Empty => {
                 empty.get_or_insert(slot);
@@ -769,6 +809,14 @@ fn older_of(slot: u32, pair: &[Slot<VolumeRecord>; 2]) -> Option<(u32, VolumeRec
     differs.then(|| (slot, newer.clone(), older.root))
 }
 
+/// See [`Losses::half`].
+fn half_of(slot: u32, pair: &[Slot<VolumeRecord>; 2]) -> Option<(u32, VolumeRecord)> {
+    let [Slot::Record(a), Slot::Record(b)] = pair else { return None };
+    let (older, newer) = if a.generation < b.generation { (a, b) } else { (b, a) };
+    let half = older.id != newer.id || newer.deleted && !older.deleted;
+    half.then(|| (slot, newer.clone()))
+}
+
 /// Takes out volumes whose record is older than a clone of theirs. The record that was lost froze the
 /// tree that the clone shares: who writes by this one writes into the clone.
 fn find_passed_over(store: &mut OpenedStore, losses: &mut Losses) {
@@ -803,7 +851,9 @@ fn note_lost_record(
     let (severity, what) = if older {
         (Severity::Warning, format!("the record before the current one is lost: {damage}"))
     } else {
-        losses.hide(|| format!("volume {name:?} has lost a record that may have been its newest"));
+        let lost = format!("volume {name:?} has lost a record that may have been its newest");
+        losses.older_used.get_or_insert_with(|| lost.clone());
+        losses.hide(|| lost);
         let what = "the record beside it is used, which may be the older: what was written since \
                     a snapshot may be lost";
         (Severity::Corrupt, format!("{damage}; {what}"))
@@ -828,9 +878,11 @@ impl Losses {
             extents: LostExtents { geometry, found: BTreeMap::new(), doubtful: BTreeSet::new() },
             records: Vec::new(),
             older: Vec::new(),
+            half: Vec::new(),
             unopened: Vec::new(),
             logs: BTreeMap::new(),
             hidden: None,
+            older_used: None,
         }
     }
 

@@ -5,10 +5,12 @@ use bessel_reactor::device::{Device, DeviceError};
 use bessel_reactor::units::BLOCK_SIZE;
 
 use super::OpenedStore;
-use super::open::{Losses, VolumeFault, check_root, read_pair, read_tail, wrong_slot};
+use super::open::{Losses, VolumeFault, check_root, read_pair, read_tail, wrong_slot, zero_block};
 use crate::blocking::Blocking;
 use crate::directory::VolumeEntry;
-use crate::format::{Geometry, SlotPair, VolumeRecord, choose_slot, refuse_wrong_slot, seal};
+use crate::format::{
+    Geometry, SlotPair, VolumeRecord, choose_slot, find_lost_slot, refuse_wrong_slot, seal,
+};
 use crate::request::VolumeId;
 
 /// Why a volume could not be read again.
@@ -53,6 +55,8 @@ pub(crate) fn read_record<D: Device>(
         read_pair(&bytes, start, |block, addr| VolumeRecord::decode_slot(block, addr, secret));
     let wrong = |index: usize| wrong_slot(seal::Kind::Volume, start.add(index as u64));
     refuse_wrong_slot(&mut pair, |record| record.generation, wrong);
+    let lost = |index: usize| zero_block(seal::Kind::Volume, start.add(index as u64));
+    find_lost_slot(&mut pair, |record| record.generation > 1 && !record.deleted, lost);
     Ok(choose_slot(pair, |record| record.generation))
 }
 

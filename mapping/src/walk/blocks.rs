@@ -60,8 +60,17 @@ impl BlockSet {
 
     /// Adds the blocks of a run.
     pub fn insert_run(&mut self, run: BlockRun) {
-        for index in 0..u64::from(run.count) {
-            self.insert(run.start.add(index));
+        let (mut next, end) = (run.start.get(), run.start.get() + u64::from(run.count));
+        while next < end {
+            let (part, word, _) = place(BlockAddr::new(next));
+            // To the end of this word, or of the run.
+            let (low, count) = (next % 64, (64 - next % 64).min(end - next));
+            let bits = (u64::MAX >> (64 - count)) << low;
+            let word = &mut self.part_mut(part)[word];
+            let new = (bits & !*word).count_ones();
+            *word |= bits;
+            self.len += u64::from(new);
+            next += count;
         }
     }
 
@@ -188,5 +197,13 @@ mod tests {
         one.insert_all(&other);
         assert_eq!(one.len(), 70 + 2);
         assert_eq!(one.take_runs(9, u64::MAX), [run(10, 70), run(1 << 30, 2)]);
+        for (start, count) in [(0, 64), (63, 2), (5, 300), (PART_BLOCKS - 3, 70), (64, 128)] {
+            let (mut runs, mut blocks) = (BlockSet::default(), BlockSet::default());
+            runs.insert(BlockAddr::new(start));
+            runs.insert_run(run(start, count));
+            (start..start + u64::from(count))
+                .for_each(|it| assert!(blocks.insert(BlockAddr::new(it))));
+            assert!(runs == blocks, "{start}+{count}");
+        }
     }
 }

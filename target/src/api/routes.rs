@@ -16,7 +16,6 @@ use crate::reference::{SnapshotReference, label, volume_name};
 use axum::body::{Body, Bytes};
 use axum::extract::rejection::BytesRejection;
 use axum::extract::{DefaultBodyLimit, FromRequestParts, Path, State};
-use axum::http::StatusCode;
 use axum::http::header::CONTENT_TYPE;
 use axum::http::request::Parts;
 use axum::response::{IntoResponse, Response};
@@ -501,10 +500,9 @@ async fn show_gc(State(control): State<Control>) -> Answer<GcView> {
     control.call(|plane| plane.gc()).await.map(Json)
 }
 
-async fn collect(State(control): State<Control>) -> Result<(StatusCode, Json<GcView>), Refusal> {
+async fn collect(State(control): State<Control>) -> Answer<GcView> {
     let asked_by = control.clone();
-    let view = control.call(move |plane| plane.collect(asked_by)).await?;
-    Ok((StatusCode::ACCEPTED, Json(view)))
+    control.call(move |plane| plane.collect(asked_by)).await.map(Json)
 }
 
 async fn end_collection(State(control): State<Control>) -> Answer<GcView> {

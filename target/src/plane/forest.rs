@@ -50,10 +50,10 @@ impl Unplanned {
         self.queue.len() as u64
     }
 
-    /// Leaves all of them to the collector. Returns how many there were.
-    pub(super) fn leave(&mut self) -> u64 {
+    /// Leaves all of them to the collector.
+    pub(super) fn leave(&mut self) -> VecDeque<SnapshotId> {
         self.waiting.clear();
-        self.queue.drain(..).count() as u64
+        std::mem::take(&mut self.queue)
     }
 }
 
@@ -94,7 +94,7 @@ impl ControlPlane {
             };
             match self.plan(snapshot, later) {
                 Planned::Not(_) => self.unplanned.push(snapshot),
-                planned => outcome = self.hand_on(planned).and(outcome),
+                planned => outcome = self.hand_on(snapshot, planned).and(outcome),
             }
         }
         outcome
@@ -111,18 +111,21 @@ impl ControlPlane {
             return step;
         }
         self.unplanned.pop();
-        if let Err(why) = self.hand_on(planned) {
+        if let Err(why) = self.hand_on(snapshot, planned) {
             tracing::debug!(%snapshot, "its space is left to the collector: {why}");
         }
         Step::More
     }
 
-    fn hand_on(&self, planned: Planned) -> Result<(), String> {
+    fn hand_on(&mut self, snapshot: SnapshotId, planned: Planned) -> Result<(), String> {
         let Some(reclaimer) = &self.reclaimer else { return Ok(()) };
         match planned {
             Planned::Plan(plan) => reclaimer.push(plan),
             Planned::Left(why) => {
                 reclaimer.leave();
+                if reclaimer.is_collecting() {
+                    self.collections.note_left(snapshot);
+                }
                 return Err(why);
             }
             Planned::Not(_) => unreachable!("the caller has looked"),

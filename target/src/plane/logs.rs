@@ -164,6 +164,9 @@ impl ControlPlane {
                 reply => unreachable!("a page was answered with {reply:?}"),
             };
         }
+        if self.importing.contains_key(&id) {
+            return Ok(Snapshots { snapshots: Vec::new(), next: None });
+        }
         let log = self.kept_log(id)?;
         let page = log.page(from, limit, with_deleted).map_err(refuse_not_here)?;
         let snapshots = page.sequences.iter().map(|it| log.get(*it).expect("it is in the page"));

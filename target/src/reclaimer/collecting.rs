@@ -8,10 +8,10 @@ use crate::api::Refusal;
 use crate::api::types::{GcOutcome, GcPhase, GcReport, GcTrigger, GcView};
 use crate::control::Control;
 use crate::one_line;
+use crate::plane::End;
 use crate::time::rfc3339;
 use bessel_mapping::blocking::Blocking;
-use bessel_mapping::forest::Tree;
-use bessel_mapping::gc::{Collected, Collection, Next, Phase, Progress};
+use bessel_mapping::gc::{CollectError, Collected, Collection, Next, Phase, Progress, Spare};
 use bessel_mapping::request::{Command, Reply};
 use bessel_reactor::clock::{Instant, SystemClock, WallTime};
 use bessel_reactor::device::FileDevice;
@@ -20,6 +20,9 @@ use bessel_reactor::units::{BLOCK_SIZE, ByteCount};
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::sync_channel;
 use std::time::Duration;
+
+/// How often a collection begins, at most, because volumes are deleted while it looks where trees begin.
+const ATTEMPTS: u32 = 8;
 
 /// What a collection is asked for with.
 pub(crate) struct Order {
@@ -109,11 +112,19 @@ impl Worker {
         if let Some(under_way) = &mut self.shared.gc().under_way {
             under_way.progress = Some(Progress::default());
         }
-        let outcome = self.run_collection(&order);
+        let mut outcome = self.run_collection(&order);
+        for _ in 1..ATTEMPTS {
+            // Looking where trees begin takes moments, and volumes are seldom deleted.
+            let (_, Some(CollectError::VolumeDeleted)) = outcome else { break };
+            outcome = self.run_collection(&order);
+        }
         let duration = order.clock.now().since(began);
-        let (collected, reason) = match outcome {
-            Ok(collected) => (collected, None),
-            Err((collected, why)) => (collected, Some(why)),
+        let (collected, error) = outcome;
+        let reason = error.map(|error| one_line(&error));
+        let end = match &reason {
+            None => End::Done,
+            Some(_) if self.shared.gc().cancelled => End::Cancelled,
+            Some(_) => End::Failed,
         };
         let bytes = |blocks| ByteCount::from_blocks(blocks).get();
         let report = GcReport {
@@ -139,14 +150,15 @@ impl Worker {
             ),
             Some(why) => tracing::warn!("a collection has ended early: {why}"),
         }
-        let Collected { deleted_volumes, .. } = collected;
-        let _ = order.control.send(move |plane| plane.note_collected(&deleted_volumes));
+        let _ = order.control.send(move |plane| plane.collection_ended(&collected, end));
         self.shared.gc().end(report);
     }
 
-    fn run_collection(&mut self, order: &Order) -> Result<Collected, (Collected, String)> {
-        let nothing = |why: String| (Collected::default(), why);
-        self.open_device().map_err(nothing)?;
+    /// What it has freed, and why it ended early if it did.
+    fn run_collection(&mut self, order: &Order) -> (Collected, Option<CollectError>) {
+        if let Err(why) = self.open_device() {
+            return (Collected::default(), Some(CollectError::Refused(why)));
+        }
         let mut job = Collection::new(&self.store);
         let mut device = self.device.take().expect("it was just opened");
         let ended = self.drive(&mut job, &mut device, order);
@@ -159,7 +171,7 @@ impl Worker {
         job: &mut Collection,
         device: &mut FileDevice,
         order: &Order,
-    ) -> Result<Collected, (Collected, String)> {
+    ) -> (Collected, Option<CollectError>) {
         let mut io = Blocking::new(device);
         let mut pace =
             Pace { rate: order.rate, clock: order.clock, since: order.clock.now(), nodes: 0 };
@@ -174,15 +186,15 @@ impl Worker {
                     job.read(&mut io);
                     pace.keep(job.progress().nodes_read);
                 }
-                Next::Spare => match self.trees_to_spare(&order.control) {
-                    Ok(trees) => job.spare(trees),
+                Next::Spare => match self.what_to_spare(&order.control) {
+                    Ok(spare) => job.spare(spare),
                     Err(why) => job.fail(why),
                 },
                 Next::AskAll(command) => job.answered(self.ask_all(&command)),
                 Next::AskAuthority(command) => {
                     job.answered([self.ports[0].command(command).reply]);
                 }
-                Next::Done(Ok(collected)) => return Ok(collected),
+                Next::Done(Ok(collected)) => return (collected, None),
                 Next::Done(Err(error)) => {
                     let (data_freed, metadata_freed) = job.freed();
                     let nodes_read = job.progress().nodes_read;
@@ -192,7 +204,7 @@ impl Worker {
                         metadata_freed,
                         ..Collected::default()
                     };
-                    return Err((freed, one_line(&error)));
+                    return (freed, Some(error));
                 }
             }
             if let Some(under_way) = &mut self.shared.gc().under_way {
@@ -218,10 +230,10 @@ impl Worker {
 
     /// Asks the control plane, which deletes snapshots and volumes one after the other: what it has
     /// marked by now waits here, or is in its answer.
-    fn trees_to_spare(&self, control: &Control) -> Result<Vec<Tree>, String> {
+    fn what_to_spare(&self, control: &Control) -> Result<Spare, String> {
         let (answer, answered) = sync_channel(1);
         let sent = control.send(move |plane| {
-            let _ = answer.send(plane.trees_to_spare());
+            let _ = answer.send(plane.what_to_spare());
         });
         sent.map_err(|refusal: Refusal| refusal.to_string())?;
         answered.recv().map_err(|_| "the daemon stops".to_owned())?

@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 
 use bessel_mapping::blocking::Blocking;
 use bessel_mapping::forest::Tree;
-use bessel_mapping::gc::{CollectError, Collected, Collection, Next, Progress};
+use bessel_mapping::gc::{CollectError, Collected, Collection, Next, Progress, Spare};
 use bessel_mapping::request::{Command, Reply, SnapshotInfo, VolumeId, VolumeInfo};
 use bessel_mapping::snapshot_log::PAGE_MAX;
 use bessel_reactor::device::sim::Random;
@@ -43,6 +43,8 @@ pub(super) struct Collects {
     held: bool,
     /// Volumes that were published while the one under way runs.
     pub(super) published: Vec<VolumeId>,
+    /// A volume was deleted since it began.
+    pub(super) volume_deleted: bool,
     /// A volume could not be made: whether the disk has it, nobody knows.
     pub(super) doubtful_creation: bool,
     /// Not the world's: worlds without collections go as they always went.
@@ -58,6 +60,7 @@ impl Collects {
             running: None,
             held: false,
             published: Vec::new(),
+            volume_deleted: false,
             doubtful_creation: false,
             dice,
             done: Vec::new(),
@@ -93,12 +96,17 @@ impl World {
         &self.collects.done
     }
 
-    /// Collects, from start to end.
+    /// Collects, from start to end, and again when it has to be.
     pub fn collect_garbage(&mut self) -> Result<Result<Collected, CollectError>, super::PowerCut> {
-        let before = self.collects.done.len();
-        self.start_collection();
-        self.run_until(|world| world.collects.done.len() > before)?;
-        Ok(self.collects.done[before].clone())
+        loop {
+            let before = self.collects.done.len();
+            self.start_collection();
+            self.run_until(|world| world.collects.done.len() > before)?;
+            let outcome = self.collects.done[before].clone();
+            if !matches!(outcome, Err(CollectError::VolumeDeleted)) {
+                return Ok(outcome);
+            }
+        }
     }
 
     /// How far the collection has come that is under way.
@@ -143,6 +151,8 @@ impl World {
             }
             self.collects.wanted = false;
             self.collects.published.clear();
+            self.collects.volume_deleted = false;
+            self.reclaims.collection_begins();
             self.tell(format_args!("collecting"));
             let job = Box::new(Collection::new(&self.store));
             self.collects.running = Some(Running { job, now: None });
@@ -181,7 +191,10 @@ impl World {
                 self.collects.running = None;
                 match &outcome {
                     Ok(collected) => self.store.directory.collected(&collected.deleted_volumes),
-                    Err(CollectError::Refused(_)) => {}
+                    // These are no faults, and the next one goes further.
+                    Err(
+                        CollectError::Refused(_) | CollectError::VolumeDeleted | CollectError::Full,
+                    ) => {}
                     Err(error) => assert!(self.may_fail(), "{error}"),
                 }
                 self.collects.done.push(outcome);
@@ -229,9 +242,9 @@ impl World {
         self.now_collecting(Now::Look { asked, shown, snapshots, failed: false });
     }
 
-    /// The trees of deleted snapshots that wait, or whose mark is not durable yet.
+    /// The trees of deleted snapshots that wait or were left meanwhile, or whose mark is not durable yet.
     fn spare(&mut self, shown: &[VolumeInfo], snapshots: &[SnapshotInfo], mut failed: bool) {
-        let mut waiting: Vec<_> = self.reclaims.waiting().collect();
+        let mut waiting: Vec<_> = self.reclaims.waiting_or_left().collect();
         waiting.extend(self.commands.values().flat_map(marks));
         failed |= shown.iter().any(|it| it.latched.is_some()) || self.collects.doubtful_creation;
         let tree = |root, height| Tree { root, height };
@@ -248,7 +261,8 @@ impl World {
         if failed {
             running.job.fail("a volume has failed".to_owned());
         } else {
-            running.job.spare(trees);
+            let volume_deleted = self.collects.volume_deleted || !self.deleting.is_empty();
+            running.job.spare(Spare { trees, volume_deleted });
         }
     }
 

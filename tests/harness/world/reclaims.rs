@@ -34,6 +34,10 @@ enum Now {
 #[derive(Debug)]
 pub(super) struct Reclaims {
     waiting: VecDeque<SnapshotId>,
+    /// What is deleted from here on gets no plan.
+    leaves: bool,
+    /// Snapshots that were left to the collector since the collection began.
+    left: Vec<SnapshotId>,
     now: Now,
     /// What is known of the trees, in this life.
     forest: Forest,
@@ -50,6 +54,8 @@ impl Reclaims {
     pub(super) fn new(seed: u64) -> Self {
         Self {
             waiting: VecDeque::new(),
+            leaves: false,
+            left: Vec::new(),
             now: Now::Nothing,
             forest: Forest::default(),
             unborn: Vec::new(),
@@ -62,7 +68,10 @@ impl Reclaims {
     /// The mark of a snapshot is durable.
     pub(super) fn push(&mut self, snapshot: SnapshotId) {
         self.forest.mark_deleted(snapshot);
-        self.waiting.push_back(snapshot);
+        match self.leaves {
+            true => self.left.push(snapshot),
+            false => self.waiting.push_back(snapshot),
+        }
     }
 
     /// A volume is read anew from the disk.
@@ -80,14 +89,20 @@ impl Reclaims {
         matches!(self.now, Now::Nothing)
     }
 
-    /// Snapshots that wait.
-    pub(super) fn waiting(&self) -> impl Iterator<Item = SnapshotId> {
-        self.waiting.iter().copied()
+    /// Snapshots that wait, or were left to the collector since the collection began.
+    pub(super) fn waiting_or_left(&self) -> impl Iterator<Item = SnapshotId> {
+        self.waiting.iter().chain(&self.left).copied()
+    }
+
+    /// A collection begins.
+    pub(super) fn collection_begins(&mut self) {
+        self.left.clear();
     }
 
     /// The process ends.
     pub(super) fn clear(&mut self) {
         self.waiting.clear();
+        self.left.clear();
         self.unborn.clear();
         self.forest = Forest::default();
         self.now = Now::Nothing;
@@ -140,10 +155,16 @@ impl World {
 
     /// Leaves what waits to be freed to the collector.
     pub fn leave_to_collector(&mut self) {
-        self.reclaims.waiting.clear();
+        self.reclaims.left.extend(self.reclaims.waiting.drain(..));
         if matches!(self.reclaims.now, Now::Look { .. }) {
             self.reclaims.now = Now::Nothing;
         }
+    }
+
+    /// What is deleted from here on gets no plan, as in the daemon when the descent of a tree is not known:
+    /// it is left to the collector at once, and does not wait.
+    pub fn leave_deletions(&mut self) {
+        self.reclaims.leaves = true;
     }
 
     /// Goes on until nothing of a deleted snapshot waits to be freed.
