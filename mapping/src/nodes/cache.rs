@@ -154,6 +154,20 @@ impl NodeCache {
         &mut self.entries[id.0 as usize]
     }
 
+    /// The entries of two frames, the second's to change.
+    ///
+    /// # Panics
+    /// When they are one.
+    pub(crate) fn entries_of_two(
+        &mut self,
+        one: FrameId,
+        other: FrameId,
+    ) -> (&[Entry; NODE_ENTRIES], &mut [Entry; NODE_ENTRIES]) {
+        let both = self.entries.get_disjoint_mut([one.0 as usize, other.0 as usize]);
+        let [one, other] = both.expect("a node is copied into another frame");
+        (one, other)
+    }
+
     fn home(&self, addr: BlockAddr) -> usize {
         // Fibonacci hashing: neighbours in the store spread over the table.
         (addr.get().wrapping_mul(0x9E37_79B9_7F4A_7C15) >> 32) as usize & self.index_mask
