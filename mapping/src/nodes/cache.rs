@@ -57,7 +57,7 @@ pub(crate) struct Frame {
     pub(crate) fresh: bool,
     /// Unlinked from its tree: its block will be freed and it must not be written again.
     pub(crate) dropped: bool,
-    /// Commit rounds that hold an image of it and are not durable.
+    /// Commit rounds that hold an image of it, or will take one, and are not durable.
     pub(crate) in_rounds: u16,
     /// The round that makes its latest change durable; 0 when it came clean from the device.
     pub(crate) change_round: u64,
