@@ -371,6 +371,24 @@ fn a_node_stays_in_memory_until_its_image_is_on_the_device() {
     world.recover();
 }
 
+/// The same of one that a snapshot has frozen, whose image is not even taken before it is written.
+#[test]
+fn a_frozen_node_stays_in_memory_until_its_image_is_on_the_device() {
+    let (mut world, volume) = wide(at_once(1));
+    assert_eq!(world.write(volume, 8, 8).unwrap(), IoStatus::Done);
+    world.disk.hold(|op, _| op == OpKind::Flush);
+    let snapshot = world.start(Action::Snapshot { volume, label: None });
+    for leaf in 1..400 {
+        assert_eq!(world.read(volume, leaf * LEAF, 8).unwrap(), IoStatus::Done);
+    }
+    assert_eq!(world.read(volume, 8, 8).unwrap(), IoStatus::Done);
+    assert!(!world.has_ended(snapshot), "the device has not flushed");
+    world.disk.release();
+    assert!(matches!(world.wait(snapshot).unwrap(), Outcome::Reply(Reply::Snapshot(_))));
+    world.crash(Keep::Nothing);
+    world.recover();
+}
+
 #[test]
 fn a_node_that_cannot_be_read_fails_its_request_and_is_tried_again() {
     let (mut world, volume) = wide(WorldConfig { may_fail: true, ..at_once(1) });

@@ -1,9 +1,15 @@
-//! A snapshot is three block writes, whatever the volume's size, contents and history.
+//! A snapshot is three block writes, whatever the volume's size, contents and history. What it has to
+//! write of the tree it freezes, it writes a little at a time, and so does every other round.
 
-use bessel_mapping::request::VolumeId;
+use bessel_mapping::format::ExtentType;
+use bessel_mapping::request::{IoKind, IoStatus, VolumeId};
+use bessel_mapping::shard::ShardConfig;
 use bessel_reactor::device::sim::{OpKind, Schedule, Traced};
-use bessel_reactor::units::{BLOCK_SIZE, ByteCount};
-use bessel_tests::world::{World, WorldConfig};
+use bessel_reactor::units::{BLOCK_SIZE, ByteCount, SECTORS_PER_BLOCK};
+use bessel_tests::world::{Action, Ticket, World, WorldConfig};
+
+/// Sectors that one leaf maps.
+const LEAF: u64 = 512 * SECTORS_PER_BLOCK;
 
 /// What a snapshot writes, but for claims of blocks: they are made for many requests at once.
 fn snapshot_writes(world: &mut World, volume: VolumeId) -> Vec<Traced> {
@@ -28,5 +34,79 @@ fn a_snapshot_is_three_block_writes() {
             assert_eq!(writes.len(), 3, "snapshot {count} of {size} bytes: {writes:?}");
             assert!(writes.iter().all(|write| write.length.get() <= BLOCK_SIZE));
         }
+    }
+}
+
+/// What makes a volume write its changed nodes.
+enum Start {
+    Flush,
+    Snapshot,
+}
+
+/// Images of nodes and of the log that each turn writes until what was started has ended, and how many
+/// reads have ended meanwhile.
+fn written_by_turns(world: &mut World, volume: VolumeId, started: Ticket) -> (Vec<usize>, usize) {
+    let extents = world.extents();
+    let (mut turns, mut reads, mut reading) = (Vec::new(), 0, None);
+    while !world.has_ended(started) {
+        match reading {
+            Some(read) if !world.has_ended(read) => {}
+            ended => {
+                reads += usize::from(ended.is_some());
+                reading = Some(world.start_io(volume, IoKind::Read, 0, 8));
+            }
+        }
+        world.disk.trace();
+        world.step();
+        let operations = world.disk.trace().into_iter();
+        let images = operations
+            .filter(|op| op.kind == OpKind::Write && !world.is_allocation(op.block))
+            .filter(|op| extents.holds(op.block, ExtentType::Metadata));
+        turns.push(images.count());
+        assert!(turns.len() < 1000, "it does not end: {turns:?}");
+    }
+    world.settle().expect("the power is on");
+    (turns, reads)
+}
+
+/// Where a device works when it is asked to, as in memory, a turn that wrote all changed nodes at once
+/// would keep every guest waiting for it.
+#[test]
+fn a_turn_writes_few_images_however_many_nodes_have_changed() {
+    const TURNS: usize = 5;
+    let node_cache = ByteCount::new(4 << 20);
+    let config = WorldConfig {
+        schedule: Schedule::AtOnce,
+        capacity: ByteCount::new(64 << 20),
+        node_cache,
+        ..WorldConfig::new(1)
+    };
+    let most = ShardConfig { index: 0, node_cache, requests_max: 64 }.images_per_turn();
+    let mut world = World::new(config);
+    let volume = world.create(ByteCount::new(1 << 30)).expect("the power is on");
+    let change_leaves = |world: &mut World, block: u64| {
+        for leaf in 0..(TURNS * most) as u64 {
+            let sector = leaf * LEAF + block * SECTORS_PER_BLOCK;
+            assert_eq!(world.write(volume, sector, 8), Ok(IoStatus::Done));
+        }
+    };
+    let cases = [
+        ("new leaves, by a flush", Start::Flush),
+        ("leaves changed in place, by a flush", Start::Flush),
+        ("leaves changed in place, by a snapshot", Start::Snapshot),
+        ("copied leaves, by a snapshot", Start::Snapshot),
+        ("copied leaves, by a flush", Start::Flush),
+    ];
+    for (block, (what, start)) in (0..).zip(cases) {
+        change_leaves(&mut world, block);
+        let started = match start {
+            Start::Flush => world.start_io(volume, IoKind::Flush, 0, 0),
+            Start::Snapshot => world.start(Action::Snapshot { volume, label: None }),
+        };
+        let (turns, reads) = written_by_turns(&mut world, volume, started);
+        // A snapshot's new root and its log block are written when it is taken.
+        assert!(turns.iter().all(|images| *images <= most + 2), "{what}: {turns:?}");
+        assert!(turns.iter().sum::<usize>() >= TURNS * most, "{what}: {turns:?}");
+        assert!(reads >= TURNS / 2, "{what}: {reads} reads ended in {} turns", turns.len());
     }
 }

@@ -5,7 +5,8 @@
 //!
 //! 1. At one instant, an image of every changed node is taken. A mapping is installed only when
 //!    its data write has completed, so everything the images name has been written, or is itself a
-//!    node imaged at the same instant.
+//!    node imaged at the same instant. Nodes that a snapshot has *frozen* are as they were at that
+//!    instant for good, so their images are taken when they are written.
 //! 2. *Fresh* nodes, which no tree on the device reaches, are written. A snapshot's new root and
 //!    its log block are fresh too.
 //! 3. The device is flushed: data and fresh nodes are durable.
@@ -16,21 +17,25 @@
 //! leads to something durable; after it the new tree. Chains of dependency never exceed two, as
 //! with the paper's commit node inheritance (4.1.3): a node that is not yet reachable goes out in
 //! step 2, however often it has been changed. Requests that change nodes meanwhile gather for the
-//! next round, and none of them delays this one.
+//! next round, and none of them delays this one. Nor does a round delay requests: a turn writes a
+//! bounded number of images of nodes, whatever rounds are in flight, and the rest is for later ones.
 //!
 //! What must not be broken:
-//! - Images and the list of what they need are taken together, never piecemeal.
+//! - Images and the list of what they need are taken together, never piecemeal, but for frozen nodes.
+//!   Those stay in memory until their round has ended.
 //! - Rounds of a volume end in the order they were sealed.
 //! - A failed write or flush here latches the volume: what is on the device is unknown.
+
+use std::collections::VecDeque;
 
 use bessel_reactor::buffer::Buffer;
 use bessel_reactor::device::Device;
 use bessel_reactor::units::BlockAddr;
 
 use crate::flusher::FlushWaiter;
-use crate::format::node_as_bytes;
+use crate::format::{node_as_bytes, node_from_bytes};
 use crate::message::BlockKind;
-use crate::nodes::cache::FrameId;
+use crate::nodes::cache::{FrameId, FrameState};
 use crate::planted::{self, Bug};
 use crate::request::{CommandError, CurrentTree, Reply, VolumeHandle};
 use crate::shard::{Shard, TokenKind};
@@ -102,7 +107,28 @@ enum Phase {
     FlushRecord,
 }
 
+/// When images of a round's nodes are taken.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Taking {
+    /// At once, since what they are taken of goes on changing.
+    AtOnce,
+    /// When they are written: a snapshot has frozen the nodes.
+    Frozen,
+}
+
+/// An image that its round has still to write.
+#[derive(Debug)]
+pub(crate) enum Unwritten {
+    /// Taken when the round began.
+    Taken(BlockAddr, Buffer),
+    /// To be taken of a frozen node, which stays in its frame for that.
+    Frozen(BlockAddr, FrameId),
+}
+
 /// The round in flight.
+///
+/// While its phase has images that are not even in flight, the volume is in the shard's `image_queue`,
+/// once.
 #[derive(Debug)]
 pub(crate) struct Flight {
     round: u64,
@@ -110,7 +136,10 @@ pub(crate) struct Flight {
     writes_in_flight: u32,
     failed: Option<String>,
     frames: Vec<FrameId>,
-    linked: Vec<(BlockAddr, Buffer)>,
+    /// For [`Phase::WriteFresh`].
+    fresh: VecDeque<Unwritten>,
+    /// For [`Phase::WriteLinked`].
+    linked: VecDeque<Unwritten>,
     record: Option<(BlockAddr, Buffer)>,
     tree: Option<CurrentTree>,
     after: After,
@@ -119,6 +148,14 @@ pub(crate) struct Flight {
 impl Flight {
     pub(crate) fn round(&self) -> u64 {
         self.round
+    }
+
+    /// Images that the phase, one of writing, has still to write.
+    fn unwritten(&mut self) -> &mut VecDeque<Unwritten> {
+        match self.phase {
+            Phase::WriteFresh => &mut self.fresh,
+            _ => &mut self.linked, // None are left for the record's.
+        }
     }
 }
 
@@ -188,7 +225,7 @@ impl<D: Device> Shard<D> {
             && volume.commit_wanted
             && !volume.dirty.is_empty();
         let needed = match volume.sealed.front() {
-            Some(sealed) if !overtakes => sealed.frozen.len(),
+            Some(_) if !overtakes => 0, // Frozen: one by one.
             _ if volume.commit_wanted => volume.dirty.len(),
             _ => return true,
         };
@@ -196,14 +233,14 @@ impl<D: Device> Shard<D> {
             return false;
         }
         let waiting = &mut self.volume_mut(handle).sealed;
-        let sealed = match if overtakes { None } else { waiting.pop_front() } {
-            Some(sealed) => sealed,
+        let (sealed, taking) = match if overtakes { None } else { waiting.pop_front() } {
+            Some(sealed) => (sealed, Taking::Frozen),
             None => match self.seal_changes(handle) {
-                Some(sealed) => sealed,
+                Some(sealed) => (sealed, Taking::AtOnce),
                 None => return true,
             },
         };
-        self.launch(handle, sealed);
+        self.launch(handle, sealed, taking);
         true
     }
 
@@ -230,8 +267,8 @@ impl<D: Device> Shard<D> {
         })
     }
 
-    /// Takes the images and writes the fresh ones.
-    fn launch(&mut self, handle: VolumeHandle, sealed: Sealed) {
+    /// Takes the images, or makes sure that they can be taken later, and begins to write.
+    fn launch(&mut self, handle: VolumeHandle, sealed: Sealed, taking: Taking) {
         self.counters.rounds += 1;
         let mut flight = Flight {
             round: sealed.round,
@@ -239,6 +276,7 @@ impl<D: Device> Shard<D> {
             writes_in_flight: 0,
             failed: None,
             frames: self.frame_lists.pop().unwrap_or_default(),
+            fresh: self.image_lists.pop().unwrap_or_default(),
             linked: self.image_lists.pop().unwrap_or_default(),
             record: sealed.record,
             tree: sealed.tree,
@@ -251,22 +289,30 @@ impl<D: Device> Shard<D> {
             if self.cache.frame(id).dropped {
                 continue; // No image names it; its block is freed when this round is durable.
             }
-            let (addr, buffer) = self.take_image(id);
+            let addr = self.cache.frame(id).addr;
+            let image = if taking == Taking::Frozen || planted::is(Bug::ImagesPiecemeal) {
+                Unwritten::Frozen(addr, id)
+            } else {
+                Unwritten::Taken(addr, self.take_image(id))
+            };
             let frame = self.cache.frame_mut(id);
             if planted::is(Bug::ChangesDuringRoundLost) {
                 frame.dirty = true;
             }
-            if planted::is(Bug::EvictsInFlight) && !frame.fresh {
-                flight.linked.push((addr, buffer));
+            let forgotten = match taking {
+                Taking::AtOnce => planted::is(Bug::EvictsInFlight),
+                Taking::Frozen => planted::is(Bug::EvictsFrozen),
+            };
+            if forgotten && !frame.fresh {
+                flight.linked.push_back(image);
                 continue;
             }
             frame.in_rounds += 1;
             flight.frames.push(id);
             if frame.fresh || planted::is(Bug::LinkedWithFresh) {
-                self.write_image(handle, addr, buffer, ImagePool::Round);
-                flight.writes_in_flight += 1;
+                flight.fresh.push_back(image);
             } else {
-                flight.linked.push((addr, buffer));
+                flight.linked.push_back(image);
             }
         }
         self.frame_lists.push(frozen);
@@ -281,24 +327,88 @@ impl<D: Device> Shard<D> {
             self.write_image(handle, addr, buffer, ImagePool::Sealed);
             flight.writes_in_flight += 1;
         }
+        if !flight.fresh.is_empty() {
+            self.image_queue.push_back(handle);
+        }
         self.volume_mut(handle).flight = Some(flight);
         self.released = true; // Changes have room again.
         self.advance_round(handle);
     }
 
-    /// Copies a node as it may go to the device now, having checked it once more.
-    fn take_image(&mut self, id: FrameId) -> (BlockAddr, Buffer) {
-        let addr = self.cache.frame(id).addr;
-        let entries = self.cache.entries(id);
+    /// Copies a node as it may go to the device now. It is checked when it does.
+    fn take_image(&mut self, id: FrameId) -> Buffer {
+        let mut buffer = self.images.take().expect("the caller made sure of a buffer");
+        self.images.bytes_mut(&mut buffer).copy_from_slice(node_as_bytes(self.cache.entries(id)));
+        buffer
+    }
+
+    /// Writes images of nodes for the rounds in flight, which take turns. Not all at once: where a
+    /// device does its work when asked to, every request of every guest waits meanwhile. True when
+    /// some are left that need not wait for anything.
+    pub(crate) fn write_images(&mut self) -> bool {
+        let mut written = 0;
+        let mut lacking = 0; // Rounds, one after the other, that had to wait for a buffer.
+        while lacking < self.image_queue.len() {
+            if written == self.images_per_turn && !planted::is(Bug::TurnUnbounded) {
+                return true;
+            }
+            let handle = self.image_queue.pop_front().expect("just looked");
+            let volume = self.volumes[handle.0 as usize].as_mut();
+            let flight = volume.and_then(|volume| volume.flight.as_mut());
+            let flight = flight.expect("a volume with images to write has a round in flight");
+            if flight.failed.is_some() {
+                self.advance_round(handle); // Which ends it, once all that was written has ended.
+                continue;
+            }
+            let unwritten = flight.unwritten();
+            let first = unwritten.front().expect("a round is queued while it has images to write");
+            if matches!(first, Unwritten::Frozen(..)) && self.images.available() == 0 {
+                self.image_queue.push_back(handle);
+                lacking += 1;
+                continue;
+            }
+            let image = unwritten.pop_front().expect("just looked");
+            let more = !unwritten.is_empty();
+            flight.writes_in_flight += 1;
+            self.write_node(handle, image);
+            if more {
+                self.image_queue.push_back(handle);
+            }
+            (written, lacking) = (written + 1, 0);
+        }
+        false
+    }
+
+    /// Writes a node's image, having checked it once more.
+    fn write_node(&mut self, handle: VolumeHandle, image: Unwritten) {
+        let (addr, buffer) = match image {
+            Unwritten::Taken(addr, mut buffer) => {
+                if planted::is(Bug::ImagesAfterFlush)
+                    && let Some(id) = self.cache.find(addr)
+                    && !self.cache.frame(id).fresh
+                {
+                    let now = node_as_bytes(self.cache.entries(id));
+                    self.images.bytes_mut(&mut buffer).copy_from_slice(now);
+                }
+                (addr, buffer)
+            }
+            Unwritten::Frozen(addr, id) => {
+                let frame = self.cache.frame(id);
+                assert!(
+                    frame.addr == addr && frame.state == FrameState::Present,
+                    "node {addr} was frozen and is not in its frame any more: {frame:?}"
+                );
+                (addr, self.take_image(id))
+            }
+        };
+        let entries = node_from_bytes(self.images.bytes(&buffer));
         for (slot, entry) in entries.iter().enumerate() {
             assert!(
                 self.key.verify(*entry, addr, slot),
                 "node {addr} slot {slot} holds {entry:?} with a wrong tag: memory is damaged"
             );
         }
-        let mut buffer = self.images.take().expect("the round started with enough buffers");
-        self.images.bytes_mut(&mut buffer).copy_from_slice(node_as_bytes(entries));
-        (addr, buffer)
+        self.write_image(handle, addr, buffer, ImagePool::Round);
     }
 
     fn write_image(
@@ -370,10 +480,11 @@ impl<D: Device> Shard<D> {
         let mut volatile = self.flusher.volatile;
         let mark = self.flusher.mark();
         let flight = self.volume_mut(handle).flight.as_mut().expect("a round is in flight");
-        if flight.writes_in_flight > 0 {
+        let failed = flight.failed.is_some();
+        if flight.writes_in_flight > 0 || !(failed || flight.unwritten().is_empty()) {
             return;
         }
-        if flight.failed.is_some() {
+        if failed {
             self.end_round(handle);
             return;
         }
@@ -403,25 +514,13 @@ impl<D: Device> Shard<D> {
             return;
         }
         if flight.phase == Phase::WriteLinked && !flight.linked.is_empty() {
-            let mut linked = std::mem::take(&mut flight.linked);
-            flight.writes_in_flight = linked.len() as u32;
             if planted::is(Bug::RecordWithLinked)
                 && let Some((addr, buffer)) = flight.record.take()
             {
                 flight.writes_in_flight += 1;
                 self.write_image(handle, addr, buffer, ImagePool::Sealed);
             }
-            for (addr, mut buffer) in linked.drain(..) {
-                if planted::is(Bug::ImagesAfterFlush)
-                    && let Some(id) = self.cache.find(addr)
-                {
-                    let now = node_as_bytes(self.cache.entries(id));
-                    self.images.bytes_mut(&mut buffer).copy_from_slice(now);
-                }
-                self.write_image(handle, addr, buffer, ImagePool::Round);
-            }
-            let flight = self.volume_mut(handle).flight.as_mut().expect("a round is in flight");
-            flight.linked = linked; // Empty, for reuse.
+            self.image_queue.push_back(handle);
             return;
         }
         if flight.record.is_none() {
@@ -437,15 +536,21 @@ impl<D: Device> Shard<D> {
     /// The round is durable, or has failed.
     fn end_round(&mut self, handle: VolumeHandle) {
         let mut flight = self.volume_mut(handle).flight.take().expect("a round is in flight");
-        for (_, buffer) in flight.linked.drain(..) {
-            self.images.put(buffer); // Only after a failure.
+        for mut unwritten in [flight.fresh, flight.linked] {
+            for image in unwritten.drain(..) {
+                // Only after a failure.
+                if let Unwritten::Taken(_, buffer) = image {
+                    self.images.put(buffer);
+                }
+            }
+            self.image_lists.push(unwritten);
         }
-        self.image_lists.push(flight.linked);
         if let Some((_, buffer)) = flight.record {
             self.sealed_images.put(buffer); // Only after a failure.
         }
         self.released = true;
         if let Some(why) = flight.failed {
+            self.image_queue.retain(|queued| *queued != handle);
             // The frames stay as they are: memory is newer than the device, so they must never be
             // evicted and read again.
             self.volume_mut(handle).lost.append(&mut flight.frames);

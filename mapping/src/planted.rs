@@ -42,6 +42,10 @@ bugs! {
     RecordFlushSkipped,
     /// Images of commit nodes are taken after the flush instead of before.
     ImagesAfterFlush,
+    /// Each image is taken when it is written, also of nodes that no snapshot has frozen.
+    ImagesPiecemeal,
+    /// A turn writes all images that rounds have to write.
+    TurnUnbounded,
     /// A node stays marked as changed while its round is in flight: what changes meanwhile is in no round.
     ChangesDuringRoundLost,
     /// A new node that was linked and not yet changed itself is in no round.
@@ -219,6 +223,8 @@ bugs! {
     EvictsDirty,
     /// A commit node may be evicted while its image waits for the flush.
     EvictsInFlight,
+    /// A frozen node may be evicted before its image is taken.
+    EvictsFrozen,
     // The format.
     /// Tags of entries are not checked.
     TagNotChecked,

@@ -33,8 +33,7 @@ impl<D: Device> Shard<D> {
         let old_root = volume.root;
         self.needs_for_cut(handle)?;
         let root = self.new_root(self.cache.frame(old_root).level)?;
-        let entries = *self.cache.entries(old_root);
-        self.fill_read_only(root, &entries);
+        self.fill_read_only(root, old_root);
         self.cut(ticket, handle, root, label, time, None);
         Ok(())
     }

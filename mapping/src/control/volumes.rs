@@ -235,8 +235,7 @@ impl<D: Device> Shard<D> {
         let root = made?;
         match (origin, source) {
             (Some(origin), Some(source)) if origin.height == height => {
-                let entries = *self.cache.entries(source);
-                self.fill_read_only(root, &entries);
+                self.fill_read_only(root, source);
             }
             (Some(origin), _) => {
                 self.fill_with(root, Entry::sparse());

@@ -26,6 +26,11 @@ const NONE: u32 = u32::MAX;
 /// Fewest frames a cache works with: a path of four levels, its copy, and some to breathe.
 pub(crate) const FRAMES_MIN: usize = 64;
 
+/// Frames, of those used first, whose memory is touched when the cache is made: 64 MiB. Else the first to
+/// use each waits for the system to find a page, and after a snapshot many are used at once. Not all
+/// of a large cache: guests of a daemon that was killed wait for the next one to start.
+const TOUCHED_FRAMES: usize = 16_384;
+
 /// Turns of the clock that a frame of each level survives untouched. Leaves are 512 times as many
 /// as the nodes above them, and a miss above costs a second miss below.
 const TURNS: [u8; 5] = [0, 1, 3, 6, 6];
@@ -52,7 +57,7 @@ pub(crate) struct Frame {
     pub(crate) fresh: bool,
     /// Unlinked from its tree: its block will be freed and it must not be written again.
     pub(crate) dropped: bool,
-    /// Commit rounds that hold an image of it and are not durable.
+    /// Commit rounds that hold an image of it, or will take one, and are not durable.
     pub(crate) in_rounds: u16,
     /// The round that makes its latest change durable; 0 when it came clean from the device.
     pub(crate) change_round: u64,
@@ -122,9 +127,12 @@ impl NodeCache {
     pub(crate) fn new(size: ByteCount) -> Self {
         let count = (size.get() / BLOCK_SIZE).max(FRAMES_MIN as u64) as usize;
         let index_size = (count * 2).next_power_of_two();
+        let mut entries = vec![[Entry::from_bits(0); NODE_ENTRIES]; count];
+        // Zeroes come from the system as pages that are not there yet.
+        entries.iter_mut().take(TOUCHED_FRAMES).for_each(|node| node.fill(Entry::sparse()));
         Self {
             frames: vec![Frame::EMPTY; count],
-            entries: vec![[Entry::from_bits(0); NODE_ENTRIES]; count],
+            entries,
             free: (0..count as u32).rev().collect(),
             index: vec![NONE; index_size],
             index_mask: index_size - 1,
@@ -152,6 +160,20 @@ impl NodeCache {
 
     pub(crate) fn entries_mut(&mut self, id: FrameId) -> &mut [Entry; NODE_ENTRIES] {
         &mut self.entries[id.0 as usize]
+    }
+
+    /// The entries of two frames, the second's to change.
+    ///
+    /// # Panics
+    /// When they are one.
+    pub(crate) fn entries_of_two(
+        &mut self,
+        one: FrameId,
+        other: FrameId,
+    ) -> (&[Entry; NODE_ENTRIES], &mut [Entry; NODE_ENTRIES]) {
+        let both = self.entries.get_disjoint_mut([one.0 as usize, other.0 as usize]);
+        let [one, other] = both.expect("a node is copied into another frame");
+        (one, other)
     }
 
     fn home(&self, addr: BlockAddr) -> usize {

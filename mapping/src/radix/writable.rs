@@ -97,25 +97,27 @@ impl<D: Device> Shard<D> {
         let made = self.new_frame(level, Some(parent));
         self.cache.unpin(child);
         let Path::Writable(copy) = made else { return made };
-        let source = *self.cache.entries(child);
-        self.fill_read_only(copy, &source);
+        self.fill_read_only(copy, child);
         self.link_fresh(handle, parent, slot, copy);
         Path::Writable(copy)
     }
 
     /// Fills a node with the entries of another, all read-only, sealed for their new place.
-    pub(crate) fn fill_read_only(&mut self, target: FrameId, source: &[Entry; 512]) {
-        let addr = self.cache.frame(target).addr;
-        let key = self.key;
+    pub(crate) fn fill_read_only(&mut self, target: FrameId, source: FrameId) {
+        let (from, to) = (self.cache.frame(source).addr, self.cache.frame(target).addr);
         let stays_writable = match self.cache.frame(target).level {
             1 => planted::is(Bug::CopiedLeafWritable),
             _ => planted::is(Bug::CopiedNodeWritable),
         };
-        let entries = self.cache.entries_mut(target);
-        for (slot, entry) in source.iter().enumerate() {
-            let copy = if stays_writable { entry.untagged() } else { entry.to_read_only() };
-            entries[slot] = key.seal(copy, addr, slot);
+        let key = self.key;
+        let (source, target) = self.cache.entries_of_two(source, target);
+        if stays_writable {
+            for (slot, entry) in source.iter().enumerate() {
+                target[slot] = key.seal(*entry, to, slot);
+            }
+            return;
         }
+        key.copy_read_only(source, from, target, to);
     }
 
     /// Makes a node of holes and links it into `slot` of `parent`.
