@@ -382,6 +382,37 @@ fn a_collection_waits_until_what_it_has_read_is_durable() {
     }
 }
 
+/// A collection has read where leaves are, and they are freed before it reads them: none is a node of another
+/// level by then.
+#[test]
+fn a_collection_reads_no_other_node_in_the_place_of_one_that_was_freed() {
+    let mut world = World::new(at_once(1));
+    let regions = 200;
+    let region = 512 * LEAF;
+    let volume = world.create(ByteCount::new(regions << 30)).expect(ON);
+    for leaf in 0..40 {
+        write(&mut world, volume, leaf * LEAF, 8);
+    }
+    assert_eq!(world.flush(volume).expect(ON), IoStatus::Done);
+    world.idle().expect(ON);
+    world.start_collection();
+    // The root and the node below it.
+    step_until(&mut world, |world| {
+        world.collection_progress().is_some_and(|progress| progress.nodes_read == 2)
+    });
+    world.hold_collection(true);
+    assert_eq!(world.io(volume, IoKind::Discard, 0, 40 * LEAF).expect(ON), IoStatus::Done);
+    assert_eq!(world.flush(volume).expect(ON), IoStatus::Done);
+    for at in 1..regions {
+        write(&mut world, volume, at * region, 8);
+    }
+    assert_eq!(world.flush(volume).expect(ON), IoStatus::Done);
+    world.hold_collection(false);
+    world.await_collection().expect(ON);
+    assert!(matches!(world.collections(), [Ok(_)]), "{:?}", world.collections());
+    world.check();
+}
+
 /// Blocks that were given back before a collection began and whose bits are not cleared yet are nobody's
 /// garbage: they would be freed twice.
 #[test]

@@ -211,8 +211,6 @@ bugs! {
     HalfRecordsLeft,
     /// A collection does not hear of volumes that were deleted while it read where trees begin.
     DeletionUnderSurvey,
-    /// A volume takes the registry slot of one that was collected, and begins its record anew.
-    SlotBegunAnew,
     // Snapshot logs.
     /// A log that has not been read counts as one without older snapshots.
     UnreadLogIsEmpty,

@@ -62,7 +62,7 @@ impl<D: Device> Shard<D> {
         let height = height_for(plan.size).max(origin_height);
         let root = self.make_root(height, plan.origin.as_ref(), source)?;
         let record = VolumeRecord {
-            generation: if planted::is(Bug::SlotBegunAnew) { 0 } else { plan.generation },
+            generation: plan.generation,
             id: plan.id,
             deleted: false,
             size: plan.size,
