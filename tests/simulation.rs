@@ -18,7 +18,7 @@ use bessel_tests::workload::Workload;
 use bessel_tests::world::World;
 
 /// Seeds that once found something, whatever it was.
-const REGRESSIONS: &[u64] = &[1, 7, 12, 60, 219];
+const REGRESSIONS: &[u64] = &[1, 7, 12, 60, 219, 1330];
 
 /// Seeds that every run of the suite tries.
 const FIXED: Range<u64> = 0..2000;

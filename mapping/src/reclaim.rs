@@ -8,6 +8,9 @@
 //! what they share, so what is found not to be shared never will be again; a snapshot or a clone of
 //! one of them that is taken meanwhile, or a rollback, derives from what was there. But
 //!
+//! - a node of theirs may be free, or another, before it is read: then what lies there is not a node of
+//!   that level, and the walk begins again, or it is taken for one, and the tree has nothing to share at
+//!   that place any more;
 //! - what was read may not be durable: a power cut would bring the link back that a commit round has
 //!   removed. So the rounds that had begun have to end;
 //! - requests that looked a block up before it was replaced may still read it. So those have to end;
@@ -122,12 +125,16 @@ enum State {
     Free(Freeing),
 }
 
+/// How often a walk begins, at most.
+const ATTEMPTS: u32 = 8;
+
 /// See the module's documentation.
 #[derive(Debug)]
 pub struct Reclaim {
     plan: ReclaimPlan,
     reader: NodeReader,
     walk: Sole,
+    attempts: u32,
     state: State,
 }
 
@@ -139,7 +146,7 @@ impl Reclaim {
     pub fn new(store: &OpenedStore, plan: ReclaimPlan) -> Result<Self, ReclaimError> {
         let reader = NodeReader::new(store);
         let walk = Sole::new(&reader, plan.tree, plan.others.clone())?;
-        Ok(Self { plan, reader, walk, state: State::Walk })
+        Ok(Self { plan, reader, walk, attempts: 1, state: State::Walk })
     }
 
     /// The snapshot.
@@ -170,8 +177,17 @@ impl Reclaim {
     /// # Errors
     /// When that fails: it is over then, and nothing has been freed.
     pub fn read<D: Device>(&mut self, io: &mut Blocking<'_, D>) -> Result<(), ReclaimError> {
-        if self.walk.step(&mut self.reader, io)? {
-            self.state = State::Barrier;
+        match self.walk.step(&mut self.reader, io) {
+            Ok(true) => self.state = State::Barrier,
+            Ok(false) => {}
+            // A current tree may have given up a node since the one above it was read, which is then
+            // anything. What is damaged still is when all is read again.
+            Err(WalkError::Node(_)) if self.attempts < ATTEMPTS => {
+                self.attempts += 1;
+                let ReclaimPlan { tree, others, .. } = &self.plan;
+                self.walk = Sole::new(&self.reader, *tree, others.clone())?;
+            }
+            Err(error) => return Err(error.into()),
         }
         Ok(())
     }
