@@ -1248,6 +1248,37 @@ fn bitmaps_forged_free_are_marked_again() {
     }
 }
 
+/// A bitmap that offers its own blocks, and those past the end of its extent: nobody is given them,
+/// not even by a store without another block to give.
+#[test]
+fn no_bitmap_offers_itself_or_what_lies_past_its_extent() {
+    let base = Base::new();
+    let geometry = base.opened.geometry;
+    let disk = base.disk.fork(1);
+    let mut forged = 0;
+    for addr in base.bitmaps().into_iter().map(BlockAddr::new) {
+        let whole = Bitmap::decode(&disk.peek(addr), addr, base.opened.secret).expect("it is whole");
+        let never = geometry.fresh_bitmap(0);
+        let mut bitmap = Bitmap::new();
+        whole.allocated().filter(|bit| !never.get(*bit)).for_each(|bit| bitmap.set(bit));
+        let mut block = [0; BLOCK];
+        bitmap.encode(&mut block, addr, base.opened.secret);
+        disk.poke(addr, &block);
+        assert_named(&check(&disk).expect("it opens"), Structure::Bitmap, addr.get());
+        forged += 1;
+    }
+    assert!(forged > 1);
+    let mut served = Served::start(&disk).expect("it looks whole");
+    let name = "n3";
+    let mut write = |block: u64| served.io(name, IoKind::Write, block * 8, &mut vec![7; BLOCK]);
+    let full = (0..).map(&mut write).find(|status| *status != IoStatus::Done);
+    assert_eq!(full, Some(IoStatus::NoSpace));
+    served.shut_down();
+    let report = check(&disk).expect("no bitmap was given out");
+    let about = |finding: &Finding| finding.structure != Structure::Bitmap;
+    assert!(!report.findings.iter().any(about), "{:?}", report.findings);
+}
+
 // ---- repairs cut short ----
 
 /// Everything that can be repaired, damaged at once, with leaked blocks besides.

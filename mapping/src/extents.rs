@@ -453,7 +453,13 @@ impl Authority {
                 })
         });
         match bitmap {
-            Ok(bitmap) => {
+            Ok(mut bitmap) => {
+                if !bitmap.include(&self.geometry.fresh_bitmap(id.index)) {
+                    tracing::error!(
+                        "bitmap at block {addr} offers its own blocks, or blocks past the end of the \
+                         extent; they are not used; run `bessel check --repair`"
+                    );
+                }
                 self.current = Some((id, bitmap));
                 self.apply(device);
                 self.poll(device)

@@ -234,7 +234,8 @@ impl Geometry {
     }
 
     /// Bitmap block `index` of an extent that was just initialised: set are the bitmap's own
-    /// blocks and the bits past the end of the extent.
+    /// blocks and the bits past the end of the extent. No bitmap may offer these: who reads one
+    /// [includes](Bitmap::include) this first.
     pub fn fresh_bitmap(&self, index: u64) -> Bitmap {
         assert!(index < self.bitmap_blocks, "bitmap block {index} of {}", self.bitmap_blocks);
         let first = index * BITMAP_BITS;

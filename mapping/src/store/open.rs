@@ -697,6 +697,9 @@ fn count_free<D: Device>(
         };
         let extent = geometry.extent_of(addr);
         let index = addr.get() - geometry.extent_start(extent).get();
+        if read.is_ok() {
+            bitmap.include(&geometry.fresh_bitmap(index));
+        }
         counts.set(extent, index, read.map_or(0, |()| bitmap.count_free()));
         match read {
             Ok(()) => {}
