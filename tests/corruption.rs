@@ -1257,7 +1257,8 @@ fn no_bitmap_offers_itself_or_what_lies_past_its_extent() {
     let disk = base.disk.fork(1);
     let mut forged = 0;
     for addr in base.bitmaps().into_iter().map(BlockAddr::new) {
-        let whole = Bitmap::decode(&disk.peek(addr), addr, base.opened.secret).expect("it is whole");
+        let whole =
+            Bitmap::decode(&disk.peek(addr), addr, base.opened.secret).expect("it is whole");
         let never = geometry.fresh_bitmap(0);
         let mut bitmap = Bitmap::new();
         whole.allocated().filter(|bit| !never.get(*bit)).for_each(|bit| bitmap.set(bit));

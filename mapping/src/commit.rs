@@ -125,6 +125,14 @@ pub(crate) enum Unwritten {
     Frozen(BlockAddr, FrameId),
 }
 
+impl Unwritten {
+    fn addr(&self) -> BlockAddr {
+        match self {
+            Self::Taken(addr, _) | Self::Frozen(addr, _) => *addr,
+        }
+    }
+}
+
 /// The round in flight.
 ///
 /// While its phase has images that are not even in flight, the volume is in the shard's `image_queue`,
@@ -168,11 +176,19 @@ pub(crate) enum ImagePool {
     Sealed,
 }
 
-/// An image being written.
+/// Most images that go to the device in one operation. What a snapshot makes later writes copy is
+/// laid down side by side, so most of the next round is adjacent; beyond 64 KiB there is little more
+/// to save.
+const IMAGES_PER_WRITE: usize = 16;
+
+/// Images of adjacent blocks, the first few places used.
+type Images = [Option<Buffer>; IMAGES_PER_WRITE];
+
+/// Images being written, by one operation.
 #[derive(Debug)]
 pub(crate) struct ImageWrite {
     volume: VolumeHandle,
-    buffer: Buffer,
+    images: Images,
     pool: ImagePool,
 }
 
@@ -318,13 +334,13 @@ impl<D: Device> Shard<D> {
         self.frame_lists.push(frozen);
         flight.frames.extend(sealed.root);
         for (addr, buffer) in sealed.images.into_iter().flatten() {
-            self.write_image(handle, addr, buffer, ImagePool::Sealed);
+            self.write_sealed(handle, addr, buffer);
             flight.writes_in_flight += 1;
         }
         if planted::is(Bug::RecordWithNodes)
             && let Some((addr, buffer)) = flight.record.take()
         {
-            self.write_image(handle, addr, buffer, ImagePool::Sealed);
+            self.write_sealed(handle, addr, buffer);
             flight.writes_in_flight += 1;
         }
         if !flight.fresh.is_empty() {
@@ -367,20 +383,46 @@ impl<D: Device> Shard<D> {
                 lacking += 1;
                 continue;
             }
-            let image = unwritten.pop_front().expect("just looked");
-            let more = !unwritten.is_empty();
             flight.writes_in_flight += 1;
-            self.write_node(handle, image);
-            if more {
+            written += self.write_adjacent(handle, self.images_per_turn.saturating_sub(written));
+            let flight = self.volume_mut(handle).flight.as_mut().expect("it has just been there");
+            if !flight.unwritten().is_empty() {
                 self.image_queue.push_back(handle);
             }
-            (written, lacking) = (written + 1, 0);
+            lacking = 0;
         }
         false
     }
 
-    /// Writes a node's image, having checked it once more.
-    fn write_node(&mut self, handle: VolumeHandle, image: Unwritten) {
+    /// Writes the first image of the round in flight, for which there is a buffer, and as many of
+    /// those behind it as lie behind it on the device too, `most` in all. Returns how many.
+    fn write_adjacent(&mut self, handle: VolumeHandle, most: usize) -> usize {
+        let mut images = Images::default();
+        let mut start = None;
+        let mut count = 0;
+        let buffers = self.images.available();
+        while count < most.clamp(1, IMAGES_PER_WRITE) {
+            let flight = self.volume_mut(handle).flight.as_mut().expect("the caller has looked");
+            let unwritten = flight.unwritten();
+            let Some(next) = unwritten.front() else { break };
+            let addr = next.addr();
+            if addr != start.get_or_insert(addr).add(count as u64) {
+                break;
+            }
+            if matches!(next, Unwritten::Frozen(..)) && count == buffers {
+                break;
+            }
+            let image = unwritten.pop_front().expect("just looked");
+            images[count] = Some(self.checked_image(image));
+            count += 1;
+        }
+        let start = start.expect("the caller has looked");
+        self.write_images_at(handle, start, images, ImagePool::Round);
+        count
+    }
+
+    /// A node's image, to be written now, checked once more.
+    fn checked_image(&mut self, image: Unwritten) -> Buffer {
         let (addr, buffer) = match image {
             Unwritten::Taken(addr, mut buffer) => {
                 if planted::is(Bug::ImagesAfterFlush)
@@ -402,44 +444,54 @@ impl<D: Device> Shard<D> {
             }
         };
         let entries = node_from_bytes(self.images.bytes(&buffer));
-        for (slot, entry) in entries.iter().enumerate() {
-            assert!(
-                self.key.verify(*entry, addr, slot),
-                "node {addr} slot {slot} holds {entry:?} with a wrong tag: memory is damaged"
-            );
+        if let Some(slot) = self.key.first_wrong(entries, addr) {
+            let entry = entries[slot];
+            panic!("node {addr} slot {slot} holds {entry:?} with a wrong tag: memory is damaged");
         }
-        self.write_image(handle, addr, buffer, ImagePool::Round);
+        buffer
     }
 
-    fn write_image(
+    /// Writes an image that was taken when its round was sealed.
+    fn write_sealed(&mut self, handle: VolumeHandle, addr: BlockAddr, buffer: Buffer) {
+        let mut images = Images::default();
+        images[0] = Some(buffer);
+        self.write_images_at(handle, addr, images, ImagePool::Sealed);
+    }
+
+    /// Writes images of adjacent blocks, from `addr` on.
+    fn write_images_at(
         &mut self,
         handle: VolumeHandle,
         addr: BlockAddr,
-        buffer: Buffer,
+        images: Images,
         pool: ImagePool,
     ) {
-        let segment = match pool {
-            ImagePool::Round => self.images.lend(&buffer),
-            ImagePool::Sealed => self.sealed_images.lend(&buffer),
+        let buffers = match pool {
+            ImagePool::Round => &mut self.images,
+            ImagePool::Sealed => &mut self.sealed_images,
         };
-        let write = self.image_writes.insert(ImageWrite { volume: handle, buffer, pool });
-        self.counters.metadata_writes += 1;
-        self.device.write(TokenKind::Image.token(write), addr.offset(), &[segment]);
+        self.scratch.clear();
+        self.scratch.extend(images.iter().flatten().map(|buffer| buffers.lend(buffer)));
+        self.counters.metadata_writes += self.scratch.len() as u64;
+        let write = self.image_writes.insert(ImageWrite { volume: handle, images, pool });
+        self.device.write(TokenKind::Image.token(write), addr.offset(), &self.scratch);
     }
 
-    /// Takes in the end of an image's write.
+    /// Takes in the end of a write of images.
     pub(crate) fn image_written(
         &mut self,
         write: u32,
         result: Result<(), bessel_reactor::device::DeviceError>,
     ) {
-        let ImageWrite { volume: handle, buffer, pool } = self.image_writes.remove(write);
+        let ImageWrite { volume: handle, images, pool } = self.image_writes.remove(write);
         let pool = match pool {
             ImagePool::Round => &mut self.images,
             ImagePool::Sealed => &mut self.sealed_images,
         };
-        pool.returned(&buffer);
-        pool.put(buffer);
+        for buffer in images.into_iter().flatten() {
+            pool.returned(&buffer);
+            pool.put(buffer);
+        }
         let mark = self.flusher.mark();
         let volume = self.volume_mut(handle);
         // A flush that fails from here on leaves the image unknown, whoever asked for that flush.
@@ -518,7 +570,7 @@ impl<D: Device> Shard<D> {
                 && let Some((addr, buffer)) = flight.record.take()
             {
                 flight.writes_in_flight += 1;
-                self.write_image(handle, addr, buffer, ImagePool::Sealed);
+                self.write_sealed(handle, addr, buffer);
             }
             self.image_queue.push_back(handle);
             return;
@@ -530,7 +582,7 @@ impl<D: Device> Shard<D> {
         flight.phase = Phase::WriteRecord;
         flight.writes_in_flight = 1;
         let (addr, buffer) = flight.record.take().expect("checked above");
-        self.write_image(handle, addr, buffer, ImagePool::Sealed);
+        self.write_sealed(handle, addr, buffer);
     }
 
     /// The round is durable, or has failed.

@@ -67,11 +67,11 @@ impl ShardConfig {
         self.pieces_max() + LOADS_MAX + LOG_LOADS_MAX + images + SEALED_IMAGES + 2
     }
 
-    /// Most images of nodes that are written in a turn: a tenth of the largest round, or 51 with a cache
-    /// of 32 MiB and more. On tmpfs an image takes 2 to 5 µs and the requests of a turn 70 to 150 µs, so
-    /// that neither the turn nor the round gets much longer by the other.
+    /// Most images of nodes that are written in a turn: a seventh of the largest round, or 73 with a
+    /// cache of 32 MiB and more. On tmpfs an image takes 2 to 3 µs and the requests of a turn 70 to
+    /// 150 µs, so that neither the turn nor the round gets much longer by the other.
     pub fn images_per_turn(&self) -> usize {
-        dirty_max(images_for(self.node_cache)) / 10
+        dirty_max(images_for(self.node_cache)) / 7
     }
 
     fn pieces_max(&self) -> usize {

@@ -4,6 +4,7 @@
 //! without tag; [`TagKey::seal`] puts the tag on before an image of the node goes to the device,
 //! [`TagKey::verify`] checks it when a node is loaded and before it is written.
 
+use bessel_reactor::crc::fold_crc32c;
 use bessel_reactor::units::BlockAddr;
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
@@ -224,6 +225,20 @@ impl TagKey {
         }
     }
 
+    /// The first entry of the node at `node` that [does not verify](Self::verify).
+    pub fn first_wrong(self, entries: &[Entry; NODE_ENTRIES], node: BlockAddr) -> Option<usize> {
+        let bits: &[u64; NODE_ENTRIES] = zerocopy::transmute_ref!(entries);
+        let place = (node.get() * NODE_ENTRIES as u64).wrapping_mul(self.secret);
+        let quick = fold_crc32c(bits, !TAG_MASK, (0, place), |(wrong, place), entry, crc| {
+            let tag = (crc ^ crc >> 16) as u16 ^ (place >> 48) as u16;
+            (wrong | Entry(entry).tag() ^ tag, place.wrapping_add(self.secret))
+        });
+        if let Some((0, _)) = quick {
+            return None;
+        }
+        (0..NODE_ENTRIES).find(|slot| !self.verify(entries[*slot], node, *slot))
+    }
+
     /// True when the entry was sealed for this place of this store and has not changed since.
     #[inline]
     pub fn verify(self, entry: Entry, node: BlockAddr, slot: usize) -> bool {
@@ -365,6 +380,21 @@ mod tests {
             assert_eq!(copy[slot], expected, "slot {slot}");
         }
         assert!(!KEY.verify(copy[77], to, 77));
+    }
+
+    #[test]
+    fn the_first_wrong_entry_of_a_node_is_found() {
+        let at = BlockAddr::new(0x0123_4567_89ab);
+        let mut node = [Entry::sparse(); NODE_ENTRIES];
+        for (slot, entry) in node.iter_mut().enumerate() {
+            *entry = KEY.seal(samples()[slot % samples().len()], at, slot);
+        }
+        assert_eq!(KEY.first_wrong(&node, at), None);
+        assert_eq!(KEY.first_wrong(&node, at.add(1)), Some(0));
+        for (slot, bit) in [(511, 0), (300, 63), (299, 44), (17, 59), (0, 43)] {
+            node[slot] = Entry::from_bits(node[slot].bits() ^ 1 << bit);
+            assert_eq!(KEY.first_wrong(&node, at), Some(slot), "bit {bit}");
+        }
     }
 
     #[test]

@@ -87,8 +87,16 @@ pub fn check_node(
     key: TagKey,
     extents: &ExtentMap,
 ) -> Result<(), NodeFault> {
-    for slot in 0..NODE_ENTRIES {
-        check_entry(node, addr, level, slot, key, extents)?;
+    let sealed = key.first_wrong(node, addr).is_none();
+    for (slot, &entry) in node.iter().enumerate() {
+        let fault = if sealed {
+            link_fault(entry, level, extents)
+        } else {
+            entry_fault(entry, addr, level, slot, key, extents)
+        };
+        if let Some(what) = fault {
+            return Err(NodeFault { node: addr, level, slot, entry, what });
+        }
     }
     Ok(())
 }
@@ -123,14 +131,19 @@ fn entry_fault(
     key: TagKey,
     extents: &ExtentMap,
 ) -> Option<&'static str> {
-    let kind = entry.kind();
     if entry.bits() == 0 {
         return Some("the entry is all zero: its sector was lost or never written");
     }
     if !key.verify(entry, addr, slot) && !planted::is(Bug::TagNotChecked) {
         return Some("the tag does not match: the entry is damaged or belongs elsewhere");
     }
-    let wanted = match kind {
+    link_fault(entry, level, extents)
+}
+
+/// What is wrong with an entry whose tag is right.
+#[inline]
+fn link_fault(entry: Entry, level: u8, extents: &ExtentMap) -> Option<&'static str> {
+    let wanted = match entry.kind() {
         EntryKind::Invalid => return Some("the entry has kind 0, which no writer writes"),
         EntryKind::Superpage => {
             return Some("the entry is a superpage, which this version does not know");

@@ -330,6 +330,8 @@ fn page(query: &str) -> Result<Page, String> {
 /// How often it is looked whether a log has been read, and how often in vain before it counts as stuck.
 const LOG_LOOK: Duration = Duration::from_millis(5);
 const LOG_LOOKS_MAX: u32 = 12_000;
+/// How often a walk of trees that change is begun anew.
+const SPACE_TRIES: u32 = 5;
 
 /// Waits until the logs that somebody needs have been read: here, so that the control plane does not.
 async fn read_logs(control: &Control, needed: Needed) -> Result<(), Refusal> {
@@ -419,15 +421,23 @@ async fn show_space(
     VolumeName(name): VolumeName,
 ) -> Answer<SpaceView> {
     read_logs(&control, Needed::Volume(name.clone())).await?;
-    let plan = loop {
-        let name = name.clone();
-        match control.call(move |plane| plane.plan_space(&name)).await? {
-            Ok(plan) => break plan,
-            Err(Step::Later) => tokio::time::sleep(LOG_LOOK).await,
-            Err(Step::More | Step::Done) => {}
+    let mut tries = 0;
+    loop {
+        let plan = loop {
+            let name = name.clone();
+            match control.call(move |plane| plane.plan_space(&name)).await? {
+                Ok(plan) => break plan,
+                Err(Step::Later) => tokio::time::sleep(LOG_LOOK).await,
+                Err(Step::More | Step::Done) => {}
+            }
+        };
+        match on_a_thread("bessel-space", move || plan.run()).await {
+            Err(refusal) if refusal.kind == RefusalKind::Damaged && tries < SPACE_TRIES => {
+                tries += 1
+            }
+            answer => return answer.map(Json),
         }
-    };
-    on_a_thread("bessel-space", move || plan.run()).await.map(Json)
+    }
 }
 
 async fn export_snapshot(

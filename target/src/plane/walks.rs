@@ -363,23 +363,19 @@ impl From<Refusal> for Ended {
     }
 }
 
-/// How often the walk of trees that change is begun anew.
-const SPACE_TRIES: u32 = 5;
-
 impl SpacePlan {
     /// Does it. Every radix node of the forest is read, most of them twice.
+    ///
+    /// # Errors
+    /// Also when a current tree was changed under the walk and led it astray: a plan that is made anew
+    /// knows the trees as they are then.
     pub(crate) fn run(self) -> Answered<SpaceView> {
         let mut device = self.source.open()?;
         let mut io = Blocking::new(&mut device);
-        let trees: Vec<Tree> = self.trees.iter().map(|(_, tree)| *tree).collect();
-        let mut tries = 0;
-        loop {
-            match Self::walk(&self.source.store, &mut io, trees.clone()) {
-                Ok((spaces, total)) => return Ok(self.view(&spaces, total)),
-                // A current tree that was changed under the walk may have led it astray.
-                Err(_) if tries < SPACE_TRIES => tries += 1,
-                Err(error) => return Err(Refusal::new(RefusalKind::Damaged, one_line(&error))),
-            }
+        let trees = self.trees.iter().map(|(_, tree)| *tree).collect();
+        match Self::walk(&self.source.store, &mut io, trees) {
+            Ok((spaces, total)) => Ok(self.view(&spaces, total)),
+            Err(error) => Err(Refusal::new(RefusalKind::Damaged, one_line(&error))),
         }
     }
 
