@@ -43,11 +43,19 @@ enum Start {
     Snapshot,
 }
 
-/// Images of nodes and of the log that each turn writes until what was started has ended, and how many
-/// reads have ended meanwhile.
-fn written_by_turns(world: &mut World, volume: VolumeId, started: Ticket) -> (Vec<usize>, usize) {
+/// What was written until something had ended.
+struct Written {
+    /// Images of nodes and of the log, by turn.
+    turns: Vec<usize>,
+    /// How many operations they took.
+    operations: usize,
+    /// Reads that have ended meanwhile.
+    reads: usize,
+}
+
+fn written_by_turns(world: &mut World, volume: VolumeId, started: Ticket) -> Written {
     let extents = world.extents();
-    let (mut turns, mut reads, mut reading) = (Vec::new(), 0, None);
+    let (mut turns, mut operations, mut reads, mut reading) = (Vec::new(), 0, 0, None);
     while !world.has_ended(started) {
         match reading {
             Some(read) if !world.has_ended(read) => {}
@@ -58,15 +66,18 @@ fn written_by_turns(world: &mut World, volume: VolumeId, started: Ticket) -> (Ve
         }
         world.disk.trace();
         world.step();
-        let operations = world.disk.trace().into_iter();
-        let images = operations
+        let traced = world.disk.trace().into_iter();
+        let images = traced
             .filter(|op| op.kind == OpKind::Write && !world.is_allocation(op.block))
-            .filter(|op| extents.holds(op.block, ExtentType::Metadata));
-        turns.push(images.count());
+            .filter(|op| extents.holds(op.block, ExtentType::Metadata))
+            .map(|op| (op.length.get() / BLOCK_SIZE) as usize)
+            .collect::<Vec<_>>();
+        operations += images.len();
+        turns.push(images.iter().sum());
         assert!(turns.len() < 1000, "it does not end: {turns:?}");
     }
     world.settle().expect("the power is on");
-    (turns, reads)
+    Written { turns, operations, reads }
 }
 
 /// Where a device works when it is asked to, as in memory, a turn that wrote all changed nodes at once
@@ -103,10 +114,12 @@ fn a_turn_writes_few_images_however_many_nodes_have_changed() {
             Start::Flush => world.start_io(volume, IoKind::Flush, 0, 0),
             Start::Snapshot => world.start(Action::Snapshot { volume, label: None }),
         };
-        let (turns, reads) = written_by_turns(&mut world, volume, started);
+        let Written { turns, operations, reads } = written_by_turns(&mut world, volume, started);
         // A snapshot's new root and its log block are written when it is taken.
         assert!(turns.iter().all(|images| *images <= most + 2), "{what}: {turns:?}");
         assert!(turns.iter().sum::<usize>() >= TURNS * most, "{what}: {turns:?}");
+        // Leaves have been given blocks side by side, when they were new and when they were copied.
+        assert!(operations <= TURNS * most / 4, "{what}: {operations} for {turns:?}");
         assert!(reads >= TURNS / 2, "{what}: {reads} reads ended in {} turns", turns.len());
     }
 }
