@@ -385,13 +385,18 @@ impl<D: Device> Shard<D> {
             }
             flight.writes_in_flight += 1;
             written += self.write_adjacent(handle, self.images_per_turn.saturating_sub(written));
-            let flight = self.volume_mut(handle).flight.as_mut().expect("it has just been there");
-            if !flight.unwritten().is_empty() {
+            if !self.unwritten(handle).is_empty() {
                 self.image_queue.push_back(handle);
             }
             lacking = 0;
         }
         false
+    }
+
+    /// Images that the volume's round in flight has still to write in its phase.
+    fn unwritten(&mut self, handle: VolumeHandle) -> &mut VecDeque<Unwritten> {
+        let flight = self.volume_mut(handle).flight.as_mut();
+        flight.expect("a volume with images to write has a round in flight").unwritten()
     }
 
     /// Writes the first image of the round in flight, for which there is a buffer, and as many of
@@ -400,18 +405,17 @@ impl<D: Device> Shard<D> {
         let mut images = Images::default();
         let mut start = None;
         let mut count = 0;
-        let buffers = self.images.available();
         while count < most.clamp(1, IMAGES_PER_WRITE) {
-            let flight = self.volume_mut(handle).flight.as_mut().expect("the caller has looked");
-            let unwritten = flight.unwritten();
-            let Some(next) = unwritten.front() else { break };
+            let Some(next) = self.unwritten(handle).front() else { break };
             let addr = next.addr();
             if addr != start.get_or_insert(addr).add(count as u64) {
                 break;
             }
-            if matches!(next, Unwritten::Frozen(..)) && count == buffers {
+            let needs_buffer = matches!(next, Unwritten::Frozen(..));
+            if needs_buffer && self.images.available() == 0 {
                 break;
             }
+            let unwritten = self.unwritten(handle);
             let image = unwritten.pop_front().expect("just looked");
             images[count] = Some(self.checked_image(image));
             count += 1;

@@ -165,6 +165,8 @@ bugs! {
     CatalogueBeforeBitmap,
     /// A bitmap that is damaged counts as one of free blocks.
     DamagedBitmapIsFree,
+    /// A bitmap is believed that its own blocks are free, and those past the end of its extent.
+    BitmapOffersItself,
     // What a deleted snapshot alone held.
     /// A deleted snapshot is not compared with its clones.
     ClonesIgnored,

@@ -15,7 +15,10 @@
 #[expect(unsafe_code, reason = "memory that devices and guests share with us is its subject")]
 pub mod buffer;
 pub mod clock;
-#[expect(unsafe_code, reason = "an instruction that not every processor has")]
+#[cfg_attr(
+    target_arch = "x86_64",
+    expect(unsafe_code, reason = "an instruction that not every processor has")
+)]
 pub mod crc;
 pub mod device;
 pub mod inbox;

@@ -430,10 +430,11 @@ fn was_in_use<D: Device>(
         let addr = store.geometry.bitmap_block(extent, index);
         let mut block = [0; BLOCK_SIZE as usize];
         io.read_into(addr, &mut block)?;
-        if let Ok(bitmap) = Bitmap::decode(&block, addr, store.secret)
-            && bitmap.count_free() < store.geometry.fresh_bitmap_free(index)
-        {
-            return Ok(true);
+        if let Ok(mut bitmap) = Bitmap::decode(&block, addr, store.secret) {
+            bitmap.include(&store.geometry.fresh_bitmap(index));
+            if bitmap.count_free() < store.geometry.fresh_bitmap_free(index) {
+                return Ok(true);
+            }
         }
     }
     Ok(false)

@@ -454,12 +454,19 @@ impl Op {
         BlockAddr::new(self.sector / SECTORS_PER_BLOCK)
     }
 
+    /// True when `filter` means one of the blocks.
+    fn is_meant_by(&self, filter: &OpFilter) -> bool {
+        let end = (self.sector + self.sectors).div_ceil(SECTORS_PER_BLOCK);
+        let blocks = self.block().get()..end.max(self.block().get() + 1);
+        blocks.map(BlockAddr::new).any(|block| filter(self.kind(), block))
+    }
+
     fn overlaps(&self, sector: u64, sectors: u64) -> bool {
         self.sector < sector + sectors && sector < self.sector + self.sectors
     }
 }
 
-/// Says of an operation whether it is meant, by its kind and first block.
+/// Says of an operation whether it is meant, by its kind and each of its blocks.
 type OpFilter = Box<dyn Fn(OpKind, BlockAddr) -> bool>;
 
 /// A sector, and what it holds or is read as.
@@ -935,7 +942,7 @@ impl Disk {
                 .iter()
                 .any(|other| other.kind() == kind && other.overlaps(op.sector, op.sectors));
             assert!(
-                !overlap || !filter(kind, op.block()),
+                !overlap || !op.is_meant_by(filter),
                 "two writes of block {} are in flight together",
                 op.block()
             );
@@ -1034,7 +1041,7 @@ impl Disk {
         }
         let mut ready = Vec::new();
         for op in self.ops.iter_mut().filter(|op| op.front == front && op.submitted) {
-            if self.hold.as_ref().is_some_and(|held| held(op.kind(), op.block()))
+            if self.hold.as_ref().is_some_and(|held| op.is_meant_by(held))
                 || self.only.is_some_and(|only| only != Some(op.number))
             {
                 continue;
