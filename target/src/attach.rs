@@ -13,6 +13,7 @@
 mod core;
 mod counters;
 mod host;
+mod limiter;
 mod memory;
 mod orders;
 mod port;
@@ -20,5 +21,6 @@ mod port;
 pub(crate) use self::core::{Core, CoreSeat};
 pub(crate) use counters::CoreCounters;
 pub(crate) use host::VolumeHost;
+pub(crate) use limiter::Throttled;
 pub(crate) use orders::{Order, OrderMemory};
 pub(crate) use port::{Answer, CoreMessage, CorePort};

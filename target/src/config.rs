@@ -13,6 +13,7 @@ mod locate;
 
 use crate::api::types::Cache;
 use crate::keep::parse_keep;
+use crate::limits::{BURST_DEFAULT, Limits};
 use crate::places;
 use crate::reference;
 use crate::size::parse_size;
@@ -165,6 +166,8 @@ pub(crate) struct VolumeConfig {
     pub(crate) queues: u16,
     /// When snapshots are taken by themselves, if they are.
     pub(crate) snapshots: Option<Schedule>,
+    /// What its guest may ask for, if there is a limit.
+    pub(crate) limits: Option<Limits>,
 }
 
 #[derive(Debug)]
@@ -300,6 +303,19 @@ struct RawVolume {
     queues: Option<u16>,
     #[serde(default)]
     snapshots: Option<RawSnapshots>,
+    #[serde(default)]
+    limits: Option<RawLimits>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RawLimits {
+    #[serde(default)]
+    iops: Option<u64>,
+    #[serde(default)]
+    bandwidth: Option<Size>,
+    #[serde(default)]
+    burst: Option<Span>,
 }
 
 #[derive(Deserialize)]
@@ -723,6 +739,14 @@ fn checked_volumes(
         if let Some(Err(error)) = snapshots.as_ref().map(Schedule::check) {
             return Err(source.error(&at("snapshots"), error.to_string()));
         }
+        let limits = raw.limits.map(|raw| Limits {
+            iops: raw.iops,
+            bandwidth: raw.bandwidth.map(|size| size.0),
+            burst: raw.burst.map_or(BURST_DEFAULT, |span| span.0),
+        });
+        if let Some(Err(error)) = limits.as_ref().map(Limits::check) {
+            return Err(source.error(&at("limits"), error.to_string()));
+        }
         volumes.push(VolumeConfig {
             name: raw.name,
             size: raw.size.0,
@@ -730,6 +754,7 @@ fn checked_volumes(
             cache: raw.cache,
             queues,
             snapshots,
+            limits,
         });
     }
     Ok(volumes)
@@ -780,6 +805,7 @@ volumes:
     snapshots:
       every: 10ms
       keep: [ { for: 1m }, { for: 1h, every: 1s } ]
+    limits: { iops: 5000, bandwidth: 100MiB, burst: 2s }
 gc: { every: 1d, low_space: 5%, rate: 64MiB }
 ";
 
@@ -816,6 +842,9 @@ gc: { every: 1d, low_space: 5%, rate: 64MiB }
         assert_eq!(vm1.cache, Cache::Writethrough);
         assert_eq!((vm2.size, vm2.queues), (vm1.size, QUEUES_DEFAULT));
         let every = Duration::from_secs(1);
+        let burst = Duration::from_secs(2);
+        let (iops, bandwidth) = (Some(5000), Some(ByteCount::new(100 << 20)));
+        assert_eq!((vm1.limits, vm2.limits), (None, Some(Limits { iops, bandwidth, burst })));
         assert_eq!(vm1.snapshots, Some(Schedule { every, keep: Keep::Newest(60) }));
         let by_age = parse_keep("1m, 1h every 1s").unwrap();
         assert_eq!(vm2.snapshots.as_ref().map(|it| &it.keep), Some(&by_age));
@@ -889,12 +918,19 @@ gc: { every: 1d, low_space: 5%, rate: 64MiB }
                 "    snapshots: { every: 1s, keep: [ { for: 1m }, { for: 1s } ] }",
                 "go from young",
             ),
-            (23, "gc: { every: 10ms }", "a collection more than once a second will not do; give"),
-            (23, "gc: { low_space: 95% }", "\"95%\" is no share of the store; write 1% to 90%"),
-            (23, "gc: { low_space: few }", "\"few\" is no share of the store; write 1% to 90%"),
-            (23, "gc: { rate: 1KiB }", "a rate of 1KiB a second will not do; give at least 1MiB"),
-            (23, "gc: { rate: some }", "\"some\" is not a size; write"),
-            (23, "gc: { sometimes: 1d }", "gc: unknown field `sometimes`, expected one of"),
+            (23, "    limits: { burst: 1s }", "neither iops nor bandwidth is given; give one"),
+            (23, "    limits: { iops: 0 }", "0 requests a second will not do; give 1 to"),
+            (23, "    limits: { iops: many }", "invalid type: string \"many\""),
+            (23, "    limits: { bandwidth: 1KiB }", "1KiB a second will not do; give 64KiB to 1TiB"),
+            (23, "    limits: { bandwidth: 1GB }", "\"1GB\" is not a size; write"),
+            (23, "    limits: { iops: 1, burst: 2h }", "a burst of 7200s will not do; give 0s to 1h"),
+            (23, "    limits: { iops: 1, bps: 1 }", "unknown field `bps`"),
+            (24, "gc: { every: 10ms }", "a collection more than once a second will not do; give"),
+            (24, "gc: { low_space: 95% }", "\"95%\" is no share of the store; write 1% to 90%"),
+            (24, "gc: { low_space: few }", "\"few\" is no share of the store; write 1% to 90%"),
+            (24, "gc: { rate: 1KiB }", "a rate of 1KiB a second will not do; give at least 1MiB"),
+            (24, "gc: { rate: some }", "\"some\" is not a size; write"),
+            (24, "gc: { sometimes: 1d }", "gc: unknown field `sometimes`, expected one of"),
             (16, "    queues: [2]", "volumes[0].queues: invalid type: sequence"),
             (16, "   queues: 2", "did not find expected"),
         ] {

@@ -16,6 +16,7 @@ mod importer;
 mod jobs;
 mod journals;
 mod keep;
+mod limits;
 mod placement;
 mod places;
 mod plane;

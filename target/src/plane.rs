@@ -11,6 +11,7 @@ mod forest;
 mod import;
 mod logs;
 mod open;
+mod limits;
 mod schedule;
 mod tree;
 mod view;
@@ -56,6 +57,7 @@ use import::Importing;
 use logs::KeptLogs;
 pub(crate) use logs::Needed;
 pub(crate) use open::Service;
+use limits::Limited;
 use schedule::Scheduled;
 pub(crate) use view::uuid;
 use walks::Pins;
@@ -96,6 +98,7 @@ struct Served {
     /// As the configuration wants it, if it does.
     cache: Option<CacheMode>,
     schedule: Option<Scheduled>,
+    limits: Option<Limited>,
     host: Arc<VolumeHost>,
     /// None only while an operation keeps front-ends away, or when the socket could not be bound.
     server: Option<ServerHandle>,
@@ -304,12 +307,14 @@ impl ControlPlane {
         let view = self.show_volume(name)?;
         self.without_front_ends(id, name, "stop the guest first", |plane| {
             plane.schedules.end(id);
+            plane.end_limits(id);
             plane.collections.note_volume_deletion();
             let log = match plane.ask(home, Command::Delete { volume: handle }) {
                 Ok(Reply::Closed { log, .. }) => log,
                 Ok(reply) => unreachable!("deleting a volume was answered with {reply:?}"),
                 Err(refusal) => {
                     plane.begin_schedule(id);
+                    plane.begin_limits(id);
                     return Err(refusal);
                 }
             };
@@ -446,8 +451,8 @@ impl ControlPlane {
                 let failed = shards.iter().any(|shard| shard.latched.contains(id));
                 let latched = failed.then_some("");
                 let Condition { state, .. } = self.condition_of_open(*id, &volume.name, latched);
-                let scheduled = self.scheduled_of(*id);
-                Some(view::volume_stats(&volume.name, state, counters, scheduled))
+                let stats = view::volume_stats(&volume.name, state, counters, self.scheduled_of(*id));
+                Some(VolumeStatsView { throttled_ns: self.throttled_ns(*id), ..stats })
             })
             .collect();
         let closed = self

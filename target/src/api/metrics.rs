@@ -107,6 +107,12 @@ pub(super) fn prometheus(stats: &StatsView) -> String {
         |it| it.snapshots_failed,
     );
 
+    let throttled = stats.volumes.iter().map(|volume| {
+        (format!("{{volume=\"{}\"}}", volume.name), volume.throttled_ns as f64 / 1e9)
+    });
+    counter("bessel_volume_throttled_seconds_total", "Time its guest had to wait for its limits.")
+        .write(&mut text, throttled);
+
     let mut by_reactor = |name, help, value: fn(&super::types::ReactorView) -> f64| {
         let samples = stats
             .reactors

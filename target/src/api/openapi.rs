@@ -43,6 +43,10 @@ fn paths() -> Value {
             "put": operation("Take snapshots of a volume by schedule, until the daemon ends", &[VOLUME], Some("SetSchedule"), reference("Volume")),
             "delete": operation("Take no more snapshots of a volume by schedule", &[VOLUME], None, reference("Volume")),
         },
+        "/v1/volumes/{name}/limits": {
+            "put": operation("Hold a volume's guest to limits, until the daemon ends", &[VOLUME], Some("Limits"), reference("Volume")),
+            "delete": operation("Hold a volume's guest to no limits", &[VOLUME], None, reference("Volume")),
+        },
         "/v1/volumes/{name}/detach": {
             "post": operation("Stop serving a volume until it is attached or the daemon starts again", &[VOLUME], None, reference("Volume")),
         },
@@ -284,6 +288,7 @@ const VOLUME_FIELDS: &[(&str, &str)] = &[
     ("snapshots_unread", "integer"),
     ("snapshots_fault", "string?"),
     ("schedule", "Schedule?"),
+    ("limits", "Limits?"),
 ];
 
 const SPACE_FIELDS: &[(&str, &str)] =
@@ -324,6 +329,11 @@ fn schemas() -> Value {
             ("skipped", "integer"),
             ("thinned", "integer"),
             ("failed", "integer"),
+        ]),
+        "Limits": object(&[
+            ("iops?", "integer?"),
+            ("bytes_per_second?", "integer?"),
+            ("burst_ns?", "integer"),
         ]),
         "CreateSnapshot": object(&[("label?", "string")]),
         "ChangeSnapshot": object(&[("label", "string?")]),
@@ -456,6 +466,7 @@ fn schemas() -> Value {
             ("snapshots_skipped", "integer"),
             ("snapshots_thinned", "integer"),
             ("snapshots_failed", "integer"),
+            ("throttled_ns", "integer"),
         ]),
         "Latency": object(&[
             ("count", "integer"),
@@ -527,6 +538,7 @@ mod tests {
             snapshots_unread: 0,
             snapshots_fault: None,
             schedule: None,
+            limits: None,
         }
     }
 
@@ -566,7 +578,10 @@ mod tests {
             failed: 0,
         };
         describes("Schedule", schedule.clone());
-        describes("Volume", VolumeView { schedule: Some(schedule), ..volume() });
+        let limits = LimitsView { iops: Some(1), bytes_per_second: Some(1), burst_ns: 1 };
+        describes("Limits", limits.clone());
+        let (schedule, limits) = (Some(schedule), Some(limits));
+        describes("Volume", VolumeView { schedule, limits, ..volume() });
         describes("Volume", volume());
         describes(
             "RolledBack",

@@ -6,11 +6,12 @@
 use super::import::{import_difference, import_volume};
 use super::types::{
     CLONES_MAX, ChangeSnapshot, ChangeVolume, CreateClones, CreateSnapshot, CreateVolume, DiffView,
-    GcView, JobView, Rollback, RolledBack, SetSchedule, SnapshotCreated, SnapshotDeleted,
+    GcView, JobView, LimitsView, Rollback, RolledBack, SetSchedule, SnapshotCreated, SnapshotDeleted,
     SnapshotView, SpaceView, StatsView, TreeView, VolumeView,
 };
 use super::{Refusal, RefusalKind, metrics, openapi};
 use crate::control::Control;
+use crate::limits::Limits;
 use crate::plane::{ExportPlan, Gone, Needed, Step};
 use crate::reference::{SnapshotReference, label, volume_name};
 use axum::body::{Body, Bytes};
@@ -44,6 +45,7 @@ fn table() -> Vec<(&'static str, MethodRouter<Control>)> {
         ("/v1/volumes/{name}", get(show_volume).patch(change_volume).delete(delete_volume)),
         ("/v1/volumes/{name}/rollback", post(rollback_volume)),
         ("/v1/volumes/{name}/schedule", put(set_schedule).delete(end_schedule)),
+        ("/v1/volumes/{name}/limits", put(set_limits).delete(end_limits)),
         ("/v1/volumes/{name}/detach", post(detach_volume)),
         ("/v1/volumes/{name}/attach", post(attach_volume)),
         ("/v1/volumes/{name}/space", get(show_space)),
@@ -249,6 +251,24 @@ async fn end_schedule(
     VolumeName(name): VolumeName,
 ) -> Answer<VolumeView> {
     control.call(move |plane| plane.set_schedule(&name, None)).await.map(Json)
+}
+
+async fn set_limits(
+    State(control): State<Control>,
+    VolumeName(name): VolumeName,
+    body: Result<Bytes, BytesRejection>,
+) -> Answer<VolumeView> {
+    let LimitsView { iops, bytes_per_second, burst_ns } = parse(body)?;
+    let bandwidth = bytes_per_second.map(ByteCount::new);
+    let limits = Limits { iops, bandwidth, burst: Duration::from_nanos(burst_ns) };
+    control.call(move |plane| plane.set_limits(&name, Some(limits))).await.map(Json)
+}
+
+async fn end_limits(
+    State(control): State<Control>,
+    VolumeName(name): VolumeName,
+) -> Answer<VolumeView> {
+    control.call(move |plane| plane.set_limits(&name, None)).await.map(Json)
 }
 
 async fn detach_volume(

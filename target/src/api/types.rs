@@ -3,6 +3,7 @@
 //! Units are in the field names. Unknown fields in requests are refused, so that a misspelt option
 //! is an error rather than a default. Fields are only ever added to responses.
 
+use crate::limits::BURST_DEFAULT;
 use bessel_mapping::schedule::{Age, Keep};
 use serde::{Deserialize, Serialize};
 use std::time::Duration;
@@ -109,6 +110,26 @@ pub(crate) struct SetSchedule {
     pub(crate) every_ns: u64,
     /// Which of the volume's snapshots stay.
     pub(crate) keep: KeepView,
+}
+
+/// Limits of what a volume's guest may ask for; also `PUT /v1/volumes/{name}/limits`, with one of the
+/// first two at least.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct LimitsView {
+    /// Requests of any kind in a second.
+    #[serde(default)]
+    pub(crate) iops: Option<u64>,
+    /// Bytes read and written in a second, together.
+    #[serde(default)]
+    pub(crate) bytes_per_second: Option<u64>,
+    /// What an idle guest saves up, as the time it takes at the limit.
+    #[serde(default = "burst_default")]
+    pub(crate) burst_ns: u64,
+}
+
+fn burst_default() -> u64 {
+    nanoseconds(BURST_DEFAULT)
 }
 
 /// A volume's schedule of snapshots, and what it has come to since it was set or the volume attached.
@@ -243,6 +264,9 @@ pub(crate) struct VolumeView {
     /// When snapshots are taken by themselves, if they are.
     #[serde(default)]
     pub(crate) schedule: Option<ScheduleView>,
+    /// What its guest may ask for, if there is a limit.
+    #[serde(default)]
+    pub(crate) limits: Option<LimitsView>,
 }
 
 /// `POST /v1/volumes/{name}/import`: a volume that is whole and durable.
@@ -653,6 +677,9 @@ pub(crate) struct VolumeStatsView {
     pub(crate) snapshots_thinned: u64,
     /// Snapshots by schedule that failed, and failed deletions.
     pub(crate) snapshots_failed: u64,
+    /// Time for which its guest had to wait for its limits.
+    #[serde(default)]
+    pub(crate) throttled_ns: u64,
 }
 
 /// A distribution of times.

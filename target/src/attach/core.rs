@@ -11,6 +11,7 @@
 //!   unmapped once it is handed back.
 
 use super::counters::CoreCounters;
+use super::limiter::Limiter;
 use super::memory::RegisteredMemory;
 use super::orders::Orders;
 use super::port::{Answer, CoreMessage, QueueSlot, Start};
@@ -25,6 +26,7 @@ use bessel_reactor::device::{FileDevice, WatchId};
 use bessel_reactor::inbox::{Full, Inbox, Sender};
 use bessel_reactor::outliving::OutlivingMemory;
 use bessel_reactor::poller::Poller;
+use bessel_reactor::units::SECTOR_SIZE;
 use bessel_vhost::{Popped, Queue, RequestKind, Status};
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -50,6 +52,8 @@ struct Attached {
     stopping: Option<SyncSender<Queue>>,
     /// Its volume is held.
     held: bool,
+    /// Index of its volume's limiter, if that has one.
+    limiter: Option<usize>,
 }
 
 /// A volume whose queues are not popped from, and who waits for what they had in flight.
@@ -89,6 +93,8 @@ pub(crate) struct Core {
     first: usize,
     /// Few and short: operations of the control plane.
     holds: Vec<Hold>,
+    /// One for each volume that has limits.
+    limiters: Vec<Limiter>,
     /// By ticket.
     commands: Vec<Option<Pending>>,
     memory: RegisteredMemory,
@@ -116,6 +122,7 @@ impl Core {
             queues: Vec::new(),
             first: 0,
             holds: Vec::new(),
+            limiters: Vec::new(),
             commands: Vec::new(),
             memory: RegisteredMemory::new(seat.pin_guest_memory),
             orders: Orders::default(),
@@ -144,6 +151,16 @@ impl Core {
                 CoreMessage::Release { volume } => {
                     self.holds.retain(|hold| hold.volume != volume);
                     self.mark_held();
+                }
+                CoreMessage::Limit { volume, limits } => {
+                    let mut before = self.limiters.extract_if(.., |it| it.volume == volume);
+                    before.by_ref().for_each(|mut limiter| limiter.end_wait(now));
+                    drop(before);
+                    let made = limits.map(|(limits, throttled)| {
+                        Limiter::new(volume, limits, throttled)
+                    });
+                    self.limiters.extend(made);
+                    self.mark_limited();
                 }
                 CoreMessage::Order(order) => self.orders.push(order),
                 CoreMessage::Shard(message) => self.shard.deliver(message),
@@ -174,8 +191,10 @@ impl Core {
             broken: false,
             stopping: None,
             held: false,
+            limiter: None,
         });
         self.mark_held();
+        self.mark_limited();
         // The asker waits for the answer, so there is someone to take it and room for it.
         let _ = answer.send(QueueSlot(slot as u32));
     }
@@ -183,6 +202,13 @@ impl Core {
     fn mark_held(&mut self) {
         for attached in self.queues.iter_mut().flatten() {
             attached.held = self.holds.iter().any(|hold| hold.volume == attached.volume);
+        }
+    }
+
+    fn mark_limited(&mut self) {
+        for attached in self.queues.iter_mut().flatten() {
+            let mut limiters = self.limiters.iter();
+            attached.limiter = limiters.position(|limiter| limiter.volume == attached.volume);
         }
     }
 
@@ -209,14 +235,15 @@ impl Core {
     }
 
     /// Pops from every queue, a few requests each, another queue first each turn.
-    fn admit_requests(&mut self) -> bool {
-        let Self { shard, queues, first, .. } = self;
+    fn admit_requests(&mut self, now: Instant) -> bool {
+        let Self { shard, queues, first, limiters, .. } = self;
         let count = queues.len();
         let mut progress = false;
         for turn in 0..count {
             let slot = (*first + turn) % count;
             let Some(attached) = &mut queues[slot] else { continue };
-            match attached.admit(slot, shard) {
+            let limiter = attached.limiter.map(|index| &mut limiters[index]);
+            match attached.admit(slot, shard, limiter, now) {
                 Admitted::Nothing => {}
                 Admitted::Something => progress = true,
                 // Those after it would be refused as well; they are first soon.
@@ -314,7 +341,7 @@ impl Poller for Core {
         let mut progress = self.take_messages(now);
         // One, and before the guests' requests: many of those could keep it out for ever.
         progress |= self.orders.admit(&mut self.shard);
-        progress |= self.admit_requests();
+        progress |= self.admit_requests(now);
         progress |= self.shard.poll(now);
         progress |= self.finish_requests(); // Frees the shard's slots and queue heads.
         progress |= self.pass_messages_on();
@@ -327,8 +354,11 @@ impl Poller for Core {
     fn prepare_sleep(&mut self) -> bool {
         let mut idle = self.outgoing.is_empty() && self.inbox.prepare_sleep();
         for attached in self.queues.iter_mut().flatten() {
+            // What waits for its limit is no work until the deadline.
+            let limiter = attached.limiter.map(|index| &self.limiters[index]);
+            let waits = limiter.is_some_and(|limiter| limiter.deadline().is_some());
             // Asked of every queue, also once there is work: `woken` takes all of it back.
-            idle &= !(attached.serves() && attached.queue.enable_kicks());
+            idle &= waits || !(attached.serves() && attached.queue.enable_kicks());
         }
         idle
     }
@@ -347,7 +377,9 @@ impl Poller for Core {
     }
 
     fn deadline(&self) -> Option<Instant> {
-        self.shard.deadline()
+        let serving = self.queues.iter().flatten().filter(|attached| attached.serves());
+        let limited = serving.filter_map(|attached| self.limiters[attached.limiter?].deadline());
+        limited.chain(self.shard.deadline()).min()
     }
 
     fn device(&mut self) -> &mut FileDevice {
@@ -385,10 +417,23 @@ impl Attached {
     }
 
     /// Hands requests of the queue to the shard. One that is stopping gives only what it parked.
-    fn admit(&mut self, slot: usize, shard: &mut Shard<FileDevice>) -> Admitted {
+    fn admit(
+        &mut self,
+        slot: usize,
+        shard: &mut Shard<FileDevice>,
+        mut limiter: Option<&mut Limiter>,
+        now: Instant,
+    ) -> Admitted {
         let mut admitted = Admitted::Nothing;
         for _ in 0..ADMITTED_PER_TURN {
             if !self.serves() && !self.parked {
+                break;
+            }
+            // What was parked is not kept from going: somebody may wait for the queue to drain.
+            if let Some(limiter) = &mut limiter
+                && !self.parked
+                && limiter.must_wait(now)
+            {
                 break;
             }
             let request = match self.queue.pop() {
@@ -405,6 +450,11 @@ impl Attached {
                 }
             };
             let head = request.head;
+            // What moves none is a request like others, and no more.
+            let bytes = match request.kind {
+                RequestKind::Read | RequestKind::Write => request.sectors * SECTOR_SIZE,
+                RequestKind::Flush | RequestKind::Discard | RequestKind::WriteZeroes { .. } => 0,
+            };
             let submitted = shard.submit(&IoRequest {
                 tag: tag(slot, head),
                 volume: self.volume,
@@ -420,6 +470,9 @@ impl Attached {
             }
             self.parked = false;
             admitted = Admitted::Something;
+            if let Some(limiter) = &mut limiter {
+                limiter.charge(bytes, now);
+            }
         }
         admitted
     }

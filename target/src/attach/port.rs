@@ -1,10 +1,13 @@
 //! How the control path speaks to a core: what it may send, and waiting for the answer.
 
+use super::limiter::Throttled;
 use super::orders::Order;
+use crate::limits::Limits;
 use bessel_mapping::message::Message;
 use bessel_mapping::request::{Command, Reply, VolumeHandle};
 use bessel_reactor::inbox::{Full, Sender};
 use bessel_vhost::Queue;
+use std::sync::Arc;
 use std::sync::mpsc::{SyncSender, sync_channel};
 use std::time::Duration;
 
@@ -30,6 +33,8 @@ pub(crate) enum CoreMessage {
     Hold { volume: VolumeHandle, answer: SyncSender<()> },
     /// Go on with the volume's queues.
     Release { volume: VolumeHandle },
+    /// Hold the volume's guest to these limits in the place of those it has, or to none.
+    Limit { volume: VolumeHandle, limits: Option<(Limits, Arc<Throttled>)> },
     /// Do this and send it back.
     Order(Box<Order>),
     /// From another core's shard.

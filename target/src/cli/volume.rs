@@ -1,4 +1,4 @@
-//! `bessel volume`: create, import, list, show, resize, rename, rollback, schedule, detach, attach, delete.
+//! `bessel volume`: create, import, list, show, resize, rename, rollback, schedule, limit, detach, attach, delete.
 
 use super::import::{self, Import};
 use super::output::{Parts, Table, or_dash, print, print_either};
@@ -6,7 +6,7 @@ use super::snapshot::{self, Pages};
 use super::{ApiArgs, Outcome};
 use crate::api::types::{
     CLONES_MAX, Cache, ChangeVolume, CreateClones, CreateVolume, KeepView, Rollback, RolledBack,
-    ScheduleView, SetSchedule, SnapshotView, State, VolumeView, nanoseconds,
+    LimitsView, ScheduleView, SetSchedule, SnapshotView, State, VolumeView, nanoseconds,
 };
 use crate::keep::{keep_text, parse_keep};
 use crate::reference::{SnapshotReference, label, volume_name};
@@ -128,6 +128,26 @@ enum VolumeCommand {
         keep: Option<Keep>,
         /// Take no more
         #[arg(long)]
+        off: bool,
+    },
+    /// Hold a volume's guest to limits until the daemon ends; the configuration has a key for what
+    /// shall last
+    #[command(group = ArgGroup::new("change").required(true).multiple(true).args(["iops", "bandwidth", "off"]))]
+    Limit {
+        /// The volume's name
+        #[arg(value_parser = volume_name)]
+        volume: String,
+        /// Requests of any kind in a second
+        #[arg(long)]
+        iops: Option<u64>,
+        /// Bytes read and written in a second, together, such as 100MiB
+        #[arg(long, value_parser = parse_size)]
+        bandwidth: Option<ByteCount>,
+        /// What an idle guest saves up, as the time it takes at the limit
+        #[arg(long, value_parser = parse_span, default_value = "100ms", conflicts_with = "off")]
+        burst: Duration,
+        /// No limits any more
+        #[arg(long, conflicts_with_all = ["iops", "bandwidth"])]
         off: bool,
     },
     /// Stop serving a volume until it is attached or the daemon starts again; guests lose their disk
@@ -278,6 +298,21 @@ pub(crate) fn run(arguments: &VolumeArgs) -> Outcome {
                 None => format!("volume {}: no more snapshots by schedule", volume.name),
             })
         }
+        VolumeCommand::Limit { volume, iops, bandwidth, burst, off } => {
+            let path = format!("/v1/volumes/{volume}/limits");
+            let bytes_per_second = bandwidth.map(ByteCount::get);
+            let limits = LimitsView { iops, bytes_per_second, burst_ns: nanoseconds(burst) };
+            let volume: VolumeView =
+                if off { client.delete(&path)? } else { client.put(&path, &limits)? };
+            print_either(json, &volume, |volume| match &volume.limits {
+                Some(limits) => format!(
+                    "volume {}: {}, until the daemon ends; `limits:` in the configuration lasts",
+                    volume.name,
+                    limits_text(limits)
+                ),
+                None => format!("volume {}: no limits", volume.name),
+            })
+        }
         VolumeCommand::Detach { volume } => {
             let done: VolumeView = client.post(&format!("/v1/volumes/{volume}/detach"), &())?;
             print_either(json, &done, |volume| {
@@ -344,6 +379,9 @@ fn show(volume: &VolumeView) -> String {
     ] {
         table.row(vec![key.to_owned(), value]);
     }
+    if let Some(limits) = &volume.limits {
+        table.row(vec!["limits".to_owned(), limits_text(limits)]);
+    }
     if let Some(schedule) = &volume.schedule {
         let ScheduleView { taken, skipped, thinned, failed, .. } = schedule;
         let counts =
@@ -377,6 +415,15 @@ fn schedule_text(schedule: &ScheduleView) -> String {
     let keep = schedule.keep.keep();
     let keep = keep.map_or_else(|| "-".to_owned(), |keep| keep_text(&keep));
     format!("a snapshot every {every}, kept: {keep}")
+}
+
+/// `at most 1000 requests and 100 MiB a second, 100ms of it saved up`
+fn limits_text(limits: &LimitsView) -> String {
+    let requests = limits.iops.map(|iops| format!("{iops} requests"));
+    let bytes = limits.bytes_per_second.map(|bytes| ByteCount::new(bytes).human());
+    let both: Vec<_> = requests.into_iter().chain(bytes).collect();
+    let burst = span_text(Duration::from_nanos(limits.burst_ns));
+    format!("at most {} a second, {burst} of it saved up", both.join(" and "))
 }
 
 fn cache_name(cache: Cache) -> &'static str {

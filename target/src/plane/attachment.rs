@@ -45,6 +45,7 @@ impl ControlPlane {
         drop(served.server.take());
         // Its handle may be another volume's soon.
         self.schedules.end(id);
+        self.end_limits(id);
         let info = self.info(id)?;
         let (failed, log) = match self.ask(home, Command::Close { volume: handle })? {
             Reply::Closed { failed, log } => (failed, log),
@@ -62,6 +63,7 @@ impl ControlPlane {
             queues: served.queues,
             cache: served.cache,
             schedule: served.schedule.map(|scheduled| scheduled.schedule),
+            limits: served.limits.map(|limited| limited.limits),
         };
         let cache = info.cache;
         let current = Some(info.current).filter(|_| well);

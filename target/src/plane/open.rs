@@ -1,10 +1,11 @@
 //! Opening volumes on their home reactors and giving them a socket.
 
-use super::{Answered, ControlPlane, Scheduled, Served, refuse_command, refuse_plan};
+use super::{Answered, ControlPlane, Limited, Scheduled, Served, refuse_command, refuse_plan};
 use crate::api::types::Cache;
 use crate::api::{Refusal, RefusalKind};
 use crate::attach::{CoreMessage, VolumeHost};
 use crate::config::{QUEUES_DEFAULT, SOCKET_PATH_MAX, VolumeConfig, parent_of};
+use crate::limits::Limits;
 use crate::places;
 use bessel_mapping::directory::VolumeSummary;
 use bessel_mapping::journal::Change;
@@ -33,13 +34,15 @@ pub(crate) struct Service {
     pub(crate) cache: Option<CacheMode>,
     /// When snapshots are taken, if they are.
     pub(crate) schedule: Option<Schedule>,
+    /// What its guest may ask for, if there is a limit.
+    pub(crate) limits: Option<Limits>,
 }
 
 impl Service {
     /// For a volume that the configuration does not mention.
     pub(crate) fn by_default(name: &str, socket_directory: &Path) -> Self {
         let socket = socket_directory.join(format!("{name}.sock"));
-        Self { socket, queues: QUEUES_DEFAULT, cache: None, schedule: None }
+        Self { socket, queues: QUEUES_DEFAULT, cache: None, schedule: None, limits: None }
     }
 
     /// As the configuration says.
@@ -53,6 +56,7 @@ impl Service {
             queues: config.queues,
             cache: Some(cache),
             schedule: config.snapshots.clone(),
+            limits: config.limits,
         }
     }
 }
@@ -302,20 +306,32 @@ impl ControlPlane {
         handle: VolumeHandle,
         service: Service,
     ) -> Answered<()> {
-        let Service { socket, queues, cache, schedule } = service;
+        let Service { socket, queues, cache, schedule, limits } = service;
         let schedule = schedule.map(Scheduled::new);
+        let limits = limits.map(Limited::new);
         let name = &self.directory.get(id).expect("what is open is in the directory").name;
         let port = self.homes[home].port.clone();
         let host = Arc::new(VolumeHost::new(name, handle, port, queues));
         let place = places::normal(&socket);
-        let served =
-            Served { handle, home, queues, socket, place, cache, schedule, host, server: None };
+        let served = Served {
+            handle,
+            home,
+            queues,
+            socket,
+            place,
+            cache,
+            schedule,
+            limits,
+            host,
+            server: None,
+        };
         self.served.insert(id, served);
         if let Some(cache) = cache {
             let by = CacheChooser::Operator;
             self.ask(home, Command::SetCache { volume: handle, cache, by })?;
         }
         self.begin_schedule(id);
+        self.begin_limits(id);
         self.start_server(id)
     }
 

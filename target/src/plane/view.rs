@@ -3,10 +3,11 @@
 use super::attachment::Detached;
 use super::{Condition, Served};
 use crate::api::types::{
-    Cache, KeepView, ReactorView, ScheduleView, SnapshotView, State, VolumeStatsView, VolumeView,
+    Cache, KeepView, LimitsView, ReactorView, ScheduleView, SnapshotView, State, VolumeStatsView, VolumeView,
     nanoseconds,
 };
 use crate::attach::CoreCounters;
+use crate::limits::Limits;
 use crate::scheduler::Progress;
 use crate::time::rfc3339;
 use bessel_mapping::directory::VolumeSummary;
@@ -38,6 +39,7 @@ pub(super) fn volume(info: &VolumeInfo, served: &Served, condition: Condition) -
         snapshots_unread: info.log.out_of_reach,
         snapshots_fault: info.log.fault.clone(),
         schedule: served.schedule.as_ref().map(|it| schedule(&it.schedule, &it.progress)),
+        limits: served.limits.as_ref().map(|it| limits(&it.limits)),
     }
 }
 
@@ -64,6 +66,7 @@ pub(super) fn detached_volume(
         snapshots_unread: log.out_of_reach,
         snapshots_fault: log.fault.clone(),
         schedule: detached.service.schedule.as_ref().map(detached_schedule),
+        limits: detached.service.limits.as_ref().map(limits),
         ..closed_volume(volume, condition)
     }
 }
@@ -90,6 +93,15 @@ pub(super) fn closed_volume(volume: &VolumeSummary, condition: Condition) -> Vol
         snapshots_unread: 0,
         snapshots_fault: None,
         schedule: None,
+        limits: None,
+    }
+}
+
+fn limits(limits: &Limits) -> LimitsView {
+    LimitsView {
+        iops: limits.iops,
+        bytes_per_second: limits.bandwidth.map(ByteCount::get),
+        burst_ns: nanoseconds(limits.burst),
     }
 }
 
@@ -148,6 +160,7 @@ pub(super) fn volume_stats(
         snapshots_skipped: scheduled.skipped,
         snapshots_thinned: scheduled.thinned,
         snapshots_failed: scheduled.failed,
+        throttled_ns: 0,
     }
 }
 
