@@ -16,6 +16,8 @@ pub(crate) struct Limits {
 
 /// Saved up unless something else is said: what a guest asks for in one go, and no more.
 pub(crate) const BURST_DEFAULT: Duration = Duration::from_millis(100);
+/// A reactor may look this late for what waits: less could not be made up for.
+const BURST_MIN: Duration = Duration::from_millis(1);
 const BURST_MAX: Duration = Duration::from_secs(60 * 60);
 const IOPS_MAX: u64 = 1_000_000_000;
 /// Below that a guest takes its disk for dead: 4 MiB, the largest request, would take over a minute.
@@ -35,7 +37,7 @@ pub(crate) enum LimitsError {
     #[error("{} a second will not do; give 64KiB to 1TiB", .0.exact())]
     Bandwidth(ByteCount),
     /// Too much to be saved up.
-    #[error("a burst of {0:?} will not do; give 0s to 1h")]
+    #[error("a burst of {0:?} will not do; give 1ms to 1h")]
     Burst(Duration),
 }
 
@@ -55,7 +57,7 @@ impl Limits {
         if let Some(bandwidth) = self.bandwidth.filter(|bytes| !allowed.contains(bytes)) {
             return Err(LimitsError::Bandwidth(bandwidth));
         }
-        if self.burst > BURST_MAX {
+        if !(BURST_MIN..=BURST_MAX).contains(&self.burst) {
             return Err(LimitsError::Burst(self.burst));
         }
         Ok(())
@@ -68,7 +70,7 @@ mod tests {
 
     #[test]
     fn limits_that_would_stop_a_guest_or_limit_nothing_are_refused() {
-        let sound = Limits { iops: Some(1), bandwidth: None, burst: Duration::ZERO };
+        let sound = Limits { iops: Some(1), bandwidth: None, burst: BURST_MIN };
         assert_eq!(sound.check(), Ok(()));
         let bandwidth = |bytes| Some(ByteCount::new(bytes));
         assert_eq!(Limits { bandwidth: bandwidth(64 << 10), ..sound }.check(), Ok(()));
@@ -76,7 +78,8 @@ mod tests {
             (Limits { iops: None, ..sound }, "neither iops nor bandwidth"),
             (Limits { iops: Some(0), ..sound }, "0 requests a second will not do; give 1 to"),
             (Limits { bandwidth: bandwidth(4095), ..sound }, "will not do; give 64KiB to 1TiB"),
-            (Limits { burst: Duration::from_secs(3601), ..sound }, "3601s will not do; give 0s"),
+            (Limits { burst: Duration::from_secs(3601), ..sound }, "3601s will not do; give 1ms"),
+            (Limits { burst: Duration::ZERO, ..sound }, "0ns will not do; give 1ms to 1h"),
         ] {
             let error = wrong.check().unwrap_err().to_string();
             assert!(error.contains(words), "{error}");

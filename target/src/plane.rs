@@ -9,9 +9,9 @@ mod attachment;
 mod collect;
 mod forest;
 mod import;
+mod limits;
 mod logs;
 mod open;
-mod limits;
 mod schedule;
 mod tree;
 mod view;
@@ -19,7 +19,7 @@ mod walks;
 
 use crate::api::types::{
     JobView, LatencyView, ReclaimView, RolledBack, SnapshotCreated, SnapshotDeleted, SnapshotView,
-    StatsView, StoreView, VolumeView,
+    StatsView, StoreView, VolumeStatsView, VolumeView,
 };
 use crate::api::{Refusal, RefusalKind};
 use crate::attach::{CoreCounters, CoreMessage, CorePort, VolumeHost};
@@ -54,10 +54,10 @@ pub(crate) use collect::End;
 pub(crate) use forest::Step;
 use forest::Unplanned;
 use import::Importing;
+use limits::Limited;
 use logs::KeptLogs;
 pub(crate) use logs::Needed;
 pub(crate) use open::Service;
-use limits::Limited;
 use schedule::Scheduled;
 pub(crate) use view::uuid;
 use walks::Pins;
@@ -98,7 +98,7 @@ struct Served {
     /// As the configuration wants it, if it does.
     cache: Option<CacheMode>,
     schedule: Option<Scheduled>,
-    limits: Option<Limited>,
+    limited: Limited,
     host: Arc<VolumeHost>,
     /// None only while an operation keeps front-ends away, or when the socket could not be bound.
     server: Option<ServerHandle>,
@@ -307,18 +307,17 @@ impl ControlPlane {
         let view = self.show_volume(name)?;
         self.without_front_ends(id, name, "stop the guest first", |plane| {
             plane.schedules.end(id);
-            plane.end_limits(id);
             plane.collections.note_volume_deletion();
             let log = match plane.ask(home, Command::Delete { volume: handle }) {
                 Ok(Reply::Closed { log, .. }) => log,
                 Ok(reply) => unreachable!("deleting a volume was answered with {reply:?}"),
                 Err(refusal) => {
                     plane.begin_schedule(id);
-                    plane.begin_limits(id);
                     return Err(refusal);
                 }
             };
             let served = plane.served.remove(&id).expect("it was found above");
+            plane.end_limits(&served);
             plane.placement.remove(served.home, served.queues);
             plane.directory.removed(id);
             plane.kept.insert(id, log);
@@ -451,7 +450,8 @@ impl ControlPlane {
                 let failed = shards.iter().any(|shard| shard.latched.contains(id));
                 let latched = failed.then_some("");
                 let Condition { state, .. } = self.condition_of_open(*id, &volume.name, latched);
-                let stats = view::volume_stats(&volume.name, state, counters, self.scheduled_of(*id));
+                let scheduled = self.scheduled_of(*id);
+                let stats = view::volume_stats(&volume.name, state, counters, scheduled);
                 Some(VolumeStatsView { throttled_ns: self.throttled_ns(*id), ..stats })
             })
             .collect();

@@ -269,10 +269,7 @@ impl Queue {
         }
         // As in `publish`, with the roles swapped.
         fence(SeqCst);
-        self.kick.is_none()
-            || self.parked.is_some()
-            || !self.recovered.is_empty()
-            || self.ring.available_index() != self.next
+        self.kick.is_none() || self.has_requests()
     }
 
     /// Tells the guest that kicks are not needed: the queue is polled.
@@ -304,6 +301,18 @@ impl Queue {
     /// the queue pops it and sees it through.
     pub fn has_put_back(&self) -> bool {
         self.parked.is_some()
+    }
+
+    /// The next pop gives out what was in flight before: put back, or picked up after the death of who
+    /// served the queue. Whoever stops the queue has to see it through.
+    pub fn owes(&self) -> bool {
+        self.parked.is_some() || !self.recovered.is_empty()
+    }
+
+    /// The next pop would give something out. A broken queue has nothing.
+    pub fn has_requests(&self) -> bool {
+        let owes = self.owes();
+        self.broken.is_none() && (owes || self.ring.available_index() != self.next)
     }
 
     /// Largest number of requests that can be in flight.

@@ -6,8 +6,8 @@
 use super::import::{import_difference, import_volume};
 use super::types::{
     CLONES_MAX, ChangeSnapshot, ChangeVolume, CreateClones, CreateSnapshot, CreateVolume, DiffView,
-    GcView, JobView, LimitsView, Rollback, RolledBack, SetSchedule, SnapshotCreated, SnapshotDeleted,
-    SnapshotView, SpaceView, StatsView, TreeView, VolumeView,
+    GcView, JobView, LimitsView, Rollback, RolledBack, SetSchedule, SnapshotCreated,
+    SnapshotDeleted, SnapshotView, SpaceView, StatsView, TreeView, VolumeView,
 };
 use super::{Refusal, RefusalKind, metrics, openapi};
 use crate::control::Control;

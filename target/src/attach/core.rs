@@ -11,10 +11,12 @@
 //!   unmapped once it is handed back.
 
 use super::counters::CoreCounters;
-use super::limiter::Limiter;
+use super::limiter::{Limiter, Limiters, Throttled};
+
 use super::memory::RegisteredMemory;
 use super::orders::Orders;
 use super::port::{Answer, CoreMessage, QueueSlot, Start};
+use crate::limits::Limits;
 use bessel_mapping::journal::Journal;
 use bessel_mapping::message::Message;
 use bessel_mapping::request::{
@@ -93,8 +95,7 @@ pub(crate) struct Core {
     first: usize,
     /// Few and short: operations of the control plane.
     holds: Vec<Hold>,
-    /// One for each volume that has limits.
-    limiters: Vec<Limiter>,
+    limiters: Limiters,
     /// By ticket.
     commands: Vec<Option<Pending>>,
     memory: RegisteredMemory,
@@ -122,7 +123,7 @@ impl Core {
             queues: Vec::new(),
             first: 0,
             holds: Vec::new(),
-            limiters: Vec::new(),
+            limiters: Limiters::default(),
             commands: Vec::new(),
             memory: RegisteredMemory::new(seat.pin_guest_memory),
             orders: Orders::default(),
@@ -152,16 +153,7 @@ impl Core {
                     self.holds.retain(|hold| hold.volume != volume);
                     self.mark_held();
                 }
-                CoreMessage::Limit { volume, limits } => {
-                    let mut before = self.limiters.extract_if(.., |it| it.volume == volume);
-                    before.by_ref().for_each(|mut limiter| limiter.end_wait(now));
-                    drop(before);
-                    let made = limits.map(|(limits, throttled)| {
-                        Limiter::new(volume, limits, throttled)
-                    });
-                    self.limiters.extend(made);
-                    self.mark_limited();
-                }
+                CoreMessage::Limit { volume, limits } => self.limit(volume, limits, now),
                 CoreMessage::Order(order) => self.orders.push(order),
                 CoreMessage::Shard(message) => self.shard.deliver(message),
                 CoreMessage::Finish => self.finished = true,
@@ -191,10 +183,9 @@ impl Core {
             broken: false,
             stopping: None,
             held: false,
-            limiter: None,
+            limiter: self.limiters.attach(volume, slot),
         });
         self.mark_held();
-        self.mark_limited();
         // The asker waits for the answer, so there is someone to take it and room for it.
         let _ = answer.send(QueueSlot(slot as u32));
     }
@@ -205,10 +196,31 @@ impl Core {
         }
     }
 
-    fn mark_limited(&mut self) {
-        for attached in self.queues.iter_mut().flatten() {
-            let mut limiters = self.limiters.iter();
-            attached.limiter = limiters.position(|limiter| limiter.volume == attached.volume);
+    /// Holds a volume to limits, or to none.
+    fn limit(
+        &mut self,
+        volume: VolumeHandle,
+        limits: Option<(Limits, Arc<Throttled>)>,
+        now: Instant,
+    ) {
+        let queues = self.queues.iter_mut().enumerate();
+        let of_volume = queues.filter_map(|(slot, attached)| {
+            attached.as_mut().filter(|attached| attached.volume == volume).map(|it| (slot, it))
+        });
+        let Some((limits, throttled)) = limits else {
+            of_volume.for_each(|(_, attached)| attached.limiter = None);
+            if let Some((index, slots)) = self.limiters.remove(volume, now) {
+                for slot in slots {
+                    let moved = self.queues[*slot].as_mut();
+                    moved.expect("a limiter names attached queues").limiter = Some(index);
+                }
+            }
+            return;
+        };
+        let slots: Vec<usize> = of_volume.map(|(slot, _)| slot).collect();
+        let index = self.limiters.set(volume, limits, throttled, slots.clone(), now);
+        for slot in slots {
+            self.attached(slot).limiter = Some(index);
         }
     }
 
@@ -237,12 +249,16 @@ impl Core {
     /// Pops from every queue, a few requests each, another queue first each turn.
     fn admit_requests(&mut self, now: Instant) -> bool {
         let Self { shard, queues, first, limiters, .. } = self;
+        limiters.begin_turn(now, |slot| {
+            let attached = queues[slot].as_ref();
+            attached.is_some_and(|attached| attached.serves() && attached.queue.has_requests())
+        });
         let count = queues.len();
         let mut progress = false;
         for turn in 0..count {
             let slot = (*first + turn) % count;
             let Some(attached) = &mut queues[slot] else { continue };
-            let limiter = attached.limiter.map(|index| &mut limiters[index]);
+            let limiter = attached.limiter.map(|index| limiters.get_mut(index));
             match attached.admit(slot, shard, limiter, now) {
                 Admitted::Nothing => {}
                 Admitted::Something => progress = true,
@@ -329,6 +345,9 @@ impl Core {
             let device = self.shard.device_mut();
             device.unwatch(queue_watch(slot));
             self.memory.detach(&attached.queue, device);
+            if let Some(index) = attached.limiter {
+                self.limiters.detach(index, slot);
+            }
             let asker = attached.stopping.expect("it is stopping: it has drained");
             let _ = asker.send(attached.queue);
         }
@@ -355,7 +374,7 @@ impl Poller for Core {
         let mut idle = self.outgoing.is_empty() && self.inbox.prepare_sleep();
         for attached in self.queues.iter_mut().flatten() {
             // What waits for its limit is no work until the deadline.
-            let limiter = attached.limiter.map(|index| &self.limiters[index]);
+            let limiter = attached.limiter.map(|index| self.limiters.get(index));
             let waits = limiter.is_some_and(|limiter| limiter.deadline().is_some());
             // Asked of every queue, also once there is work: `woken` takes all of it back.
             idle &= waits || !(attached.serves() && attached.queue.enable_kicks());
@@ -378,7 +397,8 @@ impl Poller for Core {
 
     fn deadline(&self) -> Option<Instant> {
         let serving = self.queues.iter().flatten().filter(|attached| attached.serves());
-        let limited = serving.filter_map(|attached| self.limiters[attached.limiter?].deadline());
+        let limited =
+            serving.filter_map(|attached| self.limiters.get(attached.limiter?).deadline());
         limited.chain(self.shard.deadline()).min()
     }
 
@@ -429,16 +449,19 @@ impl Attached {
             if !self.serves() && !self.parked {
                 break;
             }
-            // What was parked is not kept from going: somebody may wait for the queue to drain.
-            if let Some(limiter) = &mut limiter
-                && !self.parked
-                && limiter.must_wait(now)
+            // What was in flight before goes: somebody may wait for the queue to drain.
+            if let Some(limiter) = &limiter
+                && !self.queue.owes()
+                && !limiter.admits(slot, now)
             {
                 break;
             }
             let request = match self.queue.pop() {
                 Popped::Request(request) => request,
                 Popped::Answered => {
+                    if let Some(limiter) = &mut limiter {
+                        limiter.charge(0, now);
+                    }
                     admitted = Admitted::Something;
                     continue;
                 }

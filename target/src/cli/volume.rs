@@ -5,8 +5,8 @@ use super::output::{Parts, Table, or_dash, print, print_either};
 use super::snapshot::{self, Pages};
 use super::{ApiArgs, Outcome};
 use crate::api::types::{
-    CLONES_MAX, Cache, ChangeVolume, CreateClones, CreateVolume, KeepView, Rollback, RolledBack,
-    LimitsView, ScheduleView, SetSchedule, SnapshotView, State, VolumeView, nanoseconds,
+    CLONES_MAX, Cache, ChangeVolume, CreateClones, CreateVolume, KeepView, LimitsView, Rollback,
+    RolledBack, ScheduleView, SetSchedule, SnapshotView, State, VolumeView, nanoseconds,
 };
 use crate::keep::{keep_text, parse_keep};
 use crate::reference::{SnapshotReference, label, volume_name};
@@ -130,8 +130,8 @@ enum VolumeCommand {
         #[arg(long)]
         off: bool,
     },
-    /// Hold a volume's guest to limits until the daemon ends; the configuration has a key for what
-    /// shall last
+    /// Hold a volume's guest to these limits, and no others, until the daemon ends; the configuration
+    /// has a key for what shall last
     #[command(group = ArgGroup::new("change").required(true).multiple(true).args(["iops", "bandwidth", "off"]))]
     Limit {
         /// The volume's name
@@ -301,9 +301,10 @@ pub(crate) fn run(arguments: &VolumeArgs) -> Outcome {
         VolumeCommand::Limit { volume, iops, bandwidth, burst, off } => {
             let path = format!("/v1/volumes/{volume}/limits");
             let bytes_per_second = bandwidth.map(ByteCount::get);
-            let limits = LimitsView { iops, bytes_per_second, burst_ns: nanoseconds(burst) };
+            let limits =
+                LimitsView { iops: *iops, bytes_per_second, burst_ns: nanoseconds(*burst) };
             let volume: VolumeView =
-                if off { client.delete(&path)? } else { client.put(&path, &limits)? };
+                if *off { client.delete(&path)? } else { client.put(&path, &limits)? };
             print_either(json, &volume, |volume| match &volume.limits {
                 Some(limits) => format!(
                     "volume {}: {}, until the daemon ends; `limits:` in the configuration lasts",
@@ -417,7 +418,7 @@ fn schedule_text(schedule: &ScheduleView) -> String {
     format!("a snapshot every {every}, kept: {keep}")
 }
 
-/// `at most 1000 requests and 100 MiB a second, 100ms of it saved up`
+/// `at most 1000 requests and 100MiB a second, 100ms of it saved up`
 fn limits_text(limits: &LimitsView) -> String {
     let requests = limits.iops.map(|iops| format!("{iops} requests"));
     let bytes = limits.bytes_per_second.map(|bytes| ByteCount::new(bytes).human());

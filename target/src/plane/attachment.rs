@@ -45,13 +45,13 @@ impl ControlPlane {
         drop(served.server.take());
         // Its handle may be another volume's soon.
         self.schedules.end(id);
-        self.end_limits(id);
         let info = self.info(id)?;
         let (failed, log) = match self.ask(home, Command::Close { volume: handle })? {
             Reply::Closed { failed, log } => (failed, log),
             reply => unreachable!("closing a volume was answered with {reply:?}"),
         };
         let served = self.served.remove(&id).expect("it was found above");
+        self.end_limits(&served);
         let well = failed.is_none();
         let reason = match failed {
             Some(why) => format!("an operator detached it after it had failed ({why})"),
@@ -63,7 +63,7 @@ impl ControlPlane {
             queues: served.queues,
             cache: served.cache,
             schedule: served.schedule.map(|scheduled| scheduled.schedule),
-            limits: served.limits.map(|limited| limited.limits),
+            limits: served.limited.limits,
         };
         let cache = info.cache;
         let current = Some(info.current).filter(|_| well);

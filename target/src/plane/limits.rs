@@ -3,7 +3,7 @@
 //! A volume of the configuration has at each start the limits that stand there, or none. Those that are
 //! set by the API count until the daemon ends, as schedules do: the store says nothing of either.
 
-use super::{Answered, ControlPlane};
+use super::{Answered, ControlPlane, Served};
 use crate::api::Refusal;
 use crate::api::types::VolumeView;
 use crate::attach::{CoreMessage, Throttled};
@@ -11,15 +11,15 @@ use crate::limits::Limits;
 use bessel_mapping::request::VolumeId;
 use std::sync::Arc;
 
-/// A volume's limits, and what they have come to.
-#[derive(Clone, Debug)]
+/// A volume's limits, if it has some, and what they have come to since it was opened.
+#[derive(Default, Debug)]
 pub(super) struct Limited {
-    pub(super) limits: Limits,
-    pub(super) throttled: Arc<Throttled>,
+    pub(super) limits: Option<Limits>,
+    throttled: Arc<Throttled>,
 }
 
 impl Limited {
-    pub(super) fn new(limits: Limits) -> Self {
+    pub(super) fn new(limits: Option<Limits>) -> Self {
         Self { limits, throttled: Arc::default() }
     }
 }
@@ -36,12 +36,7 @@ impl ControlPlane {
         }
         let (id, ..) = self.find_served(name)?;
         let served = self.served.get_mut(&id).expect("it was found above");
-        // What it had to wait until now still counts.
-        let before = served.limits.take().map(|limited| limited.throttled);
-        served.limits = limits.map(|limits| Limited {
-            throttled: before.unwrap_or_default(),
-            ..Limited::new(limits)
-        });
+        served.limited.limits = limits;
         self.begin_limits(id);
         self.show_volume(name)
     }
@@ -49,21 +44,21 @@ impl ControlPlane {
     /// Tells the reactor of a volume which limits it has, if any.
     pub(super) fn begin_limits(&self, id: VolumeId) {
         let served = &self.served[&id];
-        let limits = served.limits.clone().map(|it| (it.limits, it.throttled));
+        let Limited { limits, throttled } = &served.limited;
+        let limits = limits.map(|limits| (limits, Arc::clone(throttled)));
         let message = CoreMessage::Limit { volume: served.handle, limits };
         self.homes[served.home].port.send(message);
     }
 
-    /// Has the reactor forget a volume's limits: its handle may be another volume's soon.
-    pub(super) fn end_limits(&self, id: VolumeId) {
-        let served = &self.served[&id];
-        let message = CoreMessage::Limit { volume: served.handle, limits: None };
-        self.homes[served.home].port.send(message);
+    /// Has the reactor forget the limits of a volume that was just closed, before its handle can be
+    /// another's.
+    pub(super) fn end_limits(&self, closed: &Served) {
+        let message = CoreMessage::Limit { volume: closed.handle, limits: None };
+        self.homes[closed.home].port.send(message);
     }
 
     /// Nanoseconds for which guests of an open volume had to wait.
     pub(super) fn throttled_ns(&self, id: VolumeId) -> u64 {
-        let limited = self.served.get(&id).and_then(|served| served.limits.as_ref());
-        limited.map_or(0, |limited| limited.throttled.nanoseconds.get())
+        self.served.get(&id).map_or(0, |served| served.limited.throttled.nanoseconds.get())
     }
 }

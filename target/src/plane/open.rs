@@ -308,7 +308,7 @@ impl ControlPlane {
     ) -> Answered<()> {
         let Service { socket, queues, cache, schedule, limits } = service;
         let schedule = schedule.map(Scheduled::new);
-        let limits = limits.map(Limited::new);
+        let limited = Limited::new(limits);
         let name = &self.directory.get(id).expect("what is open is in the directory").name;
         let port = self.homes[home].port.clone();
         let host = Arc::new(VolumeHost::new(name, handle, port, queues));
@@ -321,7 +321,7 @@ impl ControlPlane {
             place,
             cache,
             schedule,
-            limits,
+            limited,
             host,
             server: None,
         };

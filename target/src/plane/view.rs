@@ -3,8 +3,8 @@
 use super::attachment::Detached;
 use super::{Condition, Served};
 use crate::api::types::{
-    Cache, KeepView, LimitsView, ReactorView, ScheduleView, SnapshotView, State, VolumeStatsView, VolumeView,
-    nanoseconds,
+    Cache, KeepView, LimitsView, ReactorView, ScheduleView, SnapshotView, State, VolumeStatsView,
+    VolumeView, nanoseconds,
 };
 use crate::attach::CoreCounters;
 use crate::limits::Limits;
@@ -39,7 +39,7 @@ pub(super) fn volume(info: &VolumeInfo, served: &Served, condition: Condition) -
         snapshots_unread: info.log.out_of_reach,
         snapshots_fault: info.log.fault.clone(),
         schedule: served.schedule.as_ref().map(|it| schedule(&it.schedule, &it.progress)),
-        limits: served.limits.as_ref().map(|it| limits(&it.limits)),
+        limits: served.limited.limits.as_ref().map(limits),
     }
 }
 
