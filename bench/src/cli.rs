@@ -165,6 +165,9 @@ struct CompareArguments {
     /// How Bessel's reactor waits
     #[arg(long, value_enum, default_value = "adaptive")]
     poll: Poll,
+    /// Count system calls and instructions of the servers with perf, in one more measurement of each
+    #[arg(long)]
+    costs: bool,
     /// Write everything measured to this file
     #[arg(long)]
     json: Option<PathBuf>,
@@ -424,6 +427,7 @@ impl CompareArguments {
             client_core: self.client_core,
             server_core: self.server_core,
             poll: self.poll,
+            costs: self.costs,
             json: self.json,
             html: self.html,
             snapshots: self.snapshots,

@@ -9,6 +9,7 @@
 //! scenario ──► loads ──► cells (load x contender) ──► samples ──► summary ──► table, html (plot)
 //! ```
 
+mod costs;
 mod fio;
 mod html;
 mod plot;
@@ -28,9 +29,10 @@ use crate::plan::Workload;
 use crate::report::Report;
 use crate::server::{Contender, Poll, Scratch, Server, Serving, Site, State};
 use crate::{cli, interrupt};
+use costs::Costs;
 use scenario::Load;
 
-/// Load before each measurement: fills caches and lets an adaptive server wake up.
+/// Load before each measurement, unless that is shorter: fills caches and lets an adaptive server wake up.
 const WARMUP: Duration = Duration::from_millis(500);
 
 /// Beyond what was asked for, one load may take this long to connect, flush and stop.
@@ -50,10 +52,18 @@ pub(crate) struct Comparison {
     pub(crate) client_core: usize,
     pub(crate) server_core: usize,
     pub(crate) poll: Poll,
+    /// Count system calls and instructions too.
+    pub(crate) costs: bool,
     pub(crate) json: Option<PathBuf>,
     pub(crate) html: Option<PathBuf>,
     /// What `bessel-bench snapshots` has written, for the report.
     pub(crate) snapshots: Option<PathBuf>,
+}
+
+impl Comparison {
+    fn warmup(&self) -> Duration {
+        WARMUP.min(self.duration)
+    }
 }
 
 /// One measurement of one contender.
@@ -78,6 +88,8 @@ struct Cell {
     load: Load,
     contender: Contender,
     samples: Vec<Sample>,
+    /// Of a server, if they were asked for and can be counted here.
+    costs: Option<Costs>,
 }
 
 /// What was measured in one directory.
@@ -125,7 +137,11 @@ pub(crate) fn run(comparison: &Comparison) -> Result<(), String> {
     interrupt::watch()?;
     // Read first: a file that will not do is told before the measurements, not after.
     let snapshots = comparison.snapshots.as_deref().map(html::read_snapshots).transpose()?;
-    let (contenders, skipped) = contenders(comparison)?;
+    let (contenders, mut skipped) = contenders(comparison)?;
+    let count_costs = comparison.costs
+        && costs::check()
+            .map_err(|why| skipped.push(format!("system calls and instructions: {why}")))
+            .is_ok();
     for skipped in &skipped {
         eprintln!("skipped: {skipped}");
     }
@@ -142,7 +158,7 @@ pub(crate) fn run(comparison: &Comparison) -> Result<(), String> {
         places: Vec::new(),
     };
     for directory in &comparison.dirs {
-        let place = measure_place(comparison, directory, &results.contenders)?;
+        let place = measure_place(comparison, directory, &results.contenders, count_costs)?;
         results.places.push(place);
     }
     print!("{}", table::render(&results));
@@ -190,6 +206,7 @@ fn measure_place(
     comparison: &Comparison,
     directory: &Path,
     contenders: &[Version],
+    count_costs: bool,
 ) -> Result<Place, String> {
     let kind = statfs(directory)
         .map_err(|error| format!("cannot look at {}: {error}", directory.display()))?;
@@ -229,14 +246,19 @@ fn measure_place(
             }
         }
     }
+    if count_costs {
+        for cell in cells.iter_mut().filter(|cell| cell.contender != Contender::BareUring) {
+            cell.costs = Some(measure_costs(comparison, &site, cell)?);
+        }
+    }
     Ok(Place { directory: directory.to_owned(), tmpfs, cells, left_out })
 }
 
 fn say_how_long(comparison: &Comparison, directory: &Path, cells: &[Cell]) {
-    let each = |cell: &Cell| cell.load.warmup(WARMUP) + comparison.duration;
+    let each = |cell: &Cell| cell.load.warmup(comparison.warmup()) + comparison.duration;
     let seconds: f64 = cells.iter().map(|cell| each(cell).as_secs_f64()).sum();
     eprintln!(
-        "{}: {} measurements, {:.0} minutes and what starting and filling takes",
+        "{}: {} measurements, {:.0} minutes at most and what starting and filling takes",
         directory.display(),
         cells.len() * comparison.rounds as usize,
         (seconds * f64::from(comparison.rounds) / 60.0).ceil()
@@ -263,7 +285,7 @@ fn empty_cells(loads: &[Load], contenders: &[Contender], tmpfs: bool) -> (Vec<Ce
                 }),
             };
             match why {
-                None => cells.push(Cell { load, contender, samples: Vec::new() }),
+                None => cells.push(Cell { load, contender, samples: Vec::new(), costs: None }),
                 Some(why) if left_out.contains(&why) => {}
                 Some(why) => left_out.push(why),
             }
@@ -322,43 +344,20 @@ fn measure(
     round: u32,
 ) -> Result<Sample, String> {
     let Cell { load, contender, .. } = *cell;
-    if load.state == State::Empty {
-        site.make_disk(contender, load.state)?;
+    if contender == Contender::BareUring {
+        return with_disk(site, cell, || {
+            let file = site.disk_file(contender, load.state);
+            fio::measure(site, &file, &load, comparison.duration, comparison.warmup())
+        });
     }
-    let sample = match contender {
-        Contender::BareUring => {
-            fio::measure(site, &site.disk_file(contender, load.state), &load, comparison.duration)?
-        }
-        _ => measure_server(comparison, site, cell, round)?,
-    };
-    if load.state == State::Empty {
-        // Each of these is measured once, so their space is free for the next.
-        site.remove_disk(contender, load.state)?;
-    }
-    Ok(sample)
-}
-
-fn measure_server(
-    comparison: &Comparison,
-    site: &Site,
-    cell: &Cell,
-    round: u32,
-) -> Result<Sample, String> {
-    let Cell { load, contender, .. } = *cell;
     let options = Options {
         duration: Some(comparison.duration),
         timeout: comparison.duration + WARMUP + SLACK,
         // Equal for all contenders of a round.
         seed: u64::from(round) + 1,
-        ..load.options(comparison.size_bytes, WARMUP)
+        ..load.options(comparison.size_bytes, comparison.warmup())
     };
-    let serving = Serving { contender, state: load.state, queues: load.queues };
-    let report = match load.state {
-        State::Snapshotted => {
-            site.with_snapshot(serving, |server| load_server(comparison, site, server, options))?
-        }
-        _ => load_server(comparison, site, &site.start(serving)?, options)?,
-    };
+    let report = serve(site, cell, |server| load_server(comparison, site, server, options))?;
     let latency = report
         .latency_ns
         .ok_or_else(|| format!("{} finished no request in time", contender.name()))?;
@@ -373,6 +372,51 @@ fn measure_server(
         server_cpu_us_per_request: report.server_cpu_us_per_request,
         client_waited: report.client_waited,
     })
+}
+
+/// The same load once more, and what it costs the server.
+fn measure_costs(comparison: &Comparison, site: &Site, cell: &Cell) -> Result<Costs, String> {
+    let Cell { load, contender, .. } = *cell;
+    eprintln!("costs of {} depth {}: {}", load.name(), load.depth, contender.name());
+    let options = Options {
+        duration: Some(comparison.duration),
+        timeout: comparison.duration + SLACK,
+        ..load.options(comparison.size_bytes, Duration::ZERO)
+    };
+    serve(site, cell, |server| {
+        let load = || load_server(comparison, site, server, options);
+        costs::count(server.pid(), comparison.client_core, load)
+    })
+}
+
+/// Has the disk of a cell served in its state while `load` runs.
+fn serve<T>(
+    site: &Site,
+    cell: &Cell,
+    load: impl FnOnce(&Server) -> Result<T, String>,
+) -> Result<T, String> {
+    let Load { state, queues, .. } = cell.load;
+    let serving = Serving { contender: cell.contender, state, queues };
+    with_disk(site, cell, || match state {
+        State::Snapshotted => site.with_snapshot(serving, load),
+        State::Empty | State::Written => load(&site.start(serving)?),
+    })
+}
+
+/// Makes an empty disk for one measurement. Others are there, filled.
+fn with_disk<T>(
+    site: &Site,
+    cell: &Cell,
+    measure: impl FnOnce() -> Result<T, String>,
+) -> Result<T, String> {
+    let Cell { load: Load { state, .. }, contender, .. } = *cell;
+    if state != State::Empty {
+        return measure();
+    }
+    site.make_disk(contender, state)?;
+    let measured = measure()?;
+    // Its space is free for the next.
+    site.remove_disk(contender, state).map(|()| measured)
 }
 
 /// Loads a server from the client's core.
@@ -434,6 +478,8 @@ mod tests {
                     client_waited: Some(0.25),
                 })
                 .into(),
+            costs: (contender == Contender::Bessel)
+                .then_some(Costs { system_calls: Some(0.125), instructions: None }),
         };
         let place = Place {
             directory: "/dev/shm".into(),

@@ -4,8 +4,8 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
+use super::Sample;
 use super::scenario::Load;
-use super::{Sample, WARMUP};
 use crate::load::Options;
 use crate::plan::Workload;
 use crate::server::{Site, spawn_on_core};
@@ -16,6 +16,7 @@ pub(super) fn measure(
     file: &Path,
     load: &Load,
     duration: Duration,
+    warmup: Duration,
 ) -> Result<Sample, String> {
     let mut command = command(site, file);
     command
@@ -24,7 +25,7 @@ pub(super) fn measure(
         .arg(format!("--bs={}", load.block_bytes))
         .arg(format!("--iodepth={}", load.depth))
         .arg(format!("--fdatasync={}", load.flush_every))
-        .arg(format!("--ramp_time={}ms", load.warmup(WARMUP).as_millis()))
+        .arg(format!("--ramp_time={}ms", load.warmup(warmup).as_millis()))
         .arg(format!("--runtime={}ms", duration.as_millis()));
     match load.requests_max(site.size_bytes) {
         Some(requests) => command.arg(format!("--number_ios={requests}")),

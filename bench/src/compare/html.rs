@@ -13,7 +13,7 @@ use serde_json::Value;
 
 use super::plot::{Axis, Line, Plot, Point, escape};
 use super::scenario::Load;
-use super::summary::{QUANTILES, REFERENCE, Summary, warning};
+use super::summary::{QUANTILES, REFERENCES, Summary, warning};
 use super::table::two_decimals;
 use super::{Cell, Place, Results};
 use crate::clock::format_utc;
@@ -49,6 +49,7 @@ thead th { color: var(--dim); border-bottom: 1px solid var(--ink); vertical-alig
 th.name, td.name { text-align: left; } tbody { border-bottom: 1px solid var(--grid); }
 tbody th { text-align: left; vertical-align: top; font-weight: 600; }
 td.name { border-left: 4px solid var(--line); } tr.ours td { background: var(--shade); font-weight: 600; }
+figure { margin: 0; }
 .plots { display: grid; grid-template-columns: repeat(auto-fill, minmax(380px, 1fr)); gap: 1rem; }
 svg { width: 100%; height: auto; font: 11px system-ui, sans-serif; }
 svg text { fill: var(--ink); } svg .title { font-size: 12.5px; font-weight: 600; }
@@ -143,7 +144,7 @@ fn write_page(
 fn write_circumstances(out: &mut String, results: &Results) -> fmt::Result {
     let command: Vec<String> = results.command.iter().map(|word| quoted(word)).collect();
     let measured = format!(
-        "disk of {}, {} rounds of {} s",
+        "disk of {}, medians of {} x {} s",
         size::format(results.size_bytes),
         results.rounds,
         results.seconds
@@ -159,14 +160,15 @@ fn write_circumstances(out: &mut String, results: &Results) -> fmt::Result {
     for (name, value) in entries {
         writeln!(out, "<dt>{name}</dt><dd>{}</dd>", escape(&value))?;
     }
+    let [first, second] = REFERENCES.map(Contender::name);
     writeln!(out, "<dt>command</dt><dd><code>{}</code></dd>", escape(&command.join(" ")))?;
     writeln!(
         out,
         "</dl>\n<p>Medians of the rounds. The spread is the lowest and the highest round, and the bar through a \
-         point of a rate. The ratio is the rate over that of {} under the same load. Disks that are empty, or \
-         have a snapshot taken just before, are written from the first request on, and half as many blocks as \
-         they have: then that state is used up.</p>",
-        REFERENCE.name()
+         point of a rate. The ratio is the rate over that of {first} under the same load, or of {second} where \
+         {first} cannot do it. Disks that are empty, or have a snapshot taken just before, are written from the \
+         first request on, and half as many blocks as they have: then that state is used up. Point at a point \
+         for its figure.</p>"
     )
 }
 
@@ -197,7 +199,8 @@ fn write_table(out: &mut String, place: &Place) -> fmt::Result {
         out,
         "<div class=\"wide\"><table>\n<thead><tr><th class=\"name\">load</th><th>depth</th>\
          <th class=\"name\">contender</th><th>k IOPS</th><th>spread</th><th>MB/s</th><th>ratio</th>\
-         <th>p50 µs</th><th>p99 µs</th><th>p99.9 µs</th><th>max µs</th><th>CPU µs<br/>a request</th></tr></thead>"
+         <th>p50 µs</th><th>p99 µs</th><th>p99.9 µs</th><th>max µs</th><th>CPU µs<br/>a request</th><th>system calls<br/>a request</th>\
+         <th>instructions<br/>a request</th></tr></thead>"
     )?;
     for group in place.cells.chunk_by(|a, b| a.load == b.load) {
         writeln!(out, "<tbody>")?;
@@ -221,14 +224,14 @@ fn write_row(out: &mut String, place: &Place, cell: &Cell) -> fmt::Result {
     let (style, name) = (style_of(cell.contender), cell.contender.name());
     write!(out, "<td class=\"name line-{style}\">{name}</td>")?;
     match Summary::of(place, cell) {
-        None => writeln!(out, "<td colspan=\"9\">not measured</td></tr>"),
+        None => writeln!(out, "<td colspan=\"11\">not measured</td></tr>"),
         Some(summary) => {
             let megabytes = summary.iops * f64::from(cell.load.block_bytes) / 1e6;
             let [low, high] = summary.iops_range;
             writeln!(
                 out,
                 "<td>{}</td><td>{} – {}</td><td>{megabytes:.0}</td><td>{}</td><td>{:.1}</td><td>{:.1}</td>\
-                 <td>{:.1}</td><td>{:.1}</td><td>{}</td></tr>",
+                 <td>{:.1}</td><td>{:.1}</td><td>{}</td><td>{}</td><td>{}</td></tr>",
                 kilo(summary.iops),
                 kilo(low),
                 kilo(high),
@@ -237,7 +240,11 @@ fn write_row(out: &mut String, place: &Place, cell: &Cell) -> fmt::Result {
                 summary.latency_us("p99"),
                 summary.latency_us("p99.9"),
                 summary.latency_us("max"),
-                two_decimals(summary.server_cpu_us_per_request)
+                two_decimals(summary.server_cpu_us_per_request),
+                two_decimals(cell.costs.and_then(|costs| costs.system_calls)),
+                cell.costs
+                    .and_then(|costs| costs.instructions)
+                    .map_or("-".into(), |instructions| format!("{instructions:.0}"))
             )
         }
     }
@@ -457,7 +464,9 @@ mod tests {
         assert_eq!(page.matches("<svg").count(), 4);
         assert!(page.contains("1970-01-01 00:00:00 UTC") && page.contains("m&lt;1&gt;"), "{page}");
         assert!(page.contains("spdk aio: not there"), "{page}");
-        assert!(page.contains("<td>300.0</td>") || page.contains("<td>0.3</td>"), "{page}");
+        // The rate, the system calls; instructions are not counted everywhere.
+        assert!(page.contains("<td>0.3</td>"), "{page}");
+        assert!(page.contains("<td>0.12</td><td>-</td></tr>"), "{page}");
     }
 
     #[test]

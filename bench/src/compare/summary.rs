@@ -4,8 +4,8 @@ use super::{Cell, Place, Sample};
 use crate::report::WAIT_TOLERATED;
 use crate::server::Contender;
 
-/// What ratios divide by.
-pub(super) const REFERENCE: Contender = Contender::QsdUring;
+/// What ratios divide by: the first of these that was measured under the same load.
+pub(super) const REFERENCES: [Contender; 2] = [Contender::QsdUring, Contender::QsdQcow2];
 
 /// The medians of a cell.
 pub(super) struct Summary {
@@ -30,12 +30,11 @@ impl Summary {
         let range = samples.iter().fold([first.iops; 2], |[low, high], sample| {
             [low.min(sample.iops), high.max(sample.iops)]
         });
-        let reference = place
-            .cells
-            .iter()
-            .find(|other| other.contender == REFERENCE && other.load == cell.load)
-            .map(median_iops)
-            .filter(|reference| *reference > 0.0);
+        let rate_of = |contender| {
+            let is_its = |it: &&Cell| it.contender == contender && it.load == cell.load;
+            place.cells.iter().find(is_its).map(median_iops).filter(|rate| *rate > 0.0)
+        };
+        let reference = REFERENCES.into_iter().find_map(rate_of);
         let cpu: Vec<f64> =
             samples.iter().filter_map(|sample| sample.server_cpu_us_per_request).collect();
         Some(Self {
@@ -114,6 +113,16 @@ mod tests {
         assert_eq!(summary.ratio, Some(1.5));
         assert_eq!(summary.latency_us("p99.99"), 5.0);
         assert!(warning(place).unwrap().starts_with("BUSY: in 9 of 9"));
+    }
+
+    #[test]
+    fn where_a_raw_file_has_no_figure_a_ratio_is_to_qcow2() {
+        let mut results = super::super::tests::results();
+        let place = &mut results.places[0];
+        place.cells[1].contender = Contender::QsdQcow2;
+        assert_eq!(Summary::of(place, &place.cells[2]).unwrap().ratio, Some(1.5));
+        place.cells[1].contender = Contender::BareUring;
+        assert_eq!(Summary::of(place, &place.cells[2]).unwrap().ratio, None);
     }
 
     #[test]
