@@ -26,7 +26,7 @@ use serde::Serialize;
 use crate::clock::unix_time;
 use crate::load::{self, Options};
 use crate::plan::Workload;
-use crate::report::Report;
+use crate::report::{Latency, Report};
 use crate::server::{Contender, Poll, Scratch, Server, Serving, Site, State};
 use crate::{cli, interrupt};
 use costs::Costs;
@@ -160,14 +160,25 @@ pub(crate) fn run(comparison: &Comparison) -> Result<(), String> {
     for directory in &comparison.dirs {
         let place = measure_place(comparison, directory, &results.contenders, count_costs)?;
         results.places.push(place);
+        // After each: a long run that ends early has not been for nothing.
+        save(comparison, &results, snapshots.as_ref())?;
     }
     print!("{}", table::render(&results));
+    Ok(())
+}
+
+/// Writes the files that were asked for.
+fn save(
+    comparison: &Comparison,
+    results: &Results,
+    snapshots: Option<&html::SnapshotReads>,
+) -> Result<(), String> {
     if let Some(path) = &comparison.json {
-        let text = serde_json::to_string_pretty(&results).map_err(|error| error.to_string())?;
+        let text = serde_json::to_string_pretty(results).map_err(|error| error.to_string())?;
         write(path, &(text + "\n"))?;
     }
     match &comparison.html {
-        Some(path) => write(path, &html::render(&results, snapshots.as_ref())),
+        Some(path) => write(path, &html::render(results, snapshots)),
         None => Ok(()),
     }
 }
@@ -358,20 +369,26 @@ fn measure(
         ..load.options(comparison.size_bytes, comparison.warmup())
     };
     let report = serve(site, cell, |server| load_server(comparison, site, server, options))?;
-    let latency = report
-        .latency_ns
-        .ok_or_else(|| format!("{} finished no request in time", contender.name()))?;
-    Ok(Sample {
+    Ok(sample_of(&report, comparison.duration))
+}
+
+/// What is kept of a report.
+fn sample_of(report: &Report, duration: Duration) -> Sample {
+    // Where no request was finished in time, all that is known is that each takes longer. That is a result too:
+    // a slow contender does not end the comparison.
+    let longer = duration.as_nanos() as u64;
+    let at = |quantile: fn(&Latency) -> u64| report.latency_ns.as_ref().map_or(longer, quantile);
+    Sample {
         iops: report.iops,
-        p50_ns: latency.p50,
-        p90_ns: latency.p90,
-        p99_ns: latency.p99,
-        p999_ns: latency.p999,
-        p9999_ns: latency.p9999,
-        max_ns: latency.max,
+        p50_ns: at(|latency| latency.p50),
+        p90_ns: at(|latency| latency.p90),
+        p99_ns: at(|latency| latency.p99),
+        p999_ns: at(|latency| latency.p999),
+        p9999_ns: at(|latency| latency.p9999),
+        max_ns: at(|latency| latency.max),
         server_cpu_us_per_request: report.server_cpu_us_per_request,
         client_waited: report.client_waited,
-    })
+    }
 }
 
 /// The same load once more, and what it costs the server.

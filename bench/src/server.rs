@@ -263,7 +263,7 @@ impl Site {
                 .map_err(|error| format!("cannot create {}: {error}", path.display())),
             Medium::Qcow2 => {
                 let mut command = Command::new("qemu-img");
-                command.args(["create", "-q", "-f", "qcow2"]).arg(&path);
+                command.args(["create", "-q", "-f", "qcow2"]).arg(qemu_img_name(&path));
                 command.arg(self.size_bytes.to_string());
                 finish(command).map(drop)
             }
@@ -286,7 +286,7 @@ impl Site {
     fn qcow2_snapshot(&self, action: &str) -> Result<(), String> {
         let mut command = Command::new("qemu-img");
         command.args(["snapshot", "-q", action, QCOW2_SNAPSHOT]);
-        command.arg(self.disk_file(Contender::QsdQcow2, State::Snapshotted));
+        command.arg(qemu_img_name(&self.disk_file(Contender::QsdQcow2, State::Snapshotted)));
         finish(command).map(drop)
     }
 
@@ -431,6 +431,13 @@ fn spdk_config(file: &Path) -> serde_json::Value {
         { "subsystem": "vhost_blk",
           "config": [{ "method": "vhost_create_blk_controller", "params": controller }] },
     ] })
+}
+
+/// What stands before a colon is a protocol to qemu-img, unless it is said to be a file.
+fn qemu_img_name(path: &Path) -> std::ffi::OsString {
+    let mut name = std::ffi::OsString::from("file:");
+    name.push(path);
+    name
 }
 
 /// A comma ends a value on QEMU's command line, unless doubled.

@@ -47,7 +47,8 @@ fn command(site: &Site, file: &Path) -> Command {
         .args(["--name=bare", "--ioengine=io_uring", "--output-format=json"])
         // Reads and writes of a mix count together, as ours do; a sparse file stays one until it is written.
         .args(["--unified_rw_reporting=1", "--fallocate=none"])
-        .arg(format!("--filename={}", file.display()))
+        // A colon would end the name of one file and begin another's.
+        .arg(format!("--filename={}", file.display().to_string().replace(':', "\\:")))
         .arg(format!("--size={}", site.size_bytes))
         .arg(format!("--direct={}", u8::from(site.direct)))
         .stdin(Stdio::null())
