@@ -2,7 +2,7 @@
 # `target/` is source (the bessel program): cargo builds in build/, here as in .cargo/config.toml.
 export CARGO_TARGET_DIR := $(CURDIR)/build
 
-.PHONY: help build demo test soak planted fuzz loom miri asan bench bench-snapshots fmt clean-guest
+.PHONY: help build demo test soak planted fuzz loom miri asan bench bench-full bench-snapshots fmt clean-guest
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 26
@@ -36,8 +36,11 @@ miri: ## unit tests under Miri, where there is one
 asan: ## unit tests of reactor, mapping and vhost under AddressSanitizer
 	@scripts/asan
 
-bench: build ## measured beside qemu-storage-daemon
-	@scripts/bench
+bench: build ## measured beside its peers, with a report: some of each scenario (some minutes)
+	@scripts/bench $(ARGUMENTS)
+
+bench-full: build ## every scenario of the same, with costs (several times as long)
+	@scripts/bench --full $(ARGUMENTS)
 
 bench-snapshots: ## what snapshots cost, beside what they are to cost (some ten minutes, 10 GiB of /dev/shm)
 	@scripts/bench-snapshots $(ARGUMENTS)

@@ -15,7 +15,9 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
+import xml.etree.ElementTree
 
 sys.dont_write_bytecode = True
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "scripts"))
@@ -179,6 +181,48 @@ def loop_devices_are_missing():
 
 
 @needs(loop_devices_are_missing)
+def peers_are_compared_and_the_report_is_whole(world):
+    """Small, in memory: that each load is measured and shown, not how fast anything was. Without peers it is Bessel alone."""
+    out, page, snapshots = (world.run.path(name) for name in ("compare.json", "compare.html", "reads.json"))
+    with open(snapshots, "w", encoding="utf-8") as file:
+        reads = [{"snapshots": count, "kilo_reads_per_second": 100.0} for count in (0, 1, 10)]
+        json.dump({"machine": "<of another time>", "unix_seconds": 0,
+                   "rows": [{"part": "reads", "figures": figures} for figures in reads]}, file)
+    # One of those that keep snapshots, one that does not.
+    peers = [name for name, programs in (("qsd-qcow2", ("qemu-storage-daemon", "qemu-img")), ("bare-uring", ("fio",)))
+             if all(map(shutil.which, programs))]
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as directory:
+        done = subprocess.run([world.bench, "compare", "--bessel", world.program, "--dir", directory, "--size", "16MiB",
+                               "--store-size", "1GiB", "--seconds", "0.1", "--rounds", "1", "--scenarios", "quick,queues",
+                               "--rw", "mix", "--depths", "1,4", "--contenders", ",".join(["bessel", *peers]), "--costs", "--json", out, "--html", page, "--snapshots", snapshots],
+                              capture_output=True, text=True, timeout=300, check=False)
+        world.expect(not os.listdir(directory), f"left behind: {os.listdir(directory)}")
+    world.expect(done.returncode == 0, f"bessel-bench exited {done.returncode}: {done.stderr.strip()}")
+    with open(out, encoding="utf-8") as file:
+        results = json.load(file)
+    place = results["places"][0]
+    ours = [cell for cell in place["cells"] if cell["contender"] == "bessel"]
+    world.expect({cell["state"] for cell in ours} == {"empty", "written", "snapshotted"}, f"states: {ours}")
+    world.expect({cell["queues"] for cell in ours} == {1, 2, 4}, f"queues: {ours}")
+    wrong = [cell for cell in place["cells"] if len(cell["samples"]) != 1]
+    world.expect(not wrong, f"not measured once: {wrong}")
+    named = {it["contender"] for it in results["contenders"]}
+    world.expect(named == {cell["contender"] for cell in place["cells"]}, f"contenders: {named}")
+    with open(page, encoding="utf-8") as file:
+        report = file.read()
+    try:
+        root = xml.etree.ElementTree.fromstring(report)
+    except xml.etree.ElementTree.ParseError as error:
+        raise vm.Failed(f"the report is not well-formed: {error}", world.daemon.log) from error
+    loads = {tuple(cell[key] for key in ("workload", "block_bytes", "depth", "queues", "state")) for cell in place["cells"]}
+    plots = len(list(root.iter("svg")))
+    # Latencies of each load; rates of reads, writes and the mix against depth, of reads and writes against queues, of reads against snapshots.
+    world.expect(plots == len(loads) + 3 + 2 + 1, f"{plots} plots of {len(loads)} loads")
+    rows = len(list(root.iter("tr")))
+    world.expect(rows == len(place["cells"]) + 1, f"{rows} rows of {len(place['cells'])} cells")
+    world.expect("&lt;of another time&gt;" in report, "the snapshots were measured on some machine")
+
+
 def a_block_device_of_4096_byte_sectors_serves_and_survives_kills(world):
     world.stop_cleanly()
     backing = world.run.path("disk.img")
@@ -293,6 +337,7 @@ TESTS = [
     a_clone_has_the_older_files_and_goes_its_own_way,
     the_load_generator_reads_back_what_it_wrote,
     what_snapshots_cost_is_measured_row_by_row,
+    peers_are_compared_and_the_report_is_whole,
     a_block_device_of_4096_byte_sectors_serves_and_survives_kills,
     a_cloud_hypervisor_guest_reads_writes_flushes_and_discards,
     a_cloud_hypervisor_guest_outlives_a_daemon_killed_again_and_again,

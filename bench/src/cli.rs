@@ -5,11 +5,12 @@ use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
 
+use crate::compare::scenario::{Load, Scenario, distinct};
 use crate::compare::{self, Comparison};
 use crate::load::{self, Options};
 use crate::plan::Workload;
 use crate::queue::DEPTH_MAX;
-use crate::server::Poll;
+use crate::server::{Contender, Poll};
 use crate::snapshots::{self, Part};
 use crate::{report::Report, size};
 
@@ -29,7 +30,7 @@ enum Command {
     Load(LoadArguments),
     /// Write a whole disk once, in order, so that every block of it is mapped
     Fill(FillArguments),
-    /// Measure Bessel and qemu-storage-daemon in turns, on the same directories
+    /// Measure Bessel and its peers in turns, on the same directories
     Compare(CompareArguments),
     /// Measure what snapshots cost on Bessel: latencies, the rate that a guest keeps, bytes written
     Snapshots(SnapshotsArguments),
@@ -133,17 +134,24 @@ struct CompareArguments {
     /// Size of Bessel's store, a sparse file [default: twice the disk and 8GiB]
     #[arg(long, value_parser = size::parse)]
     store_size: Option<u64>,
-    /// Depths to measure at
-    #[arg(long, value_delimiter = ',', default_value = "1,32", value_parser = clap::value_parser!(u16).range(1..=DEPTH_MAX as i64))]
-    depths: Vec<u16>,
-    /// Loads to measure
-    #[arg(long, value_enum, value_delimiter = ',', default_value = "randread,randwrite")]
+    /// Named sets of loads to measure [default: quick, unless --rw or --depths is given]
+    #[arg(long, value_enum, value_delimiter = ',')]
+    scenarios: Vec<Scenario>,
+    /// Loads to measure on a written disk, besides those of --scenarios [default: randread,randwrite, if --depths
+    /// is given]
+    #[arg(long, value_enum, value_delimiter = ',')]
     rw: Vec<Workload>,
-    /// Bytes of a request
+    /// Depths to measure those of --rw at [default: 1,32]
+    #[arg(long, value_delimiter = ',', value_parser = clap::value_parser!(u16).range(1..=DEPTH_MAX as i64))]
+    depths: Vec<u16>,
+    /// Bytes of a request of those of --rw
     #[arg(long, default_value = "4096", value_parser = block_size)]
     block_size: u32,
+    /// What to measure [default: all that are installed]
+    #[arg(long, value_enum, value_delimiter = ',')]
+    contenders: Vec<Contender>,
     /// Length of one measurement
-    #[arg(long, default_value_t = 5.0, value_parser = seconds)]
+    #[arg(long, default_value_t = 1.0, value_parser = seconds)]
     seconds: f64,
     /// How often each measurement is made; the medians are shown
     #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=1000))]
@@ -157,9 +165,18 @@ struct CompareArguments {
     /// How Bessel's reactor waits
     #[arg(long, value_enum, default_value = "adaptive")]
     poll: Poll,
+    /// Count system calls and instructions of the servers with perf, in one more measurement of each
+    #[arg(long)]
+    costs: bool,
     /// Write everything measured to this file
     #[arg(long)]
     json: Option<PathBuf>,
+    /// Write a report with tables and plots to this file
+    #[arg(long)]
+    html: Option<PathBuf>,
+    /// What `bessel-bench snapshots --json` has written: the report plots reads with snapshots behind
+    #[arg(long, requires = "html")]
+    snapshots: Option<PathBuf>,
 }
 
 #[derive(Args)]
@@ -357,10 +374,43 @@ impl FillArguments {
     }
 }
 
+/// What was given, or else the default.
+fn or_default<T: Clone>(given: &[T], default: &[T]) -> Vec<T> {
+    if given.is_empty() { default.to_vec() } else { given.to_vec() }
+}
+
 impl CompareArguments {
+    /// The loads of `--rw` and `--depths`, then those of the scenarios, each once.
+    fn loads(&self) -> Vec<Load> {
+        let mut loads = Vec::new();
+        let mut scenarios = self.scenarios.clone();
+        if !self.rw.is_empty() || !self.depths.is_empty() {
+            let workloads = or_default(&self.rw, &[Workload::RandRead, Workload::RandWrite]);
+            for depth in or_default(&self.depths, &[1, 32]) {
+                loads.extend(workloads.iter().map(|it| Load::new(*it, self.block_size, depth)));
+            }
+        } else {
+            scenarios = or_default(&scenarios, &[Scenario::Quick]);
+        }
+        distinct(loads.into_iter().chain(scenarios.into_iter().flat_map(Scenario::loads)))
+    }
+
     fn comparison(self) -> Result<Comparison, String> {
-        if !self.size.is_multiple_of(4096) || self.size < u64::from(self.block_size) {
-            return Err("--size is not a multiple of 4096 that holds a block".into());
+        let loads = self.loads();
+        let largest = loads.iter().map(|load| load.block_bytes).max().unwrap_or(0);
+        if !self.size.is_multiple_of(4096) || self.size < u64::from(largest) {
+            let largest = size::format(largest.into());
+            return Err(format!(
+                "--size is not a multiple of 4096 that holds the largest request, of {largest}"
+            ));
+        }
+        if self.seconds <= 0.0 {
+            return Err("--seconds is 0; give each measurement some time, such as 1".into());
+        }
+        for file in [&self.json, &self.html].into_iter().flatten() {
+            // Known before the measurements, not after.
+            let parent = file.parent().filter(|parent| !parent.as_os_str().is_empty());
+            parent.map_or(Ok(()), snapshots::check_dir)?;
         }
         if self.client_core == self.server_core {
             return Err("--client-core and --server-core are the same".into());
@@ -370,15 +420,17 @@ impl CompareArguments {
             dirs: self.dirs,
             size_bytes: self.size,
             store_bytes: self.store_size.unwrap_or_else(|| 2 * self.size + (8 << 30)),
-            depths: self.depths,
-            workloads: self.rw,
-            block_bytes: self.block_size,
+            loads,
+            contenders: self.contenders,
             duration: Duration::from_secs_f64(self.seconds),
             rounds: self.rounds,
             client_core: self.client_core,
             server_core: self.server_core,
             poll: self.poll,
+            costs: self.costs,
             json: self.json,
+            html: self.html,
+            snapshots: self.snapshots,
         })
     }
 }
@@ -399,6 +451,45 @@ pub(crate) mod tests {
             Command::Load(arguments) => arguments.options(),
             _ => panic!("load was parsed as another command"),
         }
+    }
+
+    fn try_comparison(arguments: &[&str]) -> Result<Comparison, String> {
+        let command = ["bessel-bench", "compare", "--dir", "/tmp"];
+        let cli = Cli::try_parse_from(command.iter().chain(arguments));
+        match cli.map_err(|error| error.to_string())?.command {
+            Command::Compare(arguments) => arguments.comparison(),
+            _ => panic!("compare was parsed as another command"),
+        }
+    }
+
+    #[test]
+    fn a_comparison_is_of_scenarios_of_loads_by_hand_or_of_both() {
+        let loads = |arguments: &[&str]| try_comparison(arguments).unwrap().loads;
+        let by_hand = |depth| Load::new(Workload::Read, 4096, depth);
+        assert_eq!(loads(&[]), Scenario::Quick.loads());
+        assert_eq!(loads(&["--rw", "read"]), [by_hand(1), by_hand(32)]);
+        assert_eq!(loads(&["--rw", "read", "--depths", "7"]), [by_hand(7)]);
+        assert_eq!(loads(&["--depths", "7,9"]).len(), 4);
+        let both = loads(&["--rw", "read", "--depths", "7", "--scenarios", "flush,empty"]);
+        assert_eq!(both[0], by_hand(7));
+        assert_eq!(both[1..], [Scenario::Flush.loads(), Scenario::Empty.loads()].concat());
+        assert_eq!(loads(&["--scenarios", "random,all"]).len(), Scenario::All.loads().len());
+    }
+
+    #[test]
+    fn a_comparison_that_cannot_be_is_refused_with_what_to_do() {
+        for (arguments, what) in [
+            (&["--size", "4KiB"][..], "largest request, of 128KiB"),
+            (&["--seconds", "0"], "--seconds"),
+            (&["--html", "/nonexistent/x.html"], "/nonexistent is no directory"),
+            (&["--snapshots", "x.json"], "--html"),
+            (&["--scenarios", "fast"], "snapshotted"),
+            (&["--client-core", "1"], "--server-core"),
+        ] {
+            let error = try_comparison(arguments).map(drop).unwrap_err();
+            assert!(error.contains(what), "{arguments:?}: {error}");
+        }
+        assert!(try_comparison(&["--html", "x.html"]).is_ok(), "in the current directory");
     }
 
     #[test]

@@ -70,6 +70,25 @@ pub(crate) fn parse_utc(text: &str) -> Option<u64> {
     seconds.checked_mul(1_000_000_000)?.checked_add(nanoseconds)
 }
 
+/// A date and a time to the second, for people: `2026-11-20 11:40:00 UTC`.
+pub(crate) fn format_utc(unix_seconds: u64) -> String {
+    let (days, second) = (unix_seconds / 86_400, unix_seconds % 86_400);
+    // Counted as in `parse_utc`: years begin in March, and 400 of them have always as many days.
+    let days = days + 719_468;
+    let (era, day_of_era) = (days / 146_097, days % 146_097);
+    let year_of_era =
+        (day_of_era - day_of_era / 1460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
+    let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
+    let month = (5 * day_of_year + 2) / 153;
+    let day = day_of_year - (153 * month + 2) / 5 + 1;
+    let (year, month) = match month {
+        0..10 => (era * 400 + year_of_era, month + 3),
+        _ => (era * 400 + year_of_era + 1, month - 9),
+    };
+    let (hour, minute, second) = (second / 3600, second / 60 % 60, second % 60);
+    format!("{year}-{month:02}-{day:02} {hour:02}:{minute:02}:{second:02} UTC")
+}
+
 /// Exactly three numbers.
 fn numbers(text: &str, separator: char) -> Option<[u64; 3]> {
     let numbers: Vec<u64> = text.split(separator).map(str::parse).collect::<Result<_, _>>().ok()?;
@@ -95,5 +114,17 @@ mod tests {
         for text in ["", "2023-11-14T22:13:20", "2023-13-14T22:13:20Z", "2023-11-14T22:13Z"] {
             assert_eq!(parse_utc(text), None, "{text}");
         }
+    }
+
+    #[test]
+    fn dates_for_people_are_those_that_the_api_would_print() {
+        // Some days of every year of four centuries.
+        for seconds in (0..146_097 * 86_400).step_by(86_400 * 7 + 3601) {
+            let text = format_utc(seconds);
+            let api = text.replacen(' ', "T", 1).replace(" UTC", "Z");
+            assert_eq!(parse_utc(&api), Some(seconds * 1_000_000_000), "{text}");
+        }
+        assert_eq!(format_utc(951_782_400), "2000-02-29 00:00:00 UTC");
+        assert_eq!(format_utc(1_700_000_000), "2023-11-14 22:13:20 UTC");
     }
 }

@@ -4,11 +4,20 @@
 //! together can be compared. For each directory every contender's disk is written once in full;
 //! then, round by round and load by load, each contender is started, warmed up, measured and
 //! stopped in turn, in an order that rotates with the round. One server runs at a time.
+//!
+//! ```text
+//! scenario ──► loads ──► cells (load x contender) ──► samples ──► summary ──► table, html (plot)
+//! ```
 
+mod costs;
+mod fio;
+mod html;
+mod plot;
+pub(crate) mod scenario;
+mod summary;
 mod table;
 
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use nix::sys::statfs::{TMPFS_MAGIC, statfs};
@@ -17,11 +26,13 @@ use serde::Serialize;
 use crate::clock::unix_time;
 use crate::load::{self, Options};
 use crate::plan::Workload;
-use crate::report::Report;
-use crate::server::{Contender, Poll, Scratch, Site, spawn_on_core};
+use crate::report::{Latency, Report};
+use crate::server::{Contender, Poll, Scratch, Server, Serving, Site, State};
 use crate::{cli, interrupt};
+use costs::Costs;
+use scenario::Load;
 
-/// Load before each measurement: fills caches and lets an adaptive server wake up.
+/// Load before each measurement, unless that is shorter: fills caches and lets an adaptive server wake up.
 const WARMUP: Duration = Duration::from_millis(500);
 
 /// Beyond what was asked for, one load may take this long to connect, flush and stop.
@@ -30,18 +41,29 @@ const SLACK: Duration = Duration::from_secs(60);
 /// A comparison, as asked for.
 pub(crate) struct Comparison {
     pub(crate) bessel: Option<PathBuf>,
+    /// All that are installed, when none is named.
+    pub(crate) contenders: Vec<Contender>,
     pub(crate) dirs: Vec<PathBuf>,
     pub(crate) size_bytes: u64,
     pub(crate) store_bytes: u64,
-    pub(crate) depths: Vec<u16>,
-    pub(crate) workloads: Vec<Workload>,
-    pub(crate) block_bytes: u32,
+    pub(crate) loads: Vec<Load>,
     pub(crate) duration: Duration,
     pub(crate) rounds: u32,
     pub(crate) client_core: usize,
     pub(crate) server_core: usize,
     pub(crate) poll: Poll,
+    /// Count system calls and instructions too.
+    pub(crate) costs: bool,
     pub(crate) json: Option<PathBuf>,
+    pub(crate) html: Option<PathBuf>,
+    /// What `bessel-bench snapshots` has written, for the report.
+    pub(crate) snapshots: Option<PathBuf>,
+}
+
+impl Comparison {
+    fn warmup(&self) -> Duration {
+        WARMUP.min(self.duration)
+    }
 }
 
 /// One measurement of one contender.
@@ -49,8 +71,10 @@ pub(crate) struct Comparison {
 struct Sample {
     iops: f64,
     p50_ns: u64,
+    p90_ns: u64,
     p99_ns: u64,
     p999_ns: u64,
+    p9999_ns: u64,
     max_ns: u64,
     server_cpu_us_per_request: Option<f64>,
     /// Share of the time for which another thread had the client's core.
@@ -60,10 +84,12 @@ struct Sample {
 /// All measurements of one contender under one load.
 #[derive(Serialize)]
 struct Cell {
-    workload: Workload,
-    depth: u16,
+    #[serde(flatten)]
+    load: Load,
     contender: Contender,
     samples: Vec<Sample>,
+    /// Of a server, if they were asked for and can be counted here.
+    costs: Option<Costs>,
 }
 
 /// What was measured in one directory.
@@ -72,6 +98,22 @@ struct Place {
     directory: PathBuf,
     tmpfs: bool,
     cells: Vec<Cell>,
+    /// What was not measured there, and why.
+    left_out: Vec<String>,
+}
+
+impl Place {
+    /// How its files are written.
+    fn medium(&self) -> &'static str {
+        if self.tmpfs { "tmpfs" } else { "O_DIRECT" }
+    }
+}
+
+/// A contender that is measured, and what its program says of its version.
+#[derive(Serialize)]
+struct Version {
+    contender: Contender,
+    version: String,
 }
 
 /// Everything that was measured, with what is needed to do it again.
@@ -79,41 +121,104 @@ struct Place {
 struct Results {
     unix_seconds: u64,
     machine: String,
+    command: Vec<String>,
     size_bytes: u64,
-    block_bytes: u32,
     seconds: f64,
     rounds: u32,
     poll: Poll,
+    contenders: Vec<Version>,
+    /// Contenders that could not be measured, and why.
+    skipped: Vec<String>,
     places: Vec<Place>,
 }
 
-/// Runs the comparison, prints its tables and writes its file.
+/// Runs the comparison, prints its tables and writes its files.
 pub(crate) fn run(comparison: &Comparison) -> Result<(), String> {
     interrupt::watch()?;
+    // Read first: a file that will not do is told before the measurements, not after.
+    let snapshots = comparison.snapshots.as_deref().map(html::read_snapshots).transpose()?;
+    let (contenders, mut skipped) = contenders(comparison)?;
+    let count_costs = comparison.costs
+        && costs::check()
+            .map_err(|why| skipped.push(format!("system calls and instructions: {why}")))
+            .is_ok();
+    for skipped in &skipped {
+        eprintln!("skipped: {skipped}");
+    }
     let mut results = Results {
         unix_seconds: unix_time().as_secs(),
         machine: machine(),
+        command: std::env::args_os().map(|it| it.to_string_lossy().into_owned()).collect(),
         size_bytes: comparison.size_bytes,
-        block_bytes: comparison.block_bytes,
         seconds: comparison.duration.as_secs_f64(),
         rounds: comparison.rounds,
         poll: comparison.poll,
+        contenders,
+        skipped,
         places: Vec::new(),
     };
     for directory in &comparison.dirs {
-        let place = measure_place(comparison, directory)?;
+        let place = measure_place(comparison, directory, &results.contenders, count_costs)?;
         results.places.push(place);
+        // After each: a long run that ends early has not been for nothing.
+        save(comparison, &results, snapshots.as_ref())?;
     }
     print!("{}", table::render(&results));
-    if let Some(path) = &comparison.json {
-        let text = serde_json::to_string_pretty(&results).map_err(|error| error.to_string())?;
-        std::fs::write(path, text + "\n")
-            .map_err(|error| format!("cannot write {}: {error}", path.display()))?;
-    }
     Ok(())
 }
 
-fn measure_place(comparison: &Comparison, directory: &Path) -> Result<Place, String> {
+/// Writes the files that were asked for.
+fn save(
+    comparison: &Comparison,
+    results: &Results,
+    snapshots: Option<&html::SnapshotReads>,
+) -> Result<(), String> {
+    if let Some(path) = &comparison.json {
+        let text = serde_json::to_string_pretty(results).map_err(|error| error.to_string())?;
+        write(path, &(text + "\n"))?;
+    }
+    match &comparison.html {
+        Some(path) => write(path, &html::render(results, snapshots)),
+        None => Ok(()),
+    }
+}
+
+fn write(path: &Path, text: &str) -> Result<(), String> {
+    std::fs::write(path, text).map_err(|error| format!("cannot write {}: {error}", path.display()))
+}
+
+/// Those that can be measured here, and why the others cannot. One that was named must be there.
+fn contenders(comparison: &Comparison) -> Result<(Vec<Version>, Vec<String>), String> {
+    let named = &comparison.contenders;
+    let (mut found, mut skipped) = (Vec::new(), Vec::new());
+    for &contender in <Contender as clap::ValueEnum>::value_variants() {
+        if !named.is_empty() && !named.contains(&contender) {
+            continue;
+        }
+        let must_be_there = match contender {
+            Contender::Bessel => comparison.bessel.is_some() || !named.is_empty(),
+            _ => !named.is_empty(),
+        };
+        match contender.version(comparison.bessel.as_deref()) {
+            Ok(version) => found.push(Version { contender, version }),
+            Err(why) if must_be_there => {
+                return Err(format!("{} cannot be measured: {why}", contender.name()));
+            }
+            Err(why) => skipped.push(format!("{}: {why}", contender.name())),
+        }
+    }
+    if found.is_empty() {
+        return Err(format!("there is nothing to measure: {}", skipped.join("; ")));
+    }
+    Ok((found, skipped))
+}
+
+fn measure_place(
+    comparison: &Comparison,
+    directory: &Path,
+    contenders: &[Version],
+    count_costs: bool,
+) -> Result<Place, String> {
     let kind = statfs(directory)
         .map_err(|error| format!("cannot look at {}: {error}", directory.display()))?;
     let tmpfs = kind.filesystem_type() == TMPFS_MAGIC;
@@ -127,15 +232,14 @@ fn measure_place(comparison: &Comparison, directory: &Path) -> Result<Place, Str
         poll: comparison.poll,
         bessel: comparison.bessel.clone(),
     };
-    let contenders = contenders(comparison, tmpfs);
-    let mut cells = empty_cells(comparison, &contenders);
-    site.make_raw_file()?;
-    fill(comparison, &site, Contender::QsdUring)?;
-    if comparison.bessel.is_some() {
-        fill(comparison, &site, Contender::Bessel)?;
+    let contenders: Vec<Contender> = contenders.iter().map(|it| it.contender).collect();
+    let (mut cells, left_out) = empty_cells(&comparison.loads, &contenders, tmpfs);
+    say_how_long(comparison, directory, &cells);
+    for (contender, state) in disks_to_fill(&cells) {
+        fill(comparison, &site, contender, state)?;
     }
     for round in 0..comparison.rounds {
-        for group in cells.chunk_by_mut(|a, b| (a.workload, a.depth) == (b.workload, b.depth)) {
+        for group in cells.chunk_by_mut(|a, b| a.load == b.load) {
             let count = group.len();
             for turn in 0..count {
                 let cell = &mut group[(turn + round as usize) % count];
@@ -144,8 +248,8 @@ fn measure_place(comparison: &Comparison, directory: &Path) -> Result<Place, Str
                     "{} round {} {} depth {}: {} {:.0} IOPS",
                     directory.display(),
                     round + 1,
-                    cell.workload.name(),
-                    cell.depth,
+                    cell.load.name(),
+                    cell.load.depth,
                     cell.contender.name(),
                     sample.iops
                 );
@@ -153,40 +257,85 @@ fn measure_place(comparison: &Comparison, directory: &Path) -> Result<Place, Str
             }
         }
     }
-    Ok(Place { directory: directory.to_owned(), tmpfs, cells })
+    if count_costs {
+        for cell in cells.iter_mut().filter(|cell| cell.contender != Contender::BareUring) {
+            cell.costs = Some(measure_costs(comparison, &site, cell)?);
+        }
+    }
+    Ok(Place { directory: directory.to_owned(), tmpfs, cells, left_out })
 }
 
-fn contenders(comparison: &Comparison, tmpfs: bool) -> Vec<Contender> {
-    let mut contenders = vec![Contender::QsdUring];
-    if tmpfs {
-        // tmpfs has no NOWAIT: io_uring's workers share the server's core, and a thread pool may win.
-        contenders.push(Contender::QsdThreads);
-    }
-    if comparison.bessel.is_some() {
-        contenders.push(Contender::Bessel);
-    }
-    if fio_is_installed() {
-        contenders.push(Contender::BareUring);
-    }
-    contenders
+fn say_how_long(comparison: &Comparison, directory: &Path, cells: &[Cell]) {
+    let each = |cell: &Cell| cell.load.warmup(comparison.warmup()) + comparison.duration;
+    let seconds: f64 = cells.iter().map(|cell| each(cell).as_secs_f64()).sum();
+    eprintln!(
+        "{}: {} measurements, {:.0} minutes at most and what starting and filling takes",
+        directory.display(),
+        cells.len() * comparison.rounds as usize,
+        (seconds * f64::from(comparison.rounds) / 60.0).ceil()
+    );
 }
 
-/// A cell for each load and contender, contenders of one load side by side.
-fn empty_cells(comparison: &Comparison, contenders: &[Contender]) -> Vec<Cell> {
-    let mut cells = Vec::new();
-    for &depth in &comparison.depths {
-        for &workload in &comparison.workloads {
-            for &contender in contenders {
-                cells.push(Cell { workload, depth, contender, samples: Vec::new() });
+/// A cell for each load and each contender that can do it, those of one load side by side; and what is left
+/// out, with the reason, each once.
+fn empty_cells(loads: &[Load], contenders: &[Contender], tmpfs: bool) -> (Vec<Cell>, Vec<String>) {
+    let (mut cells, mut left_out) = (Vec::new(), Vec::new());
+    for &load in loads {
+        for &contender in contenders {
+            let why = match contender {
+                // tmpfs has no NOWAIT: io_uring's workers share the server's core, and a thread pool may win.
+                Contender::QsdThreads if !tmpfs => {
+                    Some(format!("{}: measured on tmpfs only", contender.name()))
+                }
+                _ => contender.cannot(load.state, load.queues).map(|why| {
+                    let what = match load.state {
+                        State::Snapshotted => load.state.name(),
+                        _ => "several queues",
+                    };
+                    format!("{}, {what}: {why}", contender.name())
+                }),
+            };
+            match why {
+                None => cells.push(Cell { load, contender, samples: Vec::new(), costs: None }),
+                Some(why) if left_out.contains(&why) => {}
+                Some(why) => left_out.push(why),
             }
         }
     }
-    cells
+    (cells, left_out)
 }
 
-/// Writes the whole disk of `contender`.
-fn fill(comparison: &Comparison, site: &Site, contender: Contender) -> Result<(), String> {
-    eprintln!("filling {} for {}", site.files.path().display(), contender.name());
+/// Each file that must be written before it is measured, with a contender that can do it: one that serves,
+/// where there is one.
+fn disks_to_fill(cells: &[Cell]) -> Vec<(Contender, State)> {
+    let mut disks: Vec<(Contender, State)> = Vec::new();
+    for &Cell { contender, load, .. } in cells.iter().filter(|cell| cell.load.state != State::Empty)
+    {
+        let same = |disk: &&mut (Contender, State)| {
+            disk.0.medium() == contender.medium() && disk.1 == load.state
+        };
+        match disks.iter_mut().find(same) {
+            Some(disk) if disk.0 == Contender::BareUring => disk.0 = contender,
+            Some(_) => {}
+            None => disks.push((contender, load.state)),
+        }
+    }
+    disks
+}
+
+/// Makes the disk of `contender` and writes all of it.
+fn fill(
+    comparison: &Comparison,
+    site: &Site,
+    contender: Contender,
+    state: State,
+) -> Result<(), String> {
+    let file = site.disk_file(contender, state);
+    eprintln!("filling {} by {}", file.display(), contender.name());
+    site.make_disk(contender, state)?;
+    if contender == Contender::BareUring {
+        return fio::fill(site, &file);
+    }
     let options = Options {
         workload: Workload::Write,
         block_bytes: 256 << 10,
@@ -195,7 +344,8 @@ fn fill(comparison: &Comparison, site: &Site, contender: Contender) -> Result<()
         flush_at_end: true,
         ..Options::default()
     };
-    serve_and_load(comparison, site, contender, options).map(drop)
+    let server = site.start(Serving { contender, state, queues: 1 })?;
+    load_server(comparison, site, &server, options).map(drop)
 }
 
 fn measure(
@@ -204,46 +354,98 @@ fn measure(
     cell: &Cell,
     round: u32,
 ) -> Result<Sample, String> {
-    if cell.contender == Contender::BareUring {
-        return measure_bare(comparison, site, cell);
+    let Cell { load, contender, .. } = *cell;
+    if contender == Contender::BareUring {
+        return with_disk(site, cell, || {
+            let file = site.disk_file(contender, load.state);
+            fio::measure(site, &file, &load, comparison.duration, comparison.warmup())
+        });
     }
     let options = Options {
-        workload: cell.workload,
-        block_bytes: comparison.block_bytes,
-        depth: cell.depth,
         duration: Some(comparison.duration),
-        warmup: WARMUP,
         timeout: comparison.duration + WARMUP + SLACK,
         // Equal for all contenders of a round.
         seed: u64::from(round) + 1,
-        ..Options::default()
+        ..load.options(comparison.size_bytes, comparison.warmup())
     };
-    let report = serve_and_load(comparison, site, cell.contender, options)?;
-    let latency = report
-        .latency_ns
-        .ok_or_else(|| format!("{} finished no request in time", cell.contender.name()))?;
-    Ok(Sample {
+    let report = serve(site, cell, |server| load_server(comparison, site, server, options))?;
+    Ok(sample_of(&report, comparison.duration))
+}
+
+/// What is kept of a report.
+fn sample_of(report: &Report, duration: Duration) -> Sample {
+    // Where no request was finished in time, all that is known is that each takes longer. That is a result too:
+    // a slow contender does not end the comparison.
+    let longer = duration.as_nanos() as u64;
+    let at = |quantile: fn(&Latency) -> u64| report.latency_ns.as_ref().map_or(longer, quantile);
+    Sample {
         iops: report.iops,
-        p50_ns: latency.p50,
-        p99_ns: latency.p99,
-        p999_ns: latency.p999,
-        max_ns: latency.max,
+        p50_ns: at(|latency| latency.p50),
+        p90_ns: at(|latency| latency.p90),
+        p99_ns: at(|latency| latency.p99),
+        p999_ns: at(|latency| latency.p999),
+        p9999_ns: at(|latency| latency.p9999),
+        max_ns: at(|latency| latency.max),
         server_cpu_us_per_request: report.server_cpu_us_per_request,
         client_waited: report.client_waited,
+    }
+}
+
+/// The same load once more, and what it costs the server.
+fn measure_costs(comparison: &Comparison, site: &Site, cell: &Cell) -> Result<Costs, String> {
+    let Cell { load, contender, .. } = *cell;
+    eprintln!("costs of {} depth {}: {}", load.name(), load.depth, contender.name());
+    let options = Options {
+        duration: Some(comparison.duration),
+        timeout: comparison.duration + SLACK,
+        ..load.options(comparison.size_bytes, Duration::ZERO)
+    };
+    serve(site, cell, |server| {
+        let load = || load_server(comparison, site, server, options);
+        costs::count(server.pid(), comparison.client_core, load)
     })
 }
 
-/// Starts `contender`, loads it from the client's core and stops it.
-fn serve_and_load(
+/// Has the disk of a cell served in its state while `load` runs.
+fn serve<T>(
+    site: &Site,
+    cell: &Cell,
+    load: impl FnOnce(&Server) -> Result<T, String>,
+) -> Result<T, String> {
+    let Load { state, queues, .. } = cell.load;
+    let serving = Serving { contender: cell.contender, state, queues };
+    with_disk(site, cell, || match state {
+        State::Snapshotted => site.with_snapshot(serving, load),
+        State::Empty | State::Written => load(&site.start(serving)?),
+    })
+}
+
+/// Makes an empty disk for one measurement. Others are there, filled.
+fn with_disk<T>(
+    site: &Site,
+    cell: &Cell,
+    measure: impl FnOnce() -> Result<T, String>,
+) -> Result<T, String> {
+    let Cell { load: Load { state, .. }, contender, .. } = *cell;
+    if state != State::Empty {
+        return measure();
+    }
+    site.make_disk(contender, state)?;
+    let measured = measure()?;
+    // Its space is free for the next.
+    site.remove_disk(contender, state).map(|()| measured)
+}
+
+/// Loads a server from the client's core.
+fn load_server(
     comparison: &Comparison,
     site: &Site,
-    contender: Contender,
+    server: &Server,
     options: Options,
 ) -> Result<Report, String> {
     if interrupt::requested() {
         return Err("interrupted".into());
     }
-    let server = site.start(contender)?;
     let options = Options { socket: site.socket(), server_pid: Some(server.pid()), ..options };
     // A thread of its own, so that this one stays off the client's core.
     let loaded = std::thread::scope(|scope| {
@@ -256,69 +458,6 @@ fn serve_and_load(
             .expect("a load does not panic")
     });
     loaded.map_err(|error| server.explain(&error))
-}
-
-fn fio_is_installed() -> bool {
-    let mut command = Command::new("fio");
-    command.arg("--version").stdout(Stdio::null()).stderr(Stdio::null());
-    command.status().is_ok_and(|status| status.success())
-}
-
-/// The same load by fio on the raw file, without a server.
-fn measure_bare(comparison: &Comparison, site: &Site, cell: &Cell) -> Result<Sample, String> {
-    let mut command = Command::new("fio");
-    command
-        .args(["--name=bare", "--ioengine=io_uring", "--output-format=json", "--time_based"])
-        .arg(format!("--filename={}", site.raw_file().display()))
-        .arg(format!("--rw={}", fio_name(cell.workload)))
-        .arg(format!("--bs={}", comparison.block_bytes))
-        .arg(format!("--size={}", comparison.size_bytes))
-        .arg(format!("--iodepth={}", cell.depth))
-        .arg(format!("--direct={}", u8::from(site.direct)))
-        .arg(format!("--ramp_time={}ms", WARMUP.as_millis()))
-        .arg(format!("--runtime={}ms", comparison.duration.as_millis()))
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::null());
-    let output = spawn_on_core(command, comparison.server_core)?
-        .wait_with_output()
-        .map_err(|error| format!("cannot run fio: {error}"))?;
-    if !output.status.success() {
-        return Err(format!("fio failed: {}", output.status));
-    }
-    parse_fio(&output.stdout, cell.workload)
-}
-
-fn fio_name(workload: Workload) -> &'static str {
-    match workload {
-        Workload::Mix => "randrw",
-        Workload::Stride => "write:60k",
-        Workload::Runs => "randwrite:40",
-        other => other.name(),
-    }
-}
-
-/// Takes our figures out of fio's JSON.
-fn parse_fio(output: &[u8], workload: Workload) -> Result<Sample, String> {
-    // fio may print notes before the JSON.
-    let start = output.iter().position(|byte| *byte == b'{').unwrap_or(0);
-    let json: serde_json::Value = serde_json::from_slice(&output[start..])
-        .map_err(|error| format!("cannot read fio's output: {error}"))?;
-    let job = &json["jobs"][0];
-    let side = &job[if workload.writes() { "write" } else { "read" }];
-    let percentile = |name: &str| side["clat_ns"]["percentile"][name].as_u64().unwrap_or(0);
-    let iops = side["iops"].as_f64().ok_or("fio's output has no figures")?;
-    let cpu_percent =
-        job["usr_cpu"].as_f64().unwrap_or(0.0) + job["sys_cpu"].as_f64().unwrap_or(0.0);
-    Ok(Sample {
-        iops,
-        p50_ns: percentile("50.000000"),
-        p99_ns: percentile("99.000000"),
-        p999_ns: percentile("99.900000"),
-        max_ns: side["clat_ns"]["max"].as_u64().unwrap_or(0),
-        server_cpu_us_per_request: (iops > 0.0).then(|| cpu_percent * 1e4 / iops),
-        client_waited: None,
-    })
 }
 
 /// Processor and kernel, for a reader of the figures.
@@ -338,15 +477,84 @@ pub(crate) fn machine() -> String {
 mod tests {
     use super::*;
 
+    /// Three rounds of two contenders, for the tests of what is made of them.
+    pub(super) fn results() -> Results {
+        let cell = |contender, depth, rates: [f64; 3]| Cell {
+            load: Load::new(Workload::RandRead, 4096, depth),
+            contender,
+            samples: rates
+                .map(|iops| Sample {
+                    iops,
+                    p50_ns: 1000,
+                    p90_ns: 2000,
+                    p99_ns: 3000,
+                    p999_ns: 4000,
+                    p9999_ns: 5000,
+                    max_ns: 6000,
+                    server_cpu_us_per_request: None,
+                    client_waited: Some(0.25),
+                })
+                .into(),
+            costs: (contender == Contender::Bessel)
+                .then_some(Costs { system_calls: Some(0.125), instructions: None }),
+        };
+        let place = Place {
+            directory: "/dev/shm".into(),
+            tmpfs: true,
+            cells: vec![
+                cell(Contender::QsdUring, 1, [9.0, 9.0, 9.0]),
+                cell(Contender::QsdUring, 32, [100.0, 200.0, 9000.0]),
+                cell(Contender::Bessel, 32, [500.0, 1.0, 300.0]),
+            ],
+            left_out: vec!["qsd io_uring, snapshotted: a raw file has no snapshots".into()],
+        };
+        let version = |contender| Version { contender, version: "1.0".into() };
+        Results {
+            unix_seconds: 0,
+            machine: "machine".into(),
+            command: vec!["bessel-bench".into(), "compare".into()],
+            size_bytes: 1 << 30,
+            seconds: 5.0,
+            rounds: 3,
+            poll: Poll::Adaptive,
+            contenders: vec![version(Contender::QsdUring), version(Contender::Bessel)],
+            skipped: vec!["spdk aio: not there".into()],
+            places: vec![place],
+        }
+    }
+
     #[test]
-    fn figures_are_found_in_the_output_of_fio() {
-        let output = br#"note: something
-            {"jobs": [{"usr_cpu": 10.0, "sys_cpu": 40.0, "read": {"iops": 100000.0, "clat_ns":
-            {"max": 9, "percentile": {"50.000000": 1, "99.000000": 2, "99.900000": 3}}}}]}"#;
-        let sample = parse_fio(output, Workload::RandRead).unwrap();
-        assert_eq!((sample.p50_ns, sample.p99_ns, sample.p999_ns, sample.max_ns), (1, 2, 3, 9));
-        assert_eq!(sample.server_cpu_us_per_request, Some(5.0));
-        assert!(parse_fio(output, Workload::RandWrite).is_err());
-        assert!(parse_fio(b"fio: failed", Workload::RandRead).is_err());
+    fn contenders_of_one_load_are_side_by_side_and_what_they_cannot_do_is_left_out() {
+        let written = Load::new(Workload::RandRead, 4096, 1);
+        let snapshotted = Load { state: State::Snapshotted, ..written };
+        let contenders =
+            [Contender::QsdUring, Contender::QsdThreads, Contender::QsdQcow2, Contender::BareUring];
+        let loads = [written, snapshotted, Load { depth: 32, ..snapshotted }];
+        let (cells, left_out) = empty_cells(&loads, &contenders, false);
+        let found: Vec<_> = cells.iter().map(|it| (it.contender, it.load.state)).collect();
+        let expected = [
+            (Contender::QsdUring, State::Written),
+            (Contender::QsdQcow2, State::Written),
+            (Contender::BareUring, State::Written),
+            (Contender::QsdQcow2, State::Snapshotted),
+            (Contender::QsdQcow2, State::Snapshotted),
+        ];
+        assert_eq!(found, expected);
+        assert_eq!(left_out.len(), 3, "each reason once: {left_out:?}");
+        let (_, left_out) = empty_cells(&loads[..1], &contenders, true);
+        assert!(left_out.is_empty(), "{left_out:?}");
+    }
+
+    #[test]
+    fn each_file_is_filled_once_and_by_a_server_where_there_is_one() {
+        let written = Load::new(Workload::RandRead, 4096, 1);
+        let empty = Load { state: State::Empty, ..written };
+        let contenders = [Contender::BareUring, Contender::QsdUring, Contender::Bessel];
+        let (cells, _) = empty_cells(&[written, empty], &contenders, true);
+        let disks = disks_to_fill(&cells);
+        let expected = [(Contender::QsdUring, State::Written), (Contender::Bessel, State::Written)];
+        assert_eq!(disks, expected);
+        let (cells, _) = empty_cells(&[written], &contenders[..1], true);
+        assert_eq!(disks_to_fill(&cells), [(Contender::BareUring, State::Written)]);
     }
 }

@@ -64,8 +64,10 @@ pub(crate) struct Latency {
     pub(crate) count: u64,
     pub(crate) mean: u64,
     pub(crate) p50: u64,
+    pub(crate) p90: u64,
     pub(crate) p99: u64,
     pub(crate) p999: u64,
+    pub(crate) p9999: u64,
     pub(crate) max: u64,
 }
 
@@ -75,8 +77,10 @@ impl Latency {
             count: histogram.len(),
             mean: histogram.mean() as u64,
             p50: histogram.value_at_quantile(0.5),
+            p90: histogram.value_at_quantile(0.9),
             p99: histogram.value_at_quantile(0.99),
             p999: histogram.value_at_quantile(0.999),
+            p9999: histogram.value_at_quantile(0.9999),
             max: histogram.max(),
         })
     }

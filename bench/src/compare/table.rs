@@ -2,13 +2,9 @@
 
 use std::fmt::Write as _;
 
-use super::{Cell, Place, Results, Sample};
-use crate::report::WAIT_TOLERATED;
-use crate::server::Contender;
+use super::summary::{Summary, warning};
+use super::{Cell, Place, Results};
 use crate::size;
-
-/// What the last column divides by.
-const REFERENCE: Contender = Contender::QsdUring;
 
 /// A table for each directory, one line for each load and contender.
 pub(super) fn render(results: &Results) -> String {
@@ -20,86 +16,57 @@ pub(super) fn render(results: &Results) -> String {
 }
 
 fn render_place(text: &mut String, results: &Results, place: &Place) -> std::fmt::Result {
-    let medium = if place.tmpfs { "tmpfs" } else { "O_DIRECT" };
     writeln!(
         text,
-        "\n{} ({medium}): written disk of {}, requests of {}, medians of {} x {} s\n",
+        "\n{} ({}): disk of {}, medians of {} x {} s\n",
         place.directory.display(),
+        place.medium(),
         size::format(results.size_bytes),
-        size::format(results.block_bytes.into()),
         results.rounds,
         results.seconds
     )?;
+    let names = place.cells.iter().map(|cell| cell.load.name().chars().count());
+    let width = names.max().unwrap_or(0).max("load".len());
     writeln!(
         text,
-        "{:<10} {:>5}  {:<13} {:>8} {:>9} {:>9} {:>9} {:>8} {:>7}",
+        "{:<width$} {:>5}  {:<13} {:>8} {:>9} {:>9} {:>9} {:>8} {:>7}",
         "load", "depth", "server", "k IOPS", "p50 µs", "p99 µs", "p99.9 µs", "CPU µs", "ratio"
     )?;
     for cell in &place.cells {
-        let reference = place.cells.iter().find(|other| {
-            other.contender == REFERENCE
-                && (other.workload, other.depth) == (cell.workload, cell.depth)
-        });
-        render_cell(text, cell, reference)?;
+        if let Some(summary) = Summary::of(place, cell) {
+            render_cell(text, cell, &summary, width)?;
+        }
     }
-    render_warning(text, place)
+    for left_out in &place.left_out {
+        writeln!(text, "\nleft out: {left_out}")?;
+    }
+    warning(place).map_or(Ok(()), |warning| writeln!(text, "\n{warning}"))
 }
 
-/// Says when the machine was too busy to believe the figures.
-fn render_warning(text: &mut String, place: &Place) -> std::fmt::Result {
-    let samples = place.cells.iter().flat_map(|cell| &cell.samples);
-    let waits: Vec<f64> = samples.filter_map(|sample| sample.client_waited).collect();
-    let busy = waits.iter().filter(|waited| **waited > WAIT_TOLERATED).count();
-    if busy == 0 {
-        return Ok(());
-    }
-    let worst = waits.iter().copied().fold(0.0, f64::max) * 100.0;
+fn render_cell(
+    text: &mut String,
+    cell: &Cell,
+    summary: &Summary,
+    width: usize,
+) -> std::fmt::Result {
     writeln!(
         text,
-        "\nBUSY: in {busy} of {} measurements other work took the client's core, for up to \
-         {worst:.0} % of the time; measure again on an idle machine",
-        waits.len()
-    )
-}
-
-fn render_cell(text: &mut String, cell: &Cell, reference: Option<&Cell>) -> std::fmt::Result {
-    let median = |value: fn(&Sample) -> f64| median(cell.samples.iter().map(value).collect());
-    let cpu = median_of_some(cell.samples.iter().map(|s| s.server_cpu_us_per_request).collect());
-    let cpu = cpu.map_or("-".into(), |cpu| format!("{cpu:.2}"));
-    let iops = median(|sample| sample.iops);
-    let ratio = reference
-        .map(|cell| self::median(cell.samples.iter().map(|sample| sample.iops).collect()))
-        .filter(|reference| *reference > 0.0)
-        .map_or("-".into(), |reference| format!("{:.2}", iops / reference));
-    writeln!(
-        text,
-        "{:<10} {:>5}  {:<13} {:>8.1} {:>9.1} {:>9.1} {:>9.1} {:>8} {:>7}",
-        cell.workload.name(),
-        cell.depth,
+        "{:<width$} {:>5}  {:<13} {:>8.1} {:>9.1} {:>9.1} {:>9.1} {:>8} {:>7}",
+        cell.load.name(),
+        cell.load.depth,
         cell.contender.name(),
-        iops / 1e3,
-        median(|sample| sample.p50_ns as f64) / 1e3,
-        median(|sample| sample.p99_ns as f64) / 1e3,
-        median(|sample| sample.p999_ns as f64) / 1e3,
-        cpu,
-        ratio
+        summary.iops / 1e3,
+        summary.latency_us("p50"),
+        summary.latency_us("p99"),
+        summary.latency_us("p99.9"),
+        two_decimals(summary.server_cpu_us_per_request),
+        two_decimals(summary.ratio)
     )
 }
 
-/// The middle value; the mean of the two in the middle when there are two; 0 of nothing.
-fn median(mut values: Vec<f64>) -> f64 {
-    values.sort_by(f64::total_cmp);
-    let count = values.len();
-    match (count, count % 2) {
-        (0, _) => 0.0,
-        (_, 1) => values[count / 2],
-        _ => (values[count / 2 - 1] + values[count / 2]) / 2.0,
-    }
-}
-
-fn median_of_some(values: Vec<Option<f64>>) -> Option<f64> {
-    let known: Vec<f64> = values.into_iter().flatten().collect();
-    (!known.is_empty()).then(|| median(known))
+/// A figure that may not be known.
+pub(super) fn two_decimals(value: Option<f64>) -> String {
+    value.map_or("-".into(), |value| format!("{value:.2}"))
 }
 
 #[cfg(test)]
@@ -107,52 +74,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_median_is_the_middle() {
-        assert_eq!(median(vec![3.0, 1.0, 2.0]), 2.0);
-        assert_eq!(median(vec![4.0, 1.0, 2.0, 3.0]), 2.5);
-        assert_eq!(median(vec![]), 0.0);
-    }
-
-    #[test]
-    fn a_ratio_compares_medians_of_the_same_load() {
-        let cell = |contender, depth, rates: [f64; 3]| Cell {
-            workload: crate::plan::Workload::RandRead,
-            depth,
-            contender,
-            samples: rates
-                .map(|iops| Sample {
-                    iops,
-                    p50_ns: 1,
-                    p99_ns: 1,
-                    p999_ns: 1,
-                    max_ns: 1,
-                    server_cpu_us_per_request: None,
-                    client_waited: Some(0.25),
-                })
-                .into(),
-        };
-        let place = Place {
-            directory: "/dev/shm".into(),
-            tmpfs: true,
-            cells: vec![
-                cell(Contender::QsdUring, 1, [9.0, 9.0, 9.0]),
-                cell(Contender::QsdUring, 32, [100.0, 200.0, 9000.0]),
-                cell(Contender::Bessel, 32, [500.0, 1.0, 300.0]),
-            ],
-        };
-        let results = Results {
-            unix_seconds: 0,
-            machine: "machine".into(),
-            size_bytes: 1 << 30,
-            block_bytes: 4096,
-            seconds: 5.0,
-            rounds: 3,
-            poll: crate::server::Poll::Adaptive,
-            places: vec![place],
-        };
-        let text = render(&results);
+    fn a_table_has_a_line_for_each_cell_and_says_what_was_left_out() {
+        let text = render(&super::super::tests::results());
         let bessel = text.lines().find(|line| line.contains("bessel")).unwrap();
         assert!(bessel.ends_with("1.50"), "{text}");
         assert!(text.contains("BUSY: in 9 of 9"), "{text}");
+        assert!(text.contains("left out: qsd io_uring, snapshotted: a raw file"), "{text}");
     }
 }

@@ -12,7 +12,7 @@ use crate::clock::Clock;
 use crate::load::{self, AfterWrite, Options};
 use crate::plan::Workload;
 use crate::report::Report;
-use crate::server::{Contender, Poll, START_TIMEOUT, Scratch, Server, Site};
+use crate::server::{Contender, Poll, START_TIMEOUT, Scratch, Server, Serving, Site};
 use crate::{cli, interrupt, process};
 
 /// The volume that is there from the start.
@@ -89,7 +89,7 @@ impl<'a> Bench<'a> {
             poll: Poll::Adaptive,
             bessel: Some(plan.bessel.clone()),
         };
-        let mut server = site.start(Contender::Bessel)?;
+        let mut server = site.start(Serving::written(Contender::Bessel))?;
         let api = Api { socket: site.api_socket() };
         server.wait_for(&api.socket)?;
         Ok(Self { plan, server: Some(server), api, site })
@@ -104,7 +104,7 @@ impl<'a> Bench<'a> {
     pub(super) fn restart(&mut self, socket: &Path) -> Result<Duration, String> {
         drop(self.server.take());
         let clock = Clock::start();
-        self.server = Some(self.site.start(Contender::Bessel)?);
+        self.server = Some(self.site.start(Serving::written(Contender::Bessel))?);
         self.load(Options {
             socket: socket.to_owned(),
             requests: Some(1),
