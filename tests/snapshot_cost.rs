@@ -123,3 +123,33 @@ fn a_turn_writes_few_images_however_many_nodes_have_changed() {
         assert!(reads >= TURNS / 2, "{what}: {reads} reads ended in {} turns", turns.len());
     }
 }
+
+/// What time cannot show on a shared machine: reads do the same, however many snapshots are behind.
+#[test]
+fn reads_cost_the_device_the_same_with_snapshots_behind() {
+    let config = WorldConfig { schedule: Schedule::AtOnce, ..WorldConfig::new(1) };
+    let mut world = World::new(config);
+    let volume = world.create(ByteCount::new(1 << 30)).unwrap();
+    for leaf in 0..20 {
+        world.write(volume, leaf * LEAF, 64).unwrap();
+    }
+    let cost_of_reads = |world: &mut World| {
+        world.settle().unwrap();
+        world.disk.trace();
+        for leaf in 0..20 {
+            for block in 0..8 {
+                world.read(volume, leaf * LEAF + block * SECTORS_PER_BLOCK, 8).unwrap();
+            }
+        }
+        world.disk.trace().len()
+    };
+    let none = cost_of_reads(&mut world);
+    assert_eq!(none, 20 * 8, "one operation each");
+    for count in 1..=300 {
+        world.write(volume, count % 20 * LEAF, 8).unwrap();
+        world.snapshot(volume).unwrap();
+        if [1, 10, 100, 300].contains(&count) {
+            assert_eq!(cost_of_reads(&mut world), none, "{count} snapshots behind");
+        }
+    }
+}
