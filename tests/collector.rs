@@ -364,13 +364,7 @@ fn a_collection_waits_until_what_it_has_read_is_durable() {
         steps(&mut world, 1000);
         if power_fails {
             // What bitmaps say is kept, the leaf is not.
-            let extents = world.extents();
-            let keep = |block| {
-                let kind = extents.kind_of(block);
-                matches!(kind, ExtentType::Data | ExtentType::Metadata)
-                    && !extents.holds(block, kind)
-            };
-            world.crash(Keep::Where(&keep));
+            world.crash_keeping_bitmaps();
             world.recover();
         } else {
             assert!(world.collections().is_empty());

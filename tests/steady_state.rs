@@ -67,10 +67,10 @@ struct Bench {
 }
 
 impl Bench {
-    fn new(cache: CacheMode) -> Self {
+    fn new(cache: CacheMode, capacity: ByteCount) -> Self {
         let config =
             ShardConfig { index: 0, node_cache: ByteCount::new(4 << 20), requests_max: 64 };
-        let mut device = MemoryDevice::new(CAPACITY, config.device_depth() as u32 + 64);
+        let mut device = MemoryDevice::new(capacity, config.device_depth() as u32 + 64);
         let options = FormatOptions {
             extent_size: Some(ByteCount::new(4 << 20)),
             force: false,
@@ -182,7 +182,7 @@ fn anywhere(random: &mut Random) -> u64 {
 #[test]
 fn the_steady_state_leaves_the_heap_alone() {
     for cache in [CacheMode::Writeback, CacheMode::Writethrough] {
-        let mut bench = Bench::new(cache);
+        let mut bench = Bench::new(cache, CAPACITY);
         bench.allocates_nothing("writes", |r| (IoKind::Write, anywhere(r), 8));
         bench.allocates_nothing("reads", |r| (IoKind::Read, anywhere(r), 32));
         bench.allocates_nothing("small writes", |r| (IoKind::Write, anywhere(r) + 3, 3));
@@ -199,6 +199,30 @@ fn the_steady_state_leaves_the_heap_alone() {
             (kind, aligned + r.below(2), 1 + r.below(24))
         });
     }
+}
+
+/// What reads cost with `SNAPSHOTS` behind, in instructions, which no neighbour changes. callgrind counts
+/// those of [`measured_reads`]: bench/README.md, "Snapshots", has the command.
+#[test]
+#[ignore = "to be run under callgrind"]
+fn reads_with_snapshots_behind() {
+    let count = std::env::var("SNAPSHOTS").ok().map_or(0, |count| count.parse().expect("a number"));
+    let mut bench = Bench::new(CacheMode::Writeback, ByteCount::new(1 << 30));
+    bench.run(40_000, |r| (IoKind::Write, anywhere(r), 8));
+    let volume = bench.volume;
+    for _ in 0..count {
+        bench.run(1, |r| (IoKind::Write, anywhere(r), 8));
+        let time = WallTime::from_unix_nanos(4);
+        let reply = bench.command(Command::Snapshot { volume, label: None, time });
+        assert!(matches!(reply, Reply::Snapshot(_)), "{reply:?}");
+    }
+    bench.run(20_000, |r| (IoKind::Read, anywhere(r), 8));
+    measured_reads(&mut bench);
+}
+
+#[inline(never)]
+fn measured_reads(bench: &mut Bench) {
+    bench.run(100_000, |r| (IoKind::Read, anywhere(r), 8));
 }
 
 #[test]

@@ -337,13 +337,7 @@ fn blocks_wait_until_it_is_durable_that_nothing_leads_to_them() {
 
         if power_fails {
             // What bitmaps say is kept, the leaf is not.
-            let extents = world.extents();
-            let keep = |block| {
-                let kind = extents.kind_of(block);
-                matches!(kind, ExtentType::Data | ExtentType::Metadata)
-                    && !extents.holds(block, kind)
-            };
-            world.crash(Keep::Where(&keep));
+            world.crash_keeping_bitmaps();
             world.recover();
         } else {
             assert_eq!(world.reclaimed().1, 0);

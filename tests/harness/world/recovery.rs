@@ -74,6 +74,16 @@ impl World {
         self.model.crash();
     }
 
+    /// Cuts the power, and of all that was not durable only what bitmaps say is kept.
+    pub fn crash_keeping_bitmaps(&mut self) {
+        let extents = self.extents();
+        let is_bitmap = |block| {
+            let kind = extents.kind_of(block);
+            matches!(kind, ExtentType::Data | ExtentType::Metadata) && !extents.holds(block, kind)
+        };
+        self.crash(Keep::Where(&is_bitmap));
+    }
+
     /// Kills the process: what the disk has taken it keeps, and so does memory that was made to
     /// outlive it. [`World::recover`] comes next.
     pub fn kill(&mut self) {
