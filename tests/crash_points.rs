@@ -318,6 +318,32 @@ macro_rules! each {
 
 bessel_tests::for_each_operation!(each);
 
+/// A loop over an operation that does nothing would find nothing.
+#[test]
+fn diffs_and_schedules_do_their_work_in_the_loops() {
+    const ON: &str = "the power is on";
+    for pace in [Pace::InTurn, Pace::AtOnce] {
+        let mut world = World::new(WorldConfig::new(3));
+        let act = |world: &mut World, name: &str| {
+            let operation = operation(name);
+            (operation.prepare)(world).expect(ON);
+            (operation.act)(&mut Actor::new(world, pace)).expect(ON);
+            world.idle().expect(ON);
+            *world.volumes().first().expect("it was prepared")
+        };
+        let volume = act(&mut world, "diff_of_snapshots");
+        assert_eq!(world.diffs(), 1);
+        // The oldest one was refused and the one between went.
+        assert_eq!(world.model.snapshots(volume), [0, 2, 3]);
+        assert_eq!(world.reclaimed().1, 1);
+        let mut world = World::new(WorldConfig::new(4));
+        let volume = act(&mut world, "a_schedule_takes_and_thins");
+        let there = world.snapshots(volume).expect(ON);
+        let thinned = there.iter().filter(|it| it.deleted).count();
+        assert!(there.len() > 4 && thinned > 0, "{there:?}");
+    }
+}
+
 /// A hole below a node that a clone shares with its origin: whose rounds would it wait for?
 #[test]
 fn zeroing_a_shared_hole_completes_in_a_writethrough_clone() {

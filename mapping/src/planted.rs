@@ -186,6 +186,8 @@ bugs! {
     FreedNodesRemembered,
     /// A diff does not look into what the later tree has nothing of.
     DiffPassesOverHoles,
+    /// A diff takes nodes that cannot be read for empty ones.
+    DiffTakesUnreadableForEmpty,
     // The collector.
     /// Claims that are open at the checkpoint of a collection count as retired.
     ClaimsNotRetired,

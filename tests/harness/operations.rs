@@ -5,7 +5,10 @@
 //! that other operations have left behind or whose device fails, so that sequences can be made of
 //! them: an operation that finds nothing to work on does nothing.
 
+use std::time::Duration;
+
 use bessel_mapping::request::{CacheMode, IoKind, Reply, SnapshotId, VolumeId};
+use bessel_mapping::schedule::{Keep, Schedule};
 use bessel_reactor::units::{ByteCount, SECTORS_PER_BLOCK};
 
 use crate::world::{Action, PowerCut, World};
@@ -610,6 +613,57 @@ operations! {
         a.write(LEAF, block(1))?;
         a.io(Discard, 0, LEAF)?;
         a.world.await_collection()
+    };
+    diff_of_snapshots: |w| {
+        wide(w)?;
+        for leaf in 0..3 {
+            write(w, leaf * LEAF, block(2))?;
+        }
+        w.snapshot(first(w))?;
+        write(w, 0, block(2))?;
+        w.io(first(w), Discard, LEAF, LEAF)?;
+        w.snapshot(first(w))?;
+        write(w, 0, block(1))?;
+        write(w, MIDDLE, block(2))?;
+        w.snapshot(first(w))?;
+        flush(w)
+    }, |a| {
+        // What it reads is not deleted meanwhile, what lies between is.
+        if let Some(volume) = a.first() {
+            let there = a.world.model.snapshots(volume);
+            let id = |sequence: &u64| SnapshotId { volume, sequence: *sequence };
+            if let Some(newest) = there.last().map(id) {
+                let oldest = there.first().map(id).filter(|oldest| *oldest != newest);
+                a.world.start_diff(oldest, newest)?;
+            }
+            for snapshot in there.iter().take(2).map(id) {
+                a.ask(Action::DeleteSnapshot { snapshot })?;
+            }
+        }
+        a.write(0, 24)?;
+        a.io(Discard, MIDDLE, block(1))?;
+        a.snapshot(a.first())?;
+        a.write(LEAF, 8)?;
+        a.world.await_diff()
+    };
+    a_schedule_takes_and_thins: |w| {
+        written(w)?;
+        w.snapshot(first(w)).map(drop)
+    }, |a| {
+        let Some(volume) = a.first() else { return Ok(()) };
+        let every = Duration::from_millis(100);
+        a.world.set_schedule(volume, Schedule { every, keep: Keep::Newest(2) });
+        for round in 0..5 {
+            a.world.pass(Duration::from_micros(150));
+            a.world.run_schedules();
+            a.write(round * 12, 12)?;
+            a.flush()?;
+            a.world.await_schedule(volume)?;
+        }
+        a.world.run_schedules();
+        a.world.await_schedule(volume)?;
+        a.world.drop_schedule(volume);
+        Ok(())
     };
     rename_a_volume: written, |a| {
         let name = a.world.fresh_name();

@@ -402,6 +402,7 @@ impl World {
         progress |= self.deliver_mail();
         progress |= self.step_reclaims();
         progress |= self.step_collection();
+        progress |= self.step_diff();
         self.resubmit();
         self.now = self.now.after(Duration::from_nanos(self.random.below(20_000)));
         self.tell_observer();
@@ -489,6 +490,7 @@ impl World {
                 && world.shards.iter().all(|s| s.deadline().is_none())
                 && world.reclaims.is_idle()
                 && world.collects.is_idle()
+                && world.diffs.is_idle()
                 || world.now >= end
         })
     }
@@ -674,7 +676,15 @@ impl World {
         match action {
             Action::Create { name, size } => self.start_create(&name, size, None, true),
             Action::CreateUnpublished { name, size } => self.start_create(&name, size, None, false),
-            action => self.start_act(action),
+            action => match self.spare_diffed(action) {
+                Some(action) => self.start_act(action),
+                None => {
+                    let ticket = self.ticket();
+                    let refused = Reply::Failed(CommandError::InUse);
+                    self.outcomes.insert(ticket, Outcome::Reply(refused));
+                    ticket
+                }
+            },
         }
     }
 

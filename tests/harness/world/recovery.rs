@@ -116,6 +116,7 @@ impl World {
         }
         self.reclaims.clear();
         self.collects.clear();
+        self.diffs.clear();
         self.shards.clear(); // Before the guest memory that their requests point to.
         self.requests.clear();
         self.waiting.clear();
@@ -136,6 +137,7 @@ impl World {
         }
         self.reclaims.clear();
         self.collects.clear();
+        self.diffs.clear();
         self.settle()?;
         // The authority last: the others give their claims back to it.
         for shard in (0..self.shards.len()).rev() {

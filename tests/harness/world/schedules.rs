@@ -6,7 +6,7 @@ use bessel_mapping::request::{Reply, VolumeId, deletions};
 use bessel_mapping::schedule::{Age, Keep, Known, Schedule, Timetable};
 use bessel_reactor::clock::{Instant, WallTime};
 
-use super::{Action, Outcome, Ticket, World};
+use super::{Action, Outcome, PowerCut, Ticket, World};
 
 /// Nanoseconds of a schedule in one of the world, in which a life lasts some milliseconds.
 const SCHEDULE_SCALE: u64 = 1000;
@@ -37,11 +37,30 @@ impl World {
             _ => Keep::All,
         };
         let every = milliseconds(100 + self.random.below(900));
+        self.set_schedule(volume, Schedule { every, keep });
+    }
+
+    /// Gives a volume a schedule, in whose time the world's microseconds are milliseconds.
+    pub fn set_schedule(&mut self, volume: VolumeId, schedule: Schedule) {
         let known = |(sequence, time)| Known { sequence, time, labelled: false };
         let live: Vec<Known> = self.model.unlabelled(volume).into_iter().map(known).collect();
-        let table = Timetable::new(Schedule { every, keep }, self.schedule_time().0, live);
+        let table = Timetable::new(schedule, self.schedule_time().0, live);
         let running = Running { table, taking: None, thinning: Vec::new(), thinned: Vec::new() };
         self.schedules.insert(volume, running);
+    }
+
+    /// Goes on until everything has been answered that a volume's schedule has asked for.
+    pub fn await_schedule(&mut self, volume: VolumeId) -> Result<(), PowerCut> {
+        self.run_until(|world| {
+            let running = world.schedules.get(&volume);
+            let mut asked = running.into_iter().flat_map(|it| it.taking.iter().chain(&it.thinning));
+            asked.all(|ticket| world.outcomes.contains_key(ticket))
+        })
+    }
+
+    /// Takes a volume's schedule away.
+    pub fn drop_schedule(&mut self, volume: VolumeId) {
+        self.schedules.remove(&volume);
     }
 
     fn schedule_time(&self) -> (Instant, WallTime) {
