@@ -3,9 +3,10 @@
 //! Whoever keeps time asks a [`Timetable`] what is due and tells it what came of that; the daemon does
 //! so on a thread of its own, the simulator in virtual time. It holds no clock and speaks to no shard.
 //!
-//! A volume has at most one scheduled snapshot under way. When the next is due before it is answered,
-//! that one is skipped and counted: a slow device gets fewer snapshots, not a queue of them. Nor is a
-//! stall made up for afterwards.
+//! A volume has at most [`IN_FLIGHT_MAX`] scheduled snapshots under way: one that takes longer than it
+//! is to the next does not stop that. When the next is due and none of them is answered, that one is
+//! skipped and counted: a slow device gets fewer snapshots, not a queue of them. Nor is a stall made up
+//! for afterwards.
 //!
 //! A volume may have a million snapshots. What a schedule knows of them it is told in pieces, and thinning
 //! looks at some thousands at a time; it begins when all are known.
@@ -24,6 +25,9 @@ pub const EVERY_MIN: Duration = Duration::from_millis(1);
 pub const EVERY_MAX: Duration = Duration::from_secs(365 * 24 * 3600);
 /// Most ages in a [`Keep`]: ten years in steps of 3 are 16 from a millisecond on.
 pub const AGES_MAX: usize = 16;
+/// Most snapshots of a schedule under way: enough for a device that takes 8 ms for one where one is due
+/// every millisecond.
+pub const IN_FLIGHT_MAX: usize = 8;
 /// Least time between two rounds of thinning: each writes the log blocks of what goes.
 const THIN_INTERVAL: Duration = Duration::from_secs(1);
 /// Snapshots that thinning looks at, and most that go, at once: those after them follow soon.
@@ -199,7 +203,7 @@ fn place(time: WallTime, ages: &[Age], now: WallTime) -> Option<Place> {
 pub struct ScheduleCounters {
     /// Snapshots taken.
     pub taken: u64,
-    /// Snapshots that were due and not taken, since the one before was still under way or nobody asked
+    /// Snapshots that were due and not taken, since too many before were still under way or nobody asked
     /// in time.
     pub skipped: u64,
     /// Snapshots deleted because they were not to be kept.
@@ -277,8 +281,8 @@ pub struct Timetable {
     schedule: Schedule,
     due: Instant,
     thin_due: Instant,
-    /// A snapshot is under way.
-    taking: bool,
+    /// Snapshots under way.
+    in_flight: usize,
     /// A deletion is.
     thinning: bool,
     live: Live,
@@ -310,7 +314,7 @@ impl Timetable {
             thin_due: now.after(schedule.every.max(THIN_INTERVAL)),
             schedule,
             due: now,
-            taking: false,
+            in_flight: 0,
             thinning: false,
             live: Live::default(),
             complete: false,
@@ -340,9 +344,9 @@ impl Timetable {
         if self.due <= now {
             let every = self.schedule.every.as_nanos() as u64;
             let missed = now.since(self.due).as_nanos() as u64 / every;
-            self.counters.skipped += missed + u64::from(self.taking);
-            due.snapshot = !self.taking;
-            self.taking = true;
+            due.snapshot = self.in_flight < IN_FLIGHT_MAX;
+            self.counters.skipped += missed + u64::from(!due.snapshot);
+            self.in_flight += usize::from(due.snapshot);
             self.due = self.due.after(Duration::from_nanos(every.saturating_mul(missed + 1)));
         }
         if self.thin_due <= now {
@@ -403,27 +407,26 @@ impl Timetable {
         }
     }
 
-    /// True while an answer to a snapshot is waited for.
-    pub fn is_taking(&self) -> bool {
-        self.taking
+    fn answered(&mut self) {
+        self.in_flight = self.in_flight.checked_sub(1).expect("who answers was asked");
     }
 
-    /// The snapshot that was due is there.
+    /// A snapshot that was due is there.
     pub fn taken(&mut self, sequence: u64, time: WallTime) {
-        self.taking = false;
+        self.answered();
         self.counters.taken += 1;
         self.note(Known { sequence, time, labelled: false });
     }
 
-    /// The snapshot that was due could not be taken.
+    /// A snapshot that was due could not be taken.
     pub fn failed(&mut self) {
-        self.taking = false;
+        self.answered();
         self.counters.failed += 1;
     }
 
     /// The snapshot that was due could not even be asked for.
     pub fn skipped(&mut self) {
-        self.taking = false;
+        self.answered();
         self.counters.skipped += 1;
     }
 
@@ -682,7 +685,7 @@ mod tests {
     }
 
     #[test]
-    fn a_snapshot_that_is_late_costs_the_next_one_and_a_stall_is_not_made_up() {
+    fn late_snapshots_cost_the_next_one_when_there_are_many_and_a_stall_is_not_made_up() {
         let mut table = timetable(Keep::All);
         let snapshot_at = |table: &mut Timetable, milliseconds| {
             let (now, wall) = at(milliseconds);
@@ -690,15 +693,18 @@ mod tests {
         };
         assert!(snapshot_at(&mut table, 0));
         assert!(!snapshot_at(&mut table, 9), "not due");
-        assert!(!snapshot_at(&mut table, 10), "not answered");
-        table.taken(0, at(12).1);
-        assert!(!snapshot_at(&mut table, 19), "not made up");
-        assert!(snapshot_at(&mut table, 20));
+        for late in 1..IN_FLIGHT_MAX as u64 {
+            assert!(snapshot_at(&mut table, 10 * late), "{late} are not answered");
+        }
+        assert!(!snapshot_at(&mut table, 80), "none is answered");
+        table.taken(0, at(82).1);
+        assert!(!snapshot_at(&mut table, 89), "not made up");
+        assert!(snapshot_at(&mut table, 90));
         table.failed();
-        assert!(snapshot_at(&mut table, 95), "after a stall");
-        assert_eq!(table.next(), at(100).0, "in step with the start");
-        table.taken(1, at(95).1);
-        assert!(snapshot_at(&mut table, 100));
+        assert!(snapshot_at(&mut table, 165), "after a stall");
+        assert_eq!(table.next(), at(170).0, "in step with the start");
+        table.taken(1, at(165).1);
+        assert!(snapshot_at(&mut table, 170));
         let ScheduleCounters { taken, skipped, failed, .. } = table.counters();
         assert_eq!((taken, skipped, failed), (2, 1 + 6, 1));
     }

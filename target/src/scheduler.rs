@@ -14,11 +14,11 @@
 use crate::attach::{Answer, CoreMessage, CorePort};
 use crate::control::Control;
 use bessel_mapping::request::{Command, CommandError, Reply, VolumeHandle, VolumeId};
-use bessel_mapping::schedule::{Known, Schedule, ScheduleCounters, Timetable};
+use bessel_mapping::schedule::{IN_FLIGHT_MAX, Known, Schedule, ScheduleCounters, Timetable};
 use bessel_reactor::clock::{Instant, SystemClock};
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::mpsc::{self, Receiver, RecvTimeoutError, SyncSender, TryRecvError, sync_channel};
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError, SyncSender, sync_channel};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -217,7 +217,7 @@ struct Running {
     port: CorePort,
     table: Timetable,
     progress: Arc<Progress>,
-    /// Where its home answers: with room for the one answer that can be under way.
+    /// Where its home answers: with room for all answers that can be under way.
     answers: (SyncSender<Answer>, Receiver<Answer>),
     /// The volume has failed: nothing more until it is attached again.
     paused: bool,
@@ -302,7 +302,7 @@ impl Timer {
         self.forget(volume);
         let table = Timetable::begin(schedule, self.clock.now());
         self.due.insert((table.next(), volume));
-        let answers = sync_channel(1);
+        let answers = sync_channel(IN_FLIGHT_MAX);
         let running =
             Running { name, handle, port, table, progress, answers, paused: false, said: None };
         self.running.insert(volume, running);
@@ -323,7 +323,7 @@ impl Timer {
             };
             self.due.remove(&(due, volume));
             let running = self.running.get_mut(&volume).expect("what is due runs");
-            running.take_answer();
+            running.take_answers();
             if running.paused {
                 continue; // Not due any more.
             }
@@ -360,29 +360,25 @@ impl Running {
         }
     }
 
-    /// Takes in the answer to the snapshot under way, if it has come.
-    fn take_answer(&mut self) {
-        if !self.table.is_taking() {
-            return;
-        }
-        match self.answers.1.try_recv() {
-            Err(TryRecvError::Empty) => {}
-            Err(TryRecvError::Disconnected) => unreachable!("we hold the other end"),
-            Ok(Answer { reply: Reply::Snapshot(snapshot), .. }) => {
-                self.table.taken(snapshot.id.sequence, snapshot.time);
-                if self.said.take().is_some() {
-                    tracing::info!(volume = self.name, "snapshots are taken again");
-                    self.progress.set_trouble(Trouble::default());
+    /// Takes in the answers to snapshots under way that have come.
+    fn take_answers(&mut self) {
+        while let Ok(Answer { reply, .. }) = self.answers.1.try_recv() {
+            match reply {
+                Reply::Snapshot(snapshot) => {
+                    self.table.taken(snapshot.id.sequence, snapshot.time);
+                    if self.said.take().is_some() {
+                        tracing::info!(volume = self.name, "snapshots are taken again");
+                        self.progress.set_trouble(Trouble::default());
+                    }
                 }
+                Reply::Failed(error) => {
+                    self.table.failed();
+                    self.paused |= matches!(error, CommandError::Latched(_));
+                    self.failed(error.to_string());
+                }
+                reply => unreachable!("a snapshot was answered with {reply:?}"),
             }
-            Ok(Answer { reply: Reply::Failed(error), .. }) => {
-                self.table.failed();
-                self.paused = matches!(error, CommandError::Latched(_));
-                self.failed(error.to_string());
-            }
-            Ok(Answer { reply, .. }) => unreachable!("a snapshot was answered with {reply:?}"),
         }
-        self.progress.publish(self.table.counters());
     }
 
     /// Says why, unless that was the last thing said.

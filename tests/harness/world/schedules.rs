@@ -15,7 +15,7 @@ const SCHEDULE_SCALE: u64 = 1000;
 #[derive(Clone, Debug)]
 pub(super) struct Running {
     table: Timetable,
-    taking: Option<Ticket>,
+    taking: Vec<Ticket>,
     /// Deletions that have not ended, and those that have.
     thinning: Vec<Ticket>,
     thinned: Vec<u64>,
@@ -45,7 +45,7 @@ impl World {
         let known = |(sequence, time)| Known { sequence, time, labelled: false };
         let live: Vec<Known> = self.model.unlabelled(volume).into_iter().map(known).collect();
         let table = Timetable::new(schedule, self.schedule_time().0, live);
-        let running = Running { table, taking: None, thinning: Vec::new(), thinned: Vec::new() };
+        let running = Running { table, taking: Vec::new(), thinning: Vec::new(), thinned: Vec::new() };
         self.schedules.insert(volume, running);
     }
 
@@ -78,7 +78,7 @@ impl World {
             let due = running.table.poll(now, wall);
             if due.snapshot {
                 let action = Action::Snapshot { volume: *volume, label: None };
-                running.taking = Some(self.start(action));
+                running.taking.push(self.start(action));
             }
             // What somebody deletes at this moment, or may have deleted, is not asked for again.
             let there = self.model.snapshots(*volume);
@@ -98,15 +98,13 @@ impl World {
     }
 
     fn take_answers(&mut self, running: &mut Running, wall: WallTime) {
-        if let Some(ticket) = running.taking
-            && let Some(outcome) = self.outcomes.remove(&ticket)
-        {
-            running.taking = None;
-            match outcome {
-                Outcome::Reply(Reply::Snapshot(info)) => {
+        for ticket in std::mem::take(&mut running.taking) {
+            match self.outcomes.remove(&ticket) {
+                None => running.taking.push(ticket),
+                Some(Outcome::Reply(Reply::Snapshot(info))) => {
                     running.table.taken(info.id.sequence, wall);
                 }
-                _ => running.table.failed(),
+                Some(_) => running.table.failed(),
             }
         }
         let waited = !running.thinning.is_empty();
