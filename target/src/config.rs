@@ -21,10 +21,14 @@ use crate::span::parse_span;
 use bessel_mapping::schedule::{Age, Keep, Schedule};
 use bessel_reactor::reactor::usable_cores;
 use bessel_reactor::units::{ByteCount, SECTOR_SIZE};
+use nix::fcntl::{FcntlArg, SealFlag, fcntl};
+use nix::sys::memfd::{MFdFlags, memfd_create};
 use serde::Deserialize;
 use serde::de::{Deserializer, SeqAccess, Visitor};
 use std::fmt;
+use std::fs::File;
 use std::net::{SocketAddr, TcpListener};
+use std::os::fd::AsRawFd as _;
 use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -52,6 +56,8 @@ const VOLUME_SIZE_MIN: ByteCount = ByteCount::new(4096);
 const STORE_SIZE_MIN: ByteCount = ByteCount::new(4 << 20);
 /// Largest store: the reach of a block address on the device (DESIGN, "The store").
 pub(crate) const STORE_SIZE_MAX: ByteCount = ByteCount::new(64 << 50);
+/// A device of this name is no file: the store is made in memory.
+const MEMORY: &str = "memory";
 /// Largest file read as configuration; a real one is a few hundred bytes.
 const FILE_SIZE_MAX: u64 = 1 << 20;
 
@@ -84,8 +90,10 @@ pub(crate) struct Config {
 /// The shared device and how much memory its mapping may take.
 #[derive(Debug)]
 pub(crate) struct StoreConfig {
-    /// Block device or file.
+    /// Block device or file; for a store in memory, what [`Config::make_memory`] has made, once it has.
     pub(crate) device: PathBuf,
+    /// The store is made anew in memory.
+    pub(crate) in_memory: bool,
     /// Size of the file to create when there is none.
     pub(crate) size: Option<ByteCount>,
     /// Memory for radix nodes, all reactors together.
@@ -457,6 +465,38 @@ impl Config {
         parent_of(&self.api.socket)
     }
 
+    /// What the store is called.
+    pub(crate) fn store_name(&self) -> String {
+        match self.store.in_memory {
+            true => MEMORY.to_owned(),
+            false => self.store.device.display().to_string(),
+        }
+    }
+
+    /// Makes the memory of a store that is to live there, as blank as a new file. It lasts as long as
+    /// what is returned, which is nothing for other stores.
+    ///
+    /// # Errors
+    /// When the system has none.
+    pub(crate) fn make_memory(&mut self) -> Result<Option<File>, ConfigError> {
+        let size = self.store.size.filter(|_| self.store.in_memory);
+        let Some(size) = size else { return Ok(None) };
+        let made = (|| {
+            let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING;
+            let memory = File::from(memfd_create("bessel-store", flags)?);
+            memory.set_len(size.get())?;
+            // What is mapped must not go away.
+            let seals = SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SEAL;
+            fcntl(&memory, FcntlArg::F_ADD_SEALS(seals))?;
+            Ok(memory)
+        })();
+        let memory = made.map_err(|error: std::io::Error| {
+            self.device_error(format!("no memory for a store of {}: {error}", size.human()))
+        })?;
+        self.store.device = PathBuf::from(format!("/proc/self/fd/{}", memory.as_raw_fd()));
+        Ok(Some(memory))
+    }
+
     /// Checks device and cores against this machine. Changes nothing.
     pub(crate) fn check_machine(&self) -> Result<(), ConfigError> {
         self.check_device()?;
@@ -625,7 +665,14 @@ fn checked_store(raw: RawStore, source: &Source) -> Result<StoreConfig, ConfigEr
             "the device is empty; name a block device or a file",
         ));
     }
-    Ok(StoreConfig { device: raw.device, size, node_cache })
+    let in_memory = raw.device == Path::new(MEMORY);
+    if in_memory && size.is_none() {
+        return Err(source.error(
+            &[Key("store"), Key("device")],
+            "a store in memory needs a size: add store.size (for a file of this name write ./memory)",
+        ));
+    }
+    Ok(StoreConfig { device: raw.device, in_memory, size, node_cache })
 }
 
 fn checked_reactors(raw: RawReactors, source: &Source) -> Result<ReactorsConfig, ConfigError> {
@@ -862,6 +909,21 @@ gc: { every: 1d, low_space: 5%, rate: 64MiB }
         let off = parse("store: { device: /dev/sdb }\ngc: { low_space: off, rate: unlimited }");
         let nothing = GcConfig { every: None, low_space_percent: None, rate: None };
         assert_eq!(off.unwrap().gc, nothing);
+    }
+
+    #[test]
+    fn a_store_in_memory_needs_a_size_and_gets_memory_of_it() {
+        let error = parse("store: { device: memory }").unwrap_err().to_string();
+        assert!(error.contains("store.size") && error.contains("./memory"), "{error}");
+        let mut config = parse("store: { device: memory, size: 8MiB }").unwrap();
+        assert_eq!(config.store_name(), "memory");
+        let memory = config.make_memory().unwrap().unwrap();
+        assert_eq!(memory.metadata().unwrap().len(), 8 << 20);
+        assert_eq!(config.store_name(), "memory");
+        assert!(config.store.device.exists());
+        let mut file = parse("store: { device: ./memory, size: 8MiB }").unwrap();
+        assert_eq!(file.store_name(), "./memory");
+        assert!(file.make_memory().unwrap().is_none());
     }
 
     #[test]

@@ -61,7 +61,8 @@ const INBOX_MESSAGES: usize = 256;
 pub(crate) fn serve(file: &Path) -> Outcome {
     start_log();
     raise_descriptor_limit();
-    let config = Config::read(file)?;
+    let mut config = Config::read(file)?;
+    let _memory = config.make_memory()?;
     config.check_machine()?;
     // Blocked before any thread starts, so that all of them inherit it and only `wait` sees these.
     let signals = SigSet::from_iter([Signal::SIGTERM, Signal::SIGINT]);
@@ -136,6 +137,7 @@ fn control_plane(
     let store = &life.store;
     let facts = StoreFacts {
         device: config.store.device.clone(),
+        name: config.store_name(),
         uuid: store.superblock.uuid,
         geometry: store.geometry,
         extents: store.extents.clone(),
@@ -330,7 +332,7 @@ fn format(
     let report = store::format(device, &options, &mut |_, _| ())
         .map_err(|error| config.device_error(one_line(&error)))?;
     let size = report.geometry.size().human();
-    tracing::info!("formatted {} as a store of {size}", config.store.device.display());
+    tracing::info!("formatted {} as a store of {size}", config.store_name());
     Ok(())
 }
 

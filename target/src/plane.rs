@@ -78,6 +78,8 @@ pub(crate) struct Home {
 /// The store, as far as it is shown.
 pub(crate) struct StoreFacts {
     pub(crate) device: PathBuf,
+    /// What people call it.
+    pub(crate) name: String,
     pub(crate) uuid: [u8; 16],
     pub(crate) geometry: Geometry,
     /// Shared with the shards, which turn unused extents into data and metadata.
@@ -496,7 +498,7 @@ impl ControlPlane {
     /// What is allocated: everything in extents of a type that is neither free in their bitmaps nor
     /// claimed by a shard for use.
     fn store_view(&self, shards: &[ShardStats]) -> StoreView {
-        let StoreFacts { device, uuid, geometry, extents, .. } = &self.store;
+        let StoreFacts { name, uuid, geometry, extents, .. } = &self.store;
         let space = shards.iter().find_map(|shard| shard.space).unwrap_or_default();
         let claimed_data: u64 = shards.iter().map(|shard| shard.claimed_data).sum();
         let claimed_metadata: u64 = shards.iter().map(|shard| shard.claimed_metadata).sum();
@@ -513,7 +515,7 @@ impl ControlPlane {
             total.blocks_floor() - (geometry.extent_count - 1) * geometry.usable_blocks();
         let free = total.blocks_floor().saturating_sub(overhead + data + metadata);
         StoreView {
-            device: device.display().to_string(),
+            device: name.clone(),
             uuid: view::uuid(uuid),
             total_bytes: total.get(),
             free_bytes: free * BLOCK_SIZE,

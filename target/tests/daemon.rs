@@ -9,6 +9,7 @@ mod support;
 
 use bessel_mapping::format::{SUPERBLOCK_COPIES, Superblock};
 use bessel_reactor::units::BLOCK_SIZE;
+use bessel_tests::guest::{Guest, Options, block};
 use serde_json::Value;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -55,6 +56,44 @@ fn volumes_live_from_creation_to_deletion() {
     assert!(!Path::new(&world.path("api.sock")).exists());
     assert!(!Path::new(&world.path("vm1.sock")).exists());
     assert_eq!(world.json(&format!("check {}", world.path("store.img")))["clean"], true);
+}
+
+#[test]
+fn a_store_in_memory_serves_guests_and_is_gone_at_the_end() {
+    let mut world = World::new("memory");
+    world.store = "memory".to_owned();
+    world.serve(VM1);
+    let store = |world: &World| world.json("stats")["store"].clone();
+    let first = store(&world);
+    assert_eq!(first["device"], "memory");
+    assert_eq!(first["total_bytes"], 64 << 20);
+    let mut guest = Guest::connect(Path::new(&world.path("vm1.sock")), Options::default()).unwrap();
+    let written: Vec<u8> = (0..65536u32).map(|at| (at % 253) as u8).collect();
+    assert_eq!(guest.write(0, 40, &written), block::DONE);
+    world.json("snapshot create vm1 --label before");
+    assert_eq!(guest.write(0, 40, &[9; 512]), block::DONE);
+    let (status, read) = guest.read(0, 40, 65536);
+    assert_eq!((status, &read[..512]), (block::DONE, &[9; 512][..]));
+    assert_eq!(read[512..], written[512..]);
+    world.json("volume create clone --from vm1@before");
+    let mut clone =
+        Guest::connect(Path::new(&world.path("clone.sock")), Options::default()).unwrap();
+    assert_eq!(clone.read(0, 40, 65536), (block::DONE, written));
+    // Threads beside the reactors read it too.
+    let diff = world.json("snapshot diff vm1@before vm1@before");
+    assert_eq!(diff["changed_bytes"], 0);
+    let reactor = world.json("stats")["reactors"][0].clone();
+    assert!(reactor["busy_ns"].as_u64() > Some(0), "{reactor}");
+    assert!(reactor["spun_ns"].as_u64() > Some(0), "{reactor}");
+    drop((guest, clone));
+    world.end("-TERM");
+    assert!(!Path::new("memory").exists() && !Path::new(&world.path("memory")).exists());
+
+    world.serve(VM1);
+    assert_ne!(store(&world)["uuid"], first["uuid"]);
+    assert_eq!(world.json("volume list").as_array().unwrap().len(), 1);
+    assert_eq!(world.json("snapshot list vm1").as_array().unwrap().len(), 0);
+    world.end("-TERM");
 }
 
 #[test]

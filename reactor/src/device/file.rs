@@ -15,7 +15,7 @@ use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::stat::{major, minor};
 use nix::sys::statfs::{FsType, TMPFS_MAGIC, fstatfs};
 
-use super::{DeviceProperties, lock};
+use super::{DeviceProperties, lock, mapped};
 use crate::buffer::BufferPool;
 use crate::sys;
 use crate::units::{ByteCount, SECTOR_SIZE};
@@ -32,7 +32,8 @@ const MEMORY_ALIGNMENT_UNKNOWN: u32 = 4096;
 /// Who carries out reads and writes.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub enum Engine {
-    /// `Uring` where the file can answer without waiting, `Inline` elsewhere.
+    /// `Uring` where the file can answer without waiting, `Mapped` where it is memory that cannot go
+    /// away, `Inline` elsewhere.
     #[default]
     Auto,
     /// io_uring: many operations at once, none of them in the caller's time.
@@ -40,6 +41,9 @@ pub enum Engine {
     /// The system call is made where the operation is queued. Right for tmpfs, whose I/O is a copy:
     /// io_uring hands it to a kernel worker that then fights the polling thread for its core.
     Inline,
+    /// The file is mapped, and the copy made where the operation is queued. For sealed memory files, and
+    /// chosen for these by itself.
+    Mapped,
 }
 
 /// How to open a device.
@@ -195,6 +199,7 @@ pub(super) fn open(path: &Path, options: &OpenOptions) -> Result<OpenFile, OpenE
         true // The page cache, or a file system's metadata and the disk below it.
     };
     let engine = match options.engine {
+        Engine::Auto if in_memory && mapped::is_sealed(&file) => Engine::Mapped,
         Engine::Auto if in_memory || !answers_at_once(&file) => Engine::Inline,
         Engine::Auto => Engine::Uring,
         chosen => chosen,

@@ -24,6 +24,7 @@ use io_uring::{IoUring, opcode, squeue};
 use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
 
 pub use super::file::{Engine, OpenError, OpenOptions};
+use super::mapped::Mapped;
 pub use super::watch::{WATCHES_MAX, WatchId};
 use super::watch::{WatchKey, Watches};
 use super::{Completion, Device, DeviceError, DeviceProperties, SEGMENTS_MAX, Token, file};
@@ -252,6 +253,8 @@ pub struct FileDevice {
     file: File,
     properties: DeviceProperties,
     engine: Engine,
+    /// With [`Engine::Mapped`].
+    mapped: Option<Mapped>,
     slots: Box<[Slot]>,
     free: Vec<u32>,
     /// Operations that have ended and were not reaped yet.
@@ -292,6 +295,19 @@ impl FileDevice {
         ring.submitter().register_files(&[opened.file.as_raw_fd()]).map_err(OpenError::ring)?;
         let buffers_free =
             if opened.engine == Engine::Uring { buffer_table(&ring) } else { vec![] };
+        let mapped = match opened.engine {
+            Engine::Mapped => {
+                let length = opened.properties.capacity.get();
+                let mapped = Mapped::new(&opened.file, length, !options.read_only);
+                let inspect = |source| OpenError::Inspect {
+                    path: path.to_path_buf(),
+                    what: "memory",
+                    source,
+                };
+                Some(mapped.map_err(inspect)?)
+            }
+            _ => None,
+        };
         let answers_max = ring.params().cq_entries() as usize;
         tracing::debug!(path = %path.display(), engine = ?opened.engine,
             properties = ?opened.properties, "device opened");
@@ -300,6 +316,7 @@ impl FileDevice {
             file: opened.file,
             properties: opened.properties,
             engine: opened.engine,
+            mapped,
             slots: (0..depth).map(|_| Slot::EMPTY).collect(),
             free: (0..depth).rev().collect(),
             ready: Vec::with_capacity(depth as usize),
@@ -313,7 +330,7 @@ impl FileDevice {
         })
     }
 
-    /// The engine at work: [`Engine::Uring`] or [`Engine::Inline`].
+    /// The engine at work, never [`Engine::Auto`].
     pub fn engine(&self) -> Engine {
         self.engine
     }
@@ -580,8 +597,12 @@ impl FileDevice {
                     self.enter(0);
                 }
             }
-            Engine::Inline | Engine::Auto => {
-                let result = run_inline(&self.file, slot, self.properties.offset_alignment);
+            Engine::Inline | Engine::Mapped | Engine::Auto => {
+                let alignment = self.properties.offset_alignment;
+                let result = match &self.mapped {
+                    Some(mapped) => run_mapped(mapped, slot),
+                    None => run_inline(&self.file, slot, alignment),
+                };
                 self.ready.push(Completion { token, result });
                 self.free.push(index);
             }
@@ -650,6 +671,17 @@ impl Drop for FileDevice {
             self.collect();
         }
     }
+}
+
+/// Carries out an operation by copying.
+fn run_mapped(mapped: &Mapped, slot: &Slot) -> Outcome {
+    match slot.verb {
+        Verb::Read => mapped.read(slot.offset, slot.pieces()),
+        Verb::Write if mapped.is_writable() => mapped.write(slot.offset, slot.pieces()),
+        Verb::Write => return Err(DeviceError::Os(libc::EBADF)),
+        Verb::Flush => {}
+    }
+    Ok(())
 }
 
 /// Carries out an operation with system calls.
@@ -946,6 +978,49 @@ mod tests {
         let memory = Scratch::new(Path::new("/dev/shm"), "engine");
         assert_eq!(open(&memory, Engine::Auto, 1).engine(), Engine::Inline);
         assert_eq!(open(&memory, Engine::Auto, 1).properties().memory_alignment, 1);
+    }
+
+    #[test]
+    fn sealed_memory_is_mapped_by_itself_and_all_who_open_it_see_the_same() {
+        use nix::fcntl::{FcntlArg, SealFlag, fcntl};
+        use nix::sys::memfd::{MFdFlags, memfd_create};
+        let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING;
+        let file = std::fs::File::from(memfd_create("sealed", flags).unwrap());
+        file.set_len(8 * BLOCK as u64).unwrap();
+        let path = PathBuf::from(format!("/proc/self/fd/{}", file.as_raw_fd()));
+        let open = |read_only| {
+            let options = OpenOptions { depth: 4, read_only, engine: Engine::Auto };
+            FileDevice::open(&path, &options).unwrap()
+        };
+        assert_eq!(open(false).engine(), Engine::Inline, "it may still be cut");
+        fcntl(&file, FcntlArg::F_ADD_SEALS(SealFlag::F_SEAL_SHRINK)).unwrap();
+        let (mut one, mut other) = (open(false), open(true));
+        assert_eq!((one.engine(), other.engine()), (Engine::Mapped, Engine::Mapped));
+        assert_eq!(one.properties().capacity.get(), 8 * BLOCK as u64);
+
+        let mut pool = BufferPool::new(2, 2 * BLOCK);
+        let mut buffer = pool.take().unwrap();
+        for (index, byte) in pool.bytes_mut(&mut buffer).iter_mut().enumerate() {
+            *byte = (index % 251) as u8;
+        }
+        let whole = pool.lend(&buffer);
+        let pieces = [whole.part(512, 1024), whole.part(4096, 512), whole.part(0, 512)];
+        one.write(Token(1), ByteOffset::new(6 * BLOCK as u64 - 512), &pieces);
+        one.flush(Token(2));
+        assert!(finish(&mut one).iter().all(|it| it.result.is_ok()));
+
+        let found = pool.take().unwrap();
+        let segment = pool.lend(&found);
+        other.read(Token(3), ByteOffset::new(6 * BLOCK as u64 - 512), &[segment.part(0, 2048)]);
+        assert_eq!(finish_one(&mut other), Ok(()));
+        pool.returned(&found);
+        let mut found = found;
+        let bytes = &pool.bytes_mut(&mut found)[..2048];
+        let expected = (512..1536).chain(4096..4608).chain(0..512);
+        assert!(bytes.iter().copied().eq(expected.map(|index: usize| (index % 251) as u8)));
+
+        other.write(Token(4), ByteOffset::new(0), &[segment.part(0, 512)]);
+        assert_eq!(finish_one(&mut other), Err(DeviceError::Os(libc::EBADF)));
     }
 
     #[test]
