@@ -24,6 +24,7 @@ pub mod device;
 pub mod inbox;
 #[expect(unsafe_code, reason = "it maps files")]
 pub mod outliving;
+mod patience;
 pub mod poller;
 pub mod reactor;
 pub mod stats;

@@ -3,38 +3,22 @@
 //! The loop knows nothing of what it polls (see [`Poller`]). It reads the clock once a turn, keeps
 //! count, and decides on sleep. A turn that found nothing is not yet a reason to sleep: falling
 //! asleep and being woken costs two system calls, the sender's, and the scheduler's time, so the
-//! loop first spins for about as long as that takes (`SPIN`). At worst it then pays twice what
-//! the best choice would have cost, and an idle core pays nothing at all. While the device has
-//! operations in flight there is work, and the loop waits for it awake, for as long as a fast
-//! device takes (`SPIN_FOR_DEVICE`).
+//! loop first spins for as long as has paid before (`patience.rs`).
 
 use std::sync::Arc;
 use std::sync::mpsc;
 use std::thread::JoinHandle;
-use std::time::Duration;
 
 use crate::clock::{Instant, SystemClock};
 use crate::device::uring::{WATCHES_MAX, WatchId};
+use crate::patience::{Patience, Wait};
 use crate::poller::Poller;
 use crate::stats::ReactorStats;
-
-/// How long an adaptive reactor polls in vain before it sleeps.
-///
-/// A message to a sleeping reactor took 24 to 29 microseconds until it was seen (medians; virtual
-/// cores, Linux 6.18, a loaded machine), 14 of which its sender spent ringing.
-const SPIN: Duration = Duration::from_micros(50);
-
-/// How long it polls in vain while the device has operations in flight.
-///
-/// Halting a virtual core between two completions costs throughput: 4 KiB random reads at depth 32
-/// from a file with O_DIRECT, 51 thousand a second asleep after 50 microseconds, 90 thousand with
-/// busy polling (one run of 3 s each, on a machine that was not idle). A disk that takes longer than this gains nothing from a core that spins.
-const SPIN_FOR_DEVICE: Duration = Duration::from_micros(1000);
 
 /// When a reactor sleeps.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub enum PollMode {
-    /// After a short spell without work.
+    /// After a spell without work, of a length that is learned.
     #[default]
     Adaptive,
     /// Never: the core is the reactor's alone.
@@ -186,31 +170,39 @@ fn ranges(numbers: &[usize]) -> String {
 /// Runs the loop on this thread until the poller has finished.
 fn run<P: Poller>(mut poller: P, mode: PollMode, stats: &ReactorStats, clock: &SystemClock) {
     let mut woken = Vec::with_capacity(WATCHES_MAX);
-    let mut active = clock.now();
+    let mut patience = Patience::new();
+    let mut last = clock.now();
+    // Since when there is nothing to do, and what we wait for.
+    let mut waiting: Option<(Instant, Wait)> = None;
     while !poller.finished() {
         let now = clock.now();
+        let spent = if waiting.is_none() { &stats.busy_ns } else { &stats.spun_ns };
+        spent.add(now.since(last).as_nanos() as u64);
+        last = now;
         stats.turns.add(1);
         if poller.poll(now) {
             stats.turns_busy.add(1);
-            active = now;
+            if let Some((since, wait)) = waiting.take() {
+                patience.ended(wait, now.since(since));
+            }
             continue;
         }
-        let patience = if poller.device().in_flight() > 0 { SPIN_FOR_DEVICE } else { SPIN };
-        if mode == PollMode::Busy || now < active.after(patience) {
+        let device_works = poller.device().in_flight() > 0;
+        let wait = if device_works { Wait::Device } else { Wait::Outside };
+        let (since, wait) = *waiting.get_or_insert((now, wait));
+        if mode == PollMode::Busy || now < since.after(patience.of(wait)) {
             std::hint::spin_loop();
             continue;
         }
-        if !poller.prepare_sleep() {
-            poller.woken(&[]);
-            active = now;
-            continue;
-        }
-        let timed_out = !sleep(&mut poller, now, clock, stats, &mut woken);
+        let timed_out =
+            poller.prepare_sleep() && !sleep(&mut poller, now, clock, stats, &mut woken);
         poller.woken(&woken);
         woken.clear();
+        last = clock.now();
         // A timer brings no reason to expect more: one turn for what is due, then back to sleep.
         if !timed_out {
-            active = clock.now();
+            patience.ended(wait, last.since(since));
+            waiting = None;
         }
     }
 }
@@ -238,6 +230,7 @@ mod tests {
     use crate::device::uring::{FileDevice, OpenError, OpenOptions};
     use crate::inbox::{Inbox, Sender, inbox};
     use std::path::{Path, PathBuf};
+    use std::time::Duration;
 
     enum Message {
         /// Answer with the number of turns so far.

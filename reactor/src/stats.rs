@@ -126,6 +126,10 @@ pub struct ReactorStats {
     pub sleeps: Counter,
     /// Sleeps ended by a watch or a completion, and not by time alone.
     pub wakeups: Counter,
+    /// Time spent on work, in nanoseconds: in turns that found something to do.
+    pub busy_ns: Counter,
+    /// Time spent polling in vain, in nanoseconds: awake, and nothing to do.
+    pub spun_ns: Counter,
     /// Time spent asleep, in nanoseconds. A sleep counts when it is over.
     pub asleep_ns: Counter,
 }

@@ -125,6 +125,12 @@ pub(super) fn prometheus(stats: &StatsView) -> String {
         it.turns_busy as f64
     });
     by_reactor("bessel_reactor_sleeps_total", "Times it went to sleep.", |it| it.sleeps as f64);
+    by_reactor("bessel_reactor_busy_seconds_total", "Time spent on work.", |it| {
+        it.busy_ns as f64 / 1e9
+    });
+    by_reactor("bessel_reactor_spun_seconds_total", "Time spent awake with nothing to do.", |it| {
+        it.spun_ns as f64 / 1e9
+    });
     by_reactor("bessel_reactor_asleep_seconds_total", "Time spent asleep.", |it| {
         it.asleep_ns as f64 / 1e9
     });

@@ -440,6 +440,8 @@ fn schemas() -> Value {
             ("turns", "integer"),
             ("turns_busy", "integer"),
             ("sleeps", "integer"),
+            ("busy_ns", "integer"),
+            ("spun_ns", "integer"),
             ("asleep_ns", "integer"),
             ("node_cache_hits", "integer"),
             ("node_cache_misses", "integer"),

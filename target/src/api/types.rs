@@ -624,6 +624,10 @@ pub(crate) struct ReactorView {
     pub(crate) turns_busy: u64,
     /// Times it went to sleep.
     pub(crate) sleeps: u64,
+    /// Time spent on work.
+    pub(crate) busy_ns: u64,
+    /// Time spent awake with nothing to do.
+    pub(crate) spun_ns: u64,
     /// Time spent asleep.
     pub(crate) asleep_ns: u64,
     /// Nodes found in the cache.

@@ -48,16 +48,16 @@ fn text(stats: &StatsView) -> String {
         ]);
     }
     let mut reactors = Table::new(&[
-        "REACTOR", "CORE", "TURNS", "BUSY", "SLEEPS", "ASLEEP", "HITS", "MISSES", "COMMITS",
+        "REACTOR", "CORE", "BUSY", "SPUN", "ASLEEP", "SLEEPS", "HITS", "MISSES", "COMMITS",
     ]);
     for reactor in &stats.reactors {
         reactors.row(vec![
             reactor.index.to_string(),
             reactor.core.to_string(),
-            reactor.turns.to_string(),
-            reactor.turns_busy.to_string(),
-            reactor.sleeps.to_string(),
+            duration(reactor.busy_ns),
+            duration(reactor.spun_ns),
             duration(reactor.asleep_ns),
+            reactor.sleeps.to_string(),
             reactor.node_cache_hits.to_string(),
             reactor.node_cache_misses.to_string(),
             reactor.commits.to_string(),

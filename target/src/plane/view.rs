@@ -176,6 +176,8 @@ pub(super) fn reactor(
         turns: counters.reactor.turns.get(),
         turns_busy: counters.reactor.turns_busy.get(),
         sleeps: counters.reactor.sleeps.get(),
+        busy_ns: counters.reactor.busy_ns.get(),
+        spun_ns: counters.reactor.spun_ns.get(),
         asleep_ns: counters.reactor.asleep_ns.get(),
         node_cache_hits: shard.cache.hits,
         node_cache_misses: shard.cache.misses,

@@ -45,7 +45,8 @@ impl World {
         let known = |(sequence, time)| Known { sequence, time, labelled: false };
         let live: Vec<Known> = self.model.unlabelled(volume).into_iter().map(known).collect();
         let table = Timetable::new(schedule, self.schedule_time().0, live);
-        let running = Running { table, taking: Vec::new(), thinning: Vec::new(), thinned: Vec::new() };
+        let running =
+            Running { table, taking: Vec::new(), thinning: Vec::new(), thinned: Vec::new() };
         self.schedules.insert(volume, running);
     }
 
