@@ -126,16 +126,14 @@ impl World {
         self.run_until(|world| world.diffs.is_idle())
     }
 
-    /// What is left of it when nothing goes that a diff reads. None when nothing is left, and it is
-    /// refused.
+    /// What is left of it when nothing goes that a diff reads; none when it is refused.
     pub(super) fn spare_diffed(&self, action: Action) -> Option<Action> {
         let is_read = |id: SnapshotId| self.diffs.reads().any(|it| it == id);
         match action {
             Action::DeleteSnapshot { snapshot } if is_read(snapshot) => None,
             Action::DeleteSnapshots { volume, mut sequences } => {
                 sequences.retain(|sequence| !is_read(SnapshotId { volume, sequence: *sequence }));
-                let action = Action::DeleteSnapshots { volume, sequences: sequences.clone() };
-                (!sequences.is_empty()).then_some(action)
+                Some(Action::DeleteSnapshots { volume, sequences })
             }
             Action::Delete { volume } if self.diffs.reads().any(|it| it.volume == volume) => None,
             action => Some(action),
