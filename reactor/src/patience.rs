@@ -4,7 +4,7 @@
 //! fallen asleep costs that and a sleep. So from the lengths of the last waits it is known what any
 //! patience would have cost, and the cheapest one is taken. A core whose work comes every 20
 //! microseconds spins through these, and one that hears of something once a second sleeps at once.
-//! Patience is never above the price of a sleep: no wait costs more than twice what it must.
+//! Patience is never above the price of a sleep.
 //!
 //! Hot path: one addition for each wait that ends.
 

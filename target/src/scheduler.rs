@@ -276,11 +276,13 @@ impl Timer {
             }
             Message::Noted { volume, snapshot } => {
                 if let Some(running) = self.running.get_mut(&volume) {
+                    running.take_answers(); // What it is about may be among them.
                     running.table.note(snapshot);
                 }
             }
             Message::Deleted { volume, sequence } => {
                 if let Some(running) = self.running.get_mut(&volume) {
+                    running.take_answers(); // What it is about may be among them.
                     running.table.forget(sequence);
                 }
             }
@@ -324,6 +326,7 @@ impl Timer {
             self.due.remove(&(due, volume));
             let running = self.running.get_mut(&volume).expect("what is due runs");
             running.take_answers();
+            running.progress.publish(running.table.counters());
             if running.paused {
                 continue; // Not due any more.
             }
@@ -366,7 +369,7 @@ impl Running {
             match reply {
                 Reply::Snapshot(snapshot) => {
                     self.table.taken(snapshot.id.sequence, snapshot.time);
-                    if self.said.take().is_some() {
+                    if !self.paused && self.said.take().is_some() {
                         tracing::info!(volume = self.name, "snapshots are taken again");
                         self.progress.set_trouble(Trouble::default());
                     }

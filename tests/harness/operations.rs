@@ -654,8 +654,11 @@ operations! {
         let every = Duration::from_millis(100);
         a.world.set_schedule(volume, Schedule { every, keep: Keep::Newest(2) });
         for round in 0..5 {
-            a.world.pass(Duration::from_micros(150));
-            a.world.run_schedules();
+            // Several are under way at once.
+            for _ in 0..3 {
+                a.world.pass(Duration::from_micros(120));
+                a.world.run_schedules();
+            }
             a.write(round * 12, 12)?;
             a.flush()?;
             a.world.await_schedule(volume)?;

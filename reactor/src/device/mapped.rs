@@ -1,7 +1,9 @@
 //! A memory file, mapped: I/O to it is a copy, without a system call.
 //!
 //! Only for files that nobody can make smaller ([`is_sealed`]): a copy to where a file has ended would
-//! end the process.
+//! end the process. So does one for which the system has no page left: such a store is for benchmarks and
+//! trials. Memory of a guest that the guest has taken away reads as zeroes here (`vhost/src/sigbus.rs`), where
+//! the kernel would have refused it.
 
 use std::fs::File;
 use std::io;
