@@ -66,10 +66,8 @@ impl Device for Mains {
         }
     }
 
-    fn submit(&mut self) {
-        if !self.disk.stopped() {
-            self.device.submit();
-        }
+    fn submit(&mut self) -> bool {
+        !self.disk.stopped() && self.device.submit()
     }
 
     fn reap(&mut self, completions: &mut Vec<Completion>) {

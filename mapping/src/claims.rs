@@ -234,6 +234,11 @@ impl Claims {
         self.pools[kind.index()].free
     }
 
+    /// There are far more blocks than this shard needs.
+    pub(crate) fn has_surplus(&self) -> bool {
+        self.pools.iter().any(|pool| pool.free > pool.keeps())
+    }
+
     /// Runs to give back because there are far more than this shard needs; or all of them.
     pub(crate) fn surplus(&mut self, everything: bool) -> Vec<BlockRun> {
         let mut runs = Vec::new();
@@ -241,7 +246,7 @@ impl Claims {
             runs.append(&mut watch.held);
         }
         for pool in &mut self.pools {
-            let keep = if everything { 0 } else { u64::from(pool.claim_max) * 4 };
+            let keep = if everything { 0 } else { pool.keeps() };
             if pool.free <= keep {
                 continue;
             }
@@ -257,6 +262,11 @@ impl Claims {
 }
 
 impl Pool {
+    /// Most free blocks that it keeps.
+    fn keeps(&self) -> u64 {
+        u64::from(self.claim_max) * 4
+    }
+
     fn ask(&mut self, now: Instant) -> Taken {
         if let Some(since) = self.full_since {
             if now.since(since) < FULL_RETRY {

@@ -208,6 +208,11 @@ impl Authority {
         }
     }
 
+    /// There are some of [`Authority::grants`].
+    pub(crate) fn has_grants(&self) -> bool {
+        !self.grants.is_empty()
+    }
+
     /// Answers to claims, to be delivered.
     pub(crate) fn grants(&mut self) -> impl Iterator<Item = (usize, Message)> {
         self.grants.drain(..)

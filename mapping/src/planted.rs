@@ -69,6 +69,8 @@ bugs! {
     CopiedNodeWritable,
     /// Lookup takes a path for writable when its last link is, whatever is above.
     ReadOnlyAboveIgnored,
+    /// The leaf found last is taken for the one that a walk would find, whatever has changed since.
+    LeafKnownForEver,
     /// A snapshot counts as settled while writes in flight still land in it.
     SettlingIgnored,
     /// A clone taller than its snapshot links to the snapshot's root by a writable link.

@@ -121,6 +121,11 @@ impl TokenKind {
     }
 }
 
+/// Whether a shard's device operation moves a volume's data, and not what maps it.
+pub fn is_data(token: Token) -> bool {
+    TokenKind::of(token).0 == TokenKind::Piece
+}
+
 /// See the module's documentation.
 ///
 /// Hot path, owned by one reactor: after [`Shard::new`] the steady state allocates nothing.
@@ -135,6 +140,7 @@ pub struct Shard<D: Device> {
     pub(crate) extents: ExtentMap,
     pub(crate) offset_alignment: usize,
     pub(crate) memory_alignment: usize,
+    pub(crate) keeps_data: bool,
     pub(crate) now: Instant,
 
     pub(crate) volumes: Vec<Option<Volume>>,
@@ -230,6 +236,7 @@ impl<D: Device> Shard<D> {
             extents: store.extents.clone(),
             offset_alignment: properties.offset_alignment as usize,
             memory_alignment: properties.memory_alignment as usize,
+            keeps_data: properties.keeps_data,
             now: Instant::default(),
             volumes: Vec::new(),
             claims: Claims::new(store.geometry.extent_blocks),
@@ -312,7 +319,9 @@ impl<D: Device> Shard<D> {
         if self.flusher.is_held() {
             self.judge_flush();
         }
-        self.runnable.extend(self.deferred.drain(..));
+        if !self.deferred.is_empty() {
+            self.runnable.extend(self.deferred.drain(..));
+        }
         progress |= self.run_all();
         if self.commands_ready {
             progress = true;
@@ -643,8 +652,8 @@ impl<D: Device> Shard<D> {
             let shard = self.index;
             self.tell_authority(Message::Claim { shard, kind, count });
         }
-        let surplus = self.claims.surplus(false);
-        if !surplus.is_empty() {
+        if self.claims.has_surplus() {
+            let surplus = self.claims.surplus(false);
             self.tell_authority(Message::Return { runs: surplus });
         }
     }
@@ -679,7 +688,7 @@ impl<D: Device> Shard<D> {
     }
 
     fn send_grants(&mut self) {
-        let Some(authority) = &mut self.authority else { return };
+        let Some(authority) = self.authority.as_mut().filter(|it| it.has_grants()) else { return };
         let grants: Vec<(usize, Message)> = authority.grants().collect();
         for (shard, grant) in grants {
             if shard == self.index {

@@ -12,6 +12,7 @@ use crate::format::VolumeRecord;
 use crate::message::{BlockKind, BlockRun};
 use crate::nodes::cache::FrameId;
 use crate::planted::{self, Bug};
+use crate::radix::KnownLeaf;
 use crate::request::{CacheMode, CurrentTree, VolumeHandle};
 use crate::snapshot_log::SnapshotLog;
 
@@ -82,6 +83,8 @@ pub(crate) struct Volume {
     pub(crate) sectors: u64,
     /// Pinned.
     pub(crate) root: FrameId,
+    /// Where the last walk from the root has led.
+    pub(crate) last_leaf: KnownLeaf,
 
     /// Nodes changed since the last round was sealed; their changes go into `next_round`.
     pub(crate) dirty: Vec<FrameId>,
@@ -150,6 +153,7 @@ impl Volume {
             log,
             log_loading: false,
             root,
+            last_leaf: KnownLeaf::NONE,
             dirty: Vec::with_capacity(256),
             dirty_since: None,
             commit_wanted: false,

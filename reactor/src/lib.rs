@@ -32,3 +32,5 @@ mod sync;
 #[expect(unsafe_code, reason = "raw system calls, behind functions that are safe to call")]
 mod sys;
 pub mod units;
+
+pub use sys::prefetch;

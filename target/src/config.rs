@@ -21,7 +21,7 @@ use crate::span::parse_span;
 use bessel_mapping::schedule::{Age, Keep, Schedule};
 use bessel_reactor::reactor::usable_cores;
 use bessel_reactor::units::{ByteCount, SECTOR_SIZE};
-use nix::fcntl::{FcntlArg, SealFlag, fcntl};
+use nix::fcntl::{FallocateFlags, FcntlArg, SealFlag, fallocate, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use serde::Deserialize;
 use serde::de::{Deserializer, SeqAccess, Visitor};
@@ -56,8 +56,6 @@ const VOLUME_SIZE_MIN: ByteCount = ByteCount::new(4096);
 const STORE_SIZE_MIN: ByteCount = ByteCount::new(4 << 20);
 /// Largest store: the reach of a block address on the device (DESIGN, "The store").
 pub(crate) const STORE_SIZE_MAX: ByteCount = ByteCount::new(64 << 50);
-/// A device of this name is no file: the store is made in memory.
-const MEMORY: &str = "memory";
 /// Largest file read as configuration; a real one is a few hundred bytes.
 const FILE_SIZE_MAX: u64 = 1 << 20;
 
@@ -87,13 +85,39 @@ pub(crate) struct Config {
     source: Source,
 }
 
+/// What a store is kept in.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Medium {
+    /// A block device or file.
+    Device,
+    /// Memory, made at each start.
+    Memory,
+    /// The same for all but the volumes' data, which is dropped.
+    Null,
+}
+
+impl Medium {
+    /// Those that are no device, and are called by these words.
+    const WORDS: [(&str, Self); 2] = [("memory", Self::Memory), ("null", Self::Null)];
+
+    fn of(device: &Path) -> Self {
+        let word = Self::WORDS.iter().find(|(word, _)| device == Path::new(word));
+        word.map_or(Self::Device, |(_, medium)| *medium)
+    }
+
+    /// There is something left of the store when the daemon has ended, however it does.
+    pub(crate) fn outlives_the_daemon(self) -> bool {
+        self == Self::Device
+    }
+}
+
 /// The shared device and how much memory its mapping may take.
 #[derive(Debug)]
 pub(crate) struct StoreConfig {
     /// Block device or file; for a store in memory, what [`Config::make_memory`] has made, once it has.
     pub(crate) device: PathBuf,
-    /// The store is made anew in memory.
-    pub(crate) in_memory: bool,
+    /// What the store is kept in.
+    pub(crate) medium: Medium,
     /// Size of the file to create when there is none.
     pub(crate) size: Option<ByteCount>,
     /// Memory for radix nodes, all reactors together.
@@ -232,11 +256,20 @@ struct RawConfig {
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct RawStore {
+    #[serde(deserialize_with = "device")]
     device: PathBuf,
     #[serde(default)]
     size: Option<Size>,
     #[serde(default)]
     node_cache: Option<Size>,
+}
+
+/// A path. Nothing at all, which a bare `null` is in YAML, is no device: data would be dropped for want
+/// of quotes.
+fn device<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<PathBuf, D::Error> {
+    let nothing =
+        "no device is named; give a block device or a file (or `memory`, or \"null\" in quotes)";
+    Option::<PathBuf>::deserialize(deserializer)?.ok_or_else(|| serde::de::Error::custom(nothing))
 }
 
 #[derive(Default, Deserialize)]
@@ -467,10 +500,8 @@ impl Config {
 
     /// What the store is called.
     pub(crate) fn store_name(&self) -> String {
-        match self.store.in_memory {
-            true => MEMORY.to_owned(),
-            false => self.store.device.display().to_string(),
-        }
+        let word = Medium::WORDS.iter().find(|(_, medium)| *medium == self.store.medium);
+        word.map_or_else(|| self.store.device.display().to_string(), |(word, _)| (*word).to_owned())
     }
 
     /// Makes the memory of a store that is to live there, as blank as a new file. It lasts as long as
@@ -479,19 +510,26 @@ impl Config {
     /// # Errors
     /// When the system has none.
     pub(crate) fn make_memory(&mut self) -> Result<Option<File>, ConfigError> {
-        let size = self.store.size.filter(|_| self.store.in_memory);
-        let Some(size) = size else { return Ok(None) };
-        let made = (|| {
-            let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING;
-            let memory = File::from(memfd_create("bessel-store", flags)?);
-            memory.set_len(size.get())?;
-            // What is mapped must not go away.
-            let seals = SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SEAL;
-            fcntl(&memory, FcntlArg::F_ADD_SEALS(seals))?;
-            Ok(memory)
-        })();
-        let memory = made.map_err(|error: std::io::Error| {
-            self.device_error(format!("no memory for a store of {}: {error}", size.human()))
+        let StoreConfig { medium, size: Some(size), .. } = self.store else { return Ok(None) };
+        let word = self.store_name();
+        let made = match medium {
+            Medium::Device => return Ok(None),
+            // Somebody who has had this configuration for years means the file.
+            _ if Path::new(&word).exists() => {
+                return Err(self.device_error(format!(
+                    "{word:?} means a store in memory, and there is a file of this name here; write \
+                     ./{word} for the file, or start the daemon elsewhere"
+                )));
+            }
+            // What of it is written is mapping alone.
+            Medium::Null => sealed_memory(size, MFdFlags::empty()),
+            Medium::Memory => huge_memory(size).or_else(|_| reserved_memory(size)),
+        };
+        let memory = made.map_err(|error| {
+            self.device_error(format!(
+                "no memory for a store of {}: {error}; choose a smaller store.size",
+                size.human()
+            ))
         })?;
         self.store.device = PathBuf::from(format!("/proc/self/fd/{}", memory.as_raw_fd()));
         Ok(Some(memory))
@@ -665,14 +703,61 @@ fn checked_store(raw: RawStore, source: &Source) -> Result<StoreConfig, ConfigEr
             "the device is empty; name a block device or a file",
         ));
     }
-    let in_memory = raw.device == Path::new(MEMORY);
-    if in_memory && size.is_none() {
+    let medium = Medium::of(&raw.device);
+    if medium != Medium::Device && size.is_none() {
+        let word = raw.device.display();
         return Err(source.error(
             &[Key("store"), Key("device")],
-            "a store in memory needs a size: add store.size (for a file of this name write ./memory)",
+            format!(
+                "a store in memory needs a size: add store.size (for a file of this name write \
+                 ./{word})"
+            ),
         ));
     }
-    Ok(StoreConfig { device: raw.device, in_memory, size, node_cache })
+    Ok(StoreConfig { device: raw.device, medium, size, node_cache })
+}
+
+/// Sealed memory of huge pages, if so many are set aside: the processor looks them up 512 times less often.
+fn huge_memory(size: ByteCount) -> std::io::Result<File> {
+    const HUGE_PAGE: u64 = 2 << 20;
+    let whole = ByteCount::new(size.get().next_multiple_of(HUGE_PAGE));
+    let memory = sealed_memory(whole, MFdFlags::MFD_HUGETLB | MFdFlags::MFD_HUGE_2MB)?;
+    reserve(memory, whole)
+}
+
+/// Sealed memory whose pages are there: a store that runs out of them ends the daemon.
+fn reserved_memory(size: ByteCount) -> std::io::Result<File> {
+    // The system would take what others have before it said no.
+    if let Some(available) = available_memory()
+        && size > available
+    {
+        return Err(std::io::Error::other(format!("the machine has {} left", available.human())));
+    }
+    reserve(sealed_memory(size, MFdFlags::empty())?, size)
+}
+
+/// What the system could give without taking it from anybody; `None` if it does not say.
+fn available_memory() -> Option<ByteCount> {
+    let said = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let line = said.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
+    let kilobytes: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
+    Some(ByteCount::new(kilobytes * 1024))
+}
+
+fn reserve(memory: File, size: ByteCount) -> std::io::Result<File> {
+    let bytes = i64::try_from(size.get()).map_err(|_| std::io::ErrorKind::OutOfMemory)?;
+    fallocate(&memory, FallocateFlags::empty(), 0, bytes)?;
+    Ok(memory)
+}
+
+/// Memory that stays as large as it is, since what is mapped must not go away.
+fn sealed_memory(size: ByteCount, flags: MFdFlags) -> std::io::Result<File> {
+    let flags = flags | MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING;
+    let memory = File::from(memfd_create("bessel-store", flags)?);
+    memory.set_len(size.get())?;
+    let seals = SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SEAL;
+    fcntl(&memory, FcntlArg::F_ADD_SEALS(seals))?;
+    Ok(memory)
 }
 
 fn checked_reactors(raw: RawReactors, source: &Source) -> Result<ReactorsConfig, ConfigError> {
@@ -828,6 +913,7 @@ fn check_volume_size(size: ByteCount) -> Result<(), String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::os::unix::fs::MetadataExt as _;
 
     const WHOLE: &str = "\
 store:
@@ -913,17 +999,45 @@ gc: { every: 1d, low_space: 5%, rate: 64MiB }
 
     #[test]
     fn a_store_in_memory_needs_a_size_and_gets_memory_of_it() {
-        let error = parse("store: { device: memory }").unwrap_err().to_string();
-        assert!(error.contains("store.size") && error.contains("./memory"), "{error}");
-        let mut config = parse("store: { device: memory, size: 8MiB }").unwrap();
-        assert_eq!(config.store_name(), "memory");
-        let memory = config.make_memory().unwrap().unwrap();
-        assert_eq!(memory.metadata().unwrap().len(), 8 << 20);
-        assert_eq!(config.store_name(), "memory");
-        assert!(config.store.device.exists());
+        for (word, written) in [("memory", "memory"), ("null", "'null'")] {
+            let error = parse(&format!("store: {{ device: {written} }}")).unwrap_err().to_string();
+            assert!(
+                error.contains("store.size") && error.contains(&format!("./{word}")),
+                "{error}"
+            );
+            let text = format!("store: {{ device: {written}, size: 8MiB }}");
+            let mut config = parse(&text).unwrap();
+            assert_eq!(config.store_name(), word);
+            let memory = config.make_memory().unwrap().unwrap();
+            assert_eq!(memory.metadata().unwrap().len(), 8 << 20);
+            let there = memory.metadata().unwrap().blocks() * 512;
+            assert_eq!(
+                there,
+                if word == "memory" { 8 << 20 } else { 0 },
+                "pages that are reserved"
+            );
+            assert_eq!(config.store_name(), word);
+            assert!(config.store.device.exists());
+        }
         let mut file = parse("store: { device: ./memory, size: 8MiB }").unwrap();
         assert_eq!(file.store_name(), "./memory");
         assert!(file.make_memory().unwrap().is_none());
+    }
+
+    #[test]
+    fn a_store_in_memory_that_the_machine_does_not_have_is_refused_at_the_start() {
+        let mut config = parse("store: { device: memory, size: 1PiB }").unwrap();
+        let error = config.make_memory().unwrap_err().to_string();
+        assert!(error.contains("store.size") && error.contains("bessel.yaml:1"), "{error}");
+    }
+
+    #[test]
+    fn a_bare_null_drops_nobodys_data() {
+        for text in ["store: { device: null, size: 8MiB }", "store: { device: , size: 8MiB }"] {
+            let error = parse(text).unwrap_err().to_string();
+            assert!(error.contains("no device is named") && error.contains("quotes"), "{error}");
+        }
+        assert!(parse("store: { size: 8MiB }").unwrap_err().to_string().contains("device"));
     }
 
     #[test]

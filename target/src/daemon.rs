@@ -20,17 +20,17 @@
 use crate::api::{ApiServer, RefusalKind};
 use crate::attach::{Core, CoreCounters, CoreMessage, CorePort, CoreSeat};
 use crate::cli::{Outcome, output};
-use crate::config::{Config, ConfigError, Poll, QUEUES_DEFAULT};
+use crate::config::{Config, ConfigError, Medium, Poll, QUEUES_DEFAULT};
 use crate::control::Control;
 use crate::journals::Journals;
 use crate::plane::{ControlPlane, Home, Service, StoreFacts};
 use crate::scheduler::{Scheduler, Schedules, Seat};
 use crate::{entropy, one_line, scheduler};
 use bessel_mapping::format::HostRecord;
-use bessel_mapping::shard::{Shard, ShardConfig};
+use bessel_mapping::shard::{Shard, ShardConfig, is_data};
 use bessel_mapping::store::{self, FormatOptions, OpenMode, OpenedStore};
 use bessel_reactor::clock::SystemClock;
-use bessel_reactor::device::{DeviceError, DeviceLock, FileDevice, OpenError, OpenOptions};
+use bessel_reactor::device::{DeviceError, DeviceLock, FileDevice, OpenError, OpenOptions, Token};
 use bessel_reactor::inbox::{Inbox, Sender, inbox};
 use bessel_reactor::reactor::{
     PollMode, ReactorHandle, ReactorOptions, SpawnError, spawn, usable_cores,
@@ -152,6 +152,9 @@ fn control_plane(
 fn serve_store(config: &Config, life: &mut Life, signals: &SigSet) -> Outcome {
     let (store, clock) = (Arc::clone(&life.store), life.clock);
     let reactors = Reactors::start(config, &store, clock, &mut life.journals)?;
+    if !config.store.medium.outlives_the_daemon() {
+        life.journals.forget_made(); // Nobody will come to look for them.
+    }
     let Reactors { homes, handles } = reactors;
     let (schedules, seat) = scheduler::schedules();
     let mut plane = control_plane(config, life, homes, schedules.clone());
@@ -244,7 +247,8 @@ fn take_device(
         let lock = lock()?;
         config.check_sockets()?;
         let mut device = open()?;
-        if config.store.size.is_some() && is_ours_to_format(path) {
+        let ours = || !config.store.medium.outlives_the_daemon() || is_ours_to_format(path);
+        if config.store.size.is_some() && ours() {
             // A file of the configured size that was made and not formatted: we were killed then.
             format(config, &mut device, clock)?;
         }
@@ -435,9 +439,11 @@ fn start_reactor(
         requests_max: REQUESTS_PER_SHARD,
     };
     let (path, store) = (config.store.device.clone(), Arc::clone(store));
+    let drops = (config.store.medium == Medium::Null).then_some(is_data as fn(Token) -> bool);
     spawn(options, move || {
         let depth = shard.device_depth() as u32;
-        let device = FileDevice::open(&path, &OpenOptions { depth, ..OpenOptions::default() })?;
+        let options = OpenOptions { depth, drops, ..OpenOptions::default() };
+        let device = FileDevice::open(&path, &options)?;
         Ok(Core::new(Shard::new(&shard, device, &store), seat))
     })
 }

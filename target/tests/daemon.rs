@@ -75,6 +75,12 @@ fn a_store_in_memory_serves_guests_and_is_gone_at_the_end() {
     let (status, read) = guest.read(0, 40, 65536);
     assert_eq!((status, &read[..512]), (block::DONE, &[9; 512][..]));
     assert_eq!(read[512..], written[512..]);
+    let journals = || {
+        let entries = std::fs::read_dir(world.path("")).unwrap();
+        let names = entries.map(|entry| entry.unwrap().file_name().into_string().unwrap());
+        names.filter(|name| name.ends_with(".journal")).count()
+    };
+    assert_eq!(journals(), 0, "nobody comes back for them");
     world.json("volume create clone --from vm1@before");
     let mut clone =
         Guest::connect(Path::new(&world.path("clone.sock")), Options::default()).unwrap();
@@ -93,6 +99,29 @@ fn a_store_in_memory_serves_guests_and_is_gone_at_the_end() {
     assert_ne!(store(&world)["uuid"], first["uuid"]);
     assert_eq!(world.json("volume list").as_array().unwrap().len(), 1);
     assert_eq!(world.json("snapshot list vm1").as_array().unwrap().len(), 0);
+    world.end("-TERM");
+}
+
+#[test]
+fn a_null_store_maps_what_guests_write_and_drops_it() {
+    let mut world = World::new("null");
+    world.store = "\"null\"".to_owned();
+    world.serve(VM1);
+    assert_eq!(world.json("stats")["store"]["device"], "null");
+    let mut guest = Guest::connect(Path::new(&world.path("vm1.sock")), Options::default()).unwrap();
+    world.json("snapshot create vm1 --label before");
+    assert_eq!(guest.write(0, 8, &[0x5a; 65536]), block::DONE);
+    // Part of a block, of which the rest is merged with what it held.
+    assert_eq!(guest.write(0, 3, &[0x5a; 512]), block::DONE);
+    assert_eq!(guest.flush(0), block::DONE);
+    drop(guest);
+    // With memory of its own, in which a read leaves what is there.
+    let mut guest = Guest::connect(Path::new(&world.path("vm1.sock")), Options::default()).unwrap();
+    assert_eq!(guest.read(0, 0, 65536), (block::DONE, vec![0; 65536]));
+    world.json("snapshot create vm1 --label after");
+    let diff = world.json("snapshot diff vm1@before vm1@after");
+    assert_eq!(diff["changed_bytes"], 65536 + 4096);
+    drop(guest);
     world.end("-TERM");
 }
 

@@ -81,6 +81,20 @@ impl Chain {
         self.segments[range].iter().map(|segment| segment.len() as u64).sum()
     }
 
+    /// Has the descriptors of a chain brought to the processor's cache: the guest has written them on
+    /// another core.
+    #[inline]
+    pub(crate) fn expect_descriptors(ring: &Ring, head: u16) {
+        ring.descriptors.expect(DESCRIPTOR_SIZE * usize::from(head));
+    }
+
+    /// Has the memory that a chain begins with brought there: its header, or its indirect table. What is
+    /// read of the descriptor is good for nothing else.
+    #[inline]
+    pub(crate) fn expect_start(&mut self, ring: &Ring, head: u16) {
+        self.map.expect(ring.descriptor(head).address);
+    }
+
     /// Walks a chain into `segments`, each descriptor read once.
     pub(crate) fn collect(&mut self, ring: &Ring, head: u16) -> Result<Walk, NoEnd> {
         self.segments.clear();

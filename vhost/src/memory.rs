@@ -19,6 +19,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering};
 
 use bessel_reactor::buffer::Segment;
+use bessel_reactor::prefetch;
 use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
 use nix::sys::statfs::{FUSE_SUPER_MAGIC, HUGETLBFS_MAGIC, NFS_SUPER_MAGIC, fstatfs};
 
@@ -339,6 +340,12 @@ impl Window {
         unsafe { address.as_ref() }
     }
 
+    /// Has the cache line at `offset` brought to the processor's cache.
+    #[inline]
+    pub(crate) fn expect(&self, offset: usize) {
+        prefetch(self.base.as_ptr().wrapping_add(offset));
+    }
+
     window_load!(load_u8, AtomicU8, u8);
     window_load!(load_u16, AtomicU16, u16);
     window_load!(load_u64, AtomicU64, u64);
@@ -423,6 +430,14 @@ impl AddressMap {
             self.last = after.checked_sub(1).ok_or(Unmapped)?;
         }
         self.ranges.get(self.last).filter(|range| holds(range)).ok_or(Unmapped)
+    }
+
+    /// Has the cache line at `address` brought to the processor's cache, if there is one.
+    #[inline]
+    pub(crate) fn expect(&mut self, address: u64) {
+        if let Ok(range) = self.find(address) {
+            prefetch(range.whole.as_ptr().wrapping_add((address - range.start) as usize));
+        }
     }
 
     /// Gives `take` the segments of `length` bytes at `address`, one for each range they touch.

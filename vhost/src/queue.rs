@@ -30,6 +30,10 @@ use crate::ring::{AVAIL_NO_INTERRUPT, Descriptor, Ring, USED_NO_NOTIFY, crossed}
 use crate::sigbus;
 use crate::sync::fence;
 
+/// How many requests ahead the descriptors of one are asked for, and what they begin with.
+const DESCRIPTORS_AHEAD: u16 = 4;
+const START_AHEAD: u16 = 2;
+
 /// What [`Queue::pop`] found.
 #[derive(Debug)]
 pub enum Popped<'a> {
@@ -315,6 +319,11 @@ impl Queue {
         self.broken.is_none() && (owes || self.ring.available_index() != self.next)
     }
 
+    /// Requests that are in the ring and not popped, as a look at it tells.
+    pub fn waiting(&self) -> u32 {
+        self.ring.available_index().wrapping_sub(self.next).into()
+    }
+
     /// Largest number of requests that can be in flight.
     pub fn size(&self) -> u16 {
         self.ring.size
@@ -363,6 +372,7 @@ impl Queue {
         if self.next == self.seen && !self.look()? {
             return Ok(None);
         }
+        self.look_ahead();
         let head = self.ring.available_head(self.next);
         if head >= self.ring.size {
             return Err(BrokenReason::HeadOutOfRange);
@@ -373,6 +383,23 @@ impl Queue {
             inflight.popped(head);
         }
         Ok(Some(head))
+    }
+
+    /// Asks for what the requests after the next one will need, so that it comes from the guest's core
+    /// while this one is looked at.
+    #[inline]
+    fn look_ahead(&mut self) {
+        let waiting = self.seen.wrapping_sub(self.next);
+        if waiting > DESCRIPTORS_AHEAD {
+            let head = self.ring.available_head(self.next.wrapping_add(DESCRIPTORS_AHEAD));
+            Chain::expect_descriptors(&self.ring, head);
+        }
+        if waiting > START_AHEAD {
+            let head = self.ring.available_head(self.next.wrapping_add(START_AHEAD));
+            if head < self.ring.size {
+                self.chain.expect_start(&self.ring, head);
+            }
+        }
     }
 
     /// Looks for new entries of the available ring.

@@ -9,7 +9,8 @@
 //! may allocate, lock or log. A fault outside protected mappings goes to the handler that was
 //! there before.
 //!
-//! The kernel does not fault on our behalf: I/O over truncated memory ends in EFAULT.
+//! The kernel does not fault on our behalf: I/O over truncated memory ends in EFAULT. Copies to and from
+//! a store in memory are ours (`reactor/src/device/mapped.rs`): these go on, with zeroes.
 
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};

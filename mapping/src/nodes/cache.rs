@@ -11,6 +11,7 @@
 //! - A block address has at most one frame. The frame of a freed node is removed before its block
 //!   can be handed out again.
 
+use bessel_reactor::prefetch;
 use bessel_reactor::units::{BLOCK_SIZE, BlockAddr, ByteCount};
 
 use crate::format::{Entry, NODE_ENTRIES};
@@ -119,6 +120,8 @@ pub(crate) struct NodeCache {
     index: Vec<u32>,
     index_mask: usize,
     hand: usize,
+    /// How often a way from a root to a leaf may have changed.
+    ways: u64,
     pub(crate) counters: CacheCounters,
 }
 
@@ -137,6 +140,7 @@ impl NodeCache {
             index: vec![NONE; index_size],
             index_mask: index_size - 1,
             hand: 0,
+            ways: 0,
             counters: CacheCounters::default(),
         }
     }
@@ -159,6 +163,7 @@ impl NodeCache {
     }
 
     pub(crate) fn entries_mut(&mut self, id: FrameId) -> &mut [Entry; NODE_ENTRIES] {
+        self.note_change(id);
         &mut self.entries[id.0 as usize]
     }
 
@@ -171,9 +176,30 @@ impl NodeCache {
         one: FrameId,
         other: FrameId,
     ) -> (&[Entry; NODE_ENTRIES], &mut [Entry; NODE_ENTRIES]) {
+        self.note_change(other);
         let both = self.entries.get_disjoint_mut([one.0 as usize, other.0 as usize]);
         let [one, other] = both.expect("a node is copied into another frame");
         (one, other)
+    }
+
+    /// The number of changes after which a leaf that was found is no longer known to be what a walk from
+    /// its root leads to: as long as it is the same, no frame has gone and no node above a leaf has changed.
+    #[inline]
+    pub(crate) fn ways(&self) -> u64 {
+        self.ways
+    }
+
+    /// The entries of a node are about to change.
+    #[inline]
+    fn note_change(&mut self, id: FrameId) {
+        // Of a leaf the entries are looked at anew each time.
+        self.ways += u64::from(self.frames[id.0 as usize].level > 1);
+    }
+
+    /// Has the entry at `slot` brought to the processor's cache.
+    #[inline]
+    pub(crate) fn expect(&self, id: FrameId, slot: usize) {
+        prefetch(&raw const self.entries[id.0 as usize][slot]);
     }
 
     fn home(&self, addr: BlockAddr) -> usize {
@@ -331,6 +357,7 @@ impl NodeCache {
     }
 
     fn unlink(&mut self, id: u32) {
+        self.ways += 1;
         let frame = std::mem::replace(&mut self.frames[id as usize], Frame::EMPTY);
         if frame.parent != NONE {
             self.frames[frame.parent as usize].children -= 1;
@@ -385,6 +412,26 @@ mod tests {
             assert_eq!(cache.find(BlockAddr::new(2)), Some(middle), "after leaf {leaf}");
         }
         assert!(cache.counters.evictions > 0);
+    }
+
+    #[test]
+    fn only_what_changes_a_way_to_a_leaf_counts_as_a_change_of_ways() {
+        let mut cache = small();
+        let root = present(&mut cache, 1, 2, None);
+        let leaf = present(&mut cache, 2, 1, Some(root));
+        let other = present(&mut cache, 3, 2, None);
+        let changes = |cache: &mut NodeCache, change: &dyn Fn(&mut NodeCache)| {
+            let before = cache.ways();
+            change(cache);
+            cache.ways() != before
+        };
+        assert!(!changes(&mut cache, &|cache| cache.entries_mut(leaf)[0] = Entry::sparse()));
+        assert!(!changes(&mut cache, &|cache| cache.touch(leaf)));
+        assert!(changes(&mut cache, &|cache| cache.entries_mut(root)[0] = Entry::sparse()));
+        assert!(changes(&mut cache, &|cache| _ = cache.entries_of_two(root, other)));
+        assert!(!changes(&mut cache, &|cache| _ = cache.entries_of_two(root, leaf)));
+        assert!(changes(&mut cache, &|cache| cache.remove(leaf)));
+        assert!(changes(&mut cache, &|cache| cache.forget(vec![other])));
     }
 
     #[test]

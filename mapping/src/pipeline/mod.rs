@@ -24,7 +24,7 @@ use bessel_reactor::units::{BLOCK_SIZE, BlockAddr, SECTOR_SIZE, Sector, VolumeBl
 
 use crate::nodes::cache::{FrameId, FrameState};
 use crate::planted::{self, Bug};
-use crate::radix::Located;
+use crate::radix::{KnownLeaf, Located};
 use crate::request::{Busy, CacheMode, IoCompletion, IoKind, IoRequest, IoStatus, VolumeHandle};
 use crate::shard::{Shard, TokenKind};
 use crate::volume::NO_REQUEST;
@@ -59,6 +59,8 @@ pub(crate) struct Request {
     started: u64,
     /// Where the next byte of guest memory is.
     place: GuestPlace,
+    /// The leaf of its first block, found when it came.
+    leaf: KnownLeaf,
     pieces: u32,
     parked: bool,
     status: IoStatus,
@@ -167,6 +169,11 @@ impl<D: Device> Shard<D> {
             self.done.push_back(IoCompletion { tag: request.tag, status });
             return Ok(());
         }
+        // What it needs is on its way to the processor's cache while those before it are run.
+        let leaf = match request.kind {
+            IoKind::Read | IoKind::Write => self.look_ahead(request.volume, request.sector.block()),
+            IoKind::Flush | IoKind::Discard | IoKind::WriteZeroes => KnownLeaf::NONE,
+        };
         let volume = self.volumes[request.volume.0 as usize].as_mut().expect("checked above");
         volume.last_stamp += 1;
         let is_flush = request.kind == IoKind::Flush;
@@ -178,6 +185,7 @@ impl<D: Device> Shard<D> {
             sectors: if is_flush { 0 } else { request.sectors },
             started: 0,
             place: GuestPlace::default(),
+            leaf,
             pieces: 0,
             parked: false,
             status: IoStatus::Done,
@@ -618,8 +626,9 @@ impl<D: Device> Shard<D> {
 
     /// Looks the request's next block up, parking the request when a node is missing.
     fn locate_or_park(&mut self, index: u32, block: VolumeBlock) -> Option<Located> {
-        let handle = self.requests[index].volume;
-        match self.locate(handle, block) {
+        let (handle, leaf) = (self.requests[index].volume, self.requests[index].leaf);
+        let located = self.recall(&leaf, handle, block);
+        match located.unwrap_or_else(|| self.locate(handle, block)) {
             Located::Absent(missing) => {
                 self.wait_for_node(missing, Work::Request(index));
                 None

@@ -89,6 +89,9 @@ impl<D: Device> Shard<D> {
         let from = match &piece.bounce {
             Some(bounce) => {
                 let whole = self.bounces.lend(bounce).part(0, count * BLOCK_SIZE as usize);
+                if !self.keeps_data {
+                    whole.zero(); // Else the guest would get what another one's request has left there.
+                }
                 self.scratch.clear();
                 self.scratch.push(whole);
                 home.offset()

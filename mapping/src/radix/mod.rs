@@ -7,7 +7,7 @@
 mod lookup;
 mod writable;
 
-pub(crate) use lookup::{Located, Missing};
+pub(crate) use lookup::{KnownLeaf, Located, Missing};
 pub(crate) use writable::Path;
 
 use bessel_reactor::units::VolumeBlock;

@@ -15,13 +15,15 @@ use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::stat::{major, minor};
 use nix::sys::statfs::{FsType, TMPFS_MAGIC, fstatfs};
 
-use super::{DeviceProperties, lock, mapped};
+use super::{DeviceProperties, Token, lock, mapped};
 use crate::buffer::BufferPool;
 use crate::sys;
 use crate::units::{ByteCount, SECTOR_SIZE};
 
 /// `RAMFS_MAGIC` of `linux/magic.h`.
 const RAMFS_MAGIC: FsType = FsType(0x8584_58f6);
+/// `HUGETLBFS_MAGIC` of the same.
+const HUGETLBFS_MAGIC: FsType = FsType(0x9584_58f6);
 
 /// Strictest offset alignment the rest of Bessel can honour: a block.
 const OFFSET_ALIGNMENT_MAX: u32 = crate::units::BLOCK_SIZE as u32;
@@ -41,8 +43,8 @@ pub enum Engine {
     /// The system call is made where the operation is queued. Right for tmpfs, whose I/O is a copy:
     /// io_uring hands it to a kernel worker that then fights the polling thread for its core.
     Inline,
-    /// The file is mapped, and the copy made where the operation is queued. For sealed memory files, and
-    /// chosen for these by itself.
+    /// The file is mapped, and the copies made where the operations are handed over. For sealed memory
+    /// files, and chosen for these by itself.
     Mapped,
 }
 
@@ -55,12 +57,15 @@ pub struct OpenOptions {
     pub read_only: bool,
     /// Who does the I/O.
     pub engine: Engine,
+    /// The reads and writes of which this is true end at once and do nothing: a null device, to measure
+    /// what everything else costs. Only of mapped memory.
+    pub drops: Option<fn(Token) -> bool>,
 }
 
 impl Default for OpenOptions {
     /// 256 operations, writable, the engine that suits.
     fn default() -> Self {
-        Self { depth: 256, read_only: false, engine: Engine::Auto }
+        Self { depth: 256, read_only: false, engine: Engine::Auto, drops: None }
     }
 }
 
@@ -120,6 +125,23 @@ pub enum OpenError {
         /// The operating system's reason.
         #[source]
         source: io::Error,
+    },
+    /// The memory is there, and no room for it in the address space.
+    #[error("cannot map the {bytes} bytes of {path}; choose a smaller size")]
+    Map {
+        /// What was opened.
+        path: PathBuf,
+        /// Its size.
+        bytes: u64,
+        /// The operating system's reason.
+        #[source]
+        source: io::Error,
+    },
+    /// Only memory that cannot go away is mapped.
+    #[error("{path} is not a sealed memory file, so it cannot be mapped; choose another engine")]
+    NotSealed {
+        /// What was opened.
+        path: PathBuf,
     },
     /// io_uring is there, and its queues do not fit into the memory we may lock.
     #[error(
@@ -202,13 +224,18 @@ pub(super) fn open(path: &Path, options: &OpenOptions) -> Result<OpenFile, OpenE
         Engine::Auto if in_memory && mapped::is_sealed(&file) => Engine::Mapped,
         Engine::Auto if in_memory || !answers_at_once(&file) => Engine::Inline,
         Engine::Auto => Engine::Uring,
+        Engine::Mapped if !mapped::is_sealed(&file) => {
+            return Err(OpenError::NotSealed { path: path.to_path_buf() });
+        }
         chosen => chosen,
     };
+    assert!(options.drops.is_none() || engine == Engine::Mapped, "only mapped memory drops data");
     let properties = DeviceProperties {
         capacity: ByteCount::new(capacity),
         offset_alignment,
         memory_alignment,
         volatile_cache,
+        keeps_data: options.drops.is_none(),
     };
     Ok(OpenFile { file, properties, engine })
 }
@@ -216,7 +243,7 @@ pub(super) fn open(path: &Path, options: &OpenOptions) -> Result<OpenFile, OpenE
 /// Whether the file lives in memory only.
 fn is_in_memory(file: &File) -> io::Result<bool> {
     let kind = fstatfs(file)?.filesystem_type();
-    Ok(kind == TMPFS_MAGIC || kind == RAMFS_MAGIC)
+    Ok([TMPFS_MAGIC, RAMFS_MAGIC, HUGETLBFS_MAGIC].contains(&kind))
 }
 
 /// Switches direct I/O on. False where the file system has none; the page cache then serves.

@@ -1,25 +1,31 @@
 //! A memory file, mapped: I/O to it is a copy, without a system call.
 //!
 //! Only for files that nobody can make smaller ([`is_sealed`]): a copy to where a file has ended would
-//! end the process. So does one for which the system has no page left: such a store is for benchmarks and
-//! trials. Memory of a guest that the guest has taken away reads as zeroes here (`vhost/src/sigbus.rs`), where
-//! the kernel would have refused it.
+//! end the process. So does one for which the system has no page left, so whoever makes the file reserves
+//! them. Memory of a guest that the guest has taken away reads as zeroes here (`vhost/src/sigbus.rs`), where
+//! the kernel would have refused it: what it then writes to its own volume is zeroes.
 
 use std::fs::File;
 use std::io;
 use std::num::NonZeroUsize;
+use std::os::unix::fs::MetadataExt;
 use std::ptr::NonNull;
 
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
-use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
+use nix::sys::mman::{MapFlags, MmapAdvise, ProtFlags, madvise, mmap, munmap};
 
-use crate::sys::IoVec;
+use crate::sys::{IoVec, prefetch};
 
 /// Whether the file is memory that stays as large as it is.
 pub(super) fn is_sealed(file: &File) -> bool {
     let seals = fcntl(file, FcntlArg::F_GET_SEALS).map(SealFlag::from_bits_retain);
     seals.is_ok_and(|seals| seals.contains(SealFlag::F_SEAL_SHRINK))
 }
+
+/// Bytes at the start of an operation's memory that are asked for ahead: by then the processor sees by
+/// itself where this goes, and it has found the page.
+const EXPECTED_BYTES: usize = 1024;
+const CACHE_LINE: usize = 64;
 
 /// The first bytes of a sealed file, in our address space.
 ///
@@ -50,14 +56,34 @@ impl Mapped {
         let length = NonZeroUsize::new(length).expect("an empty device was refused");
         let write = if writable { ProtFlags::PROT_WRITE } else { ProtFlags::empty() };
         let access = ProtFlags::PROT_READ | write;
+        let mut flags = MapFlags::MAP_SHARED;
+        let metadata = file.metadata()?;
+        // Pages that are there need not be found one by one, and others stay where they are: nowhere.
+        if writable && metadata.blocks() * 512 >= metadata.size() {
+            flags |= MapFlags::MAP_POPULATE;
+        }
         // SAFETY: the kernel chooses a place where nothing is.
-        let base = unsafe { mmap(None, length, access, MapFlags::MAP_SHARED, file, 0) }?;
+        let base = unsafe { mmap(None, length, access, flags, file, 0) }?;
+        // A picture of a crash is of us, not of what guests keep. Nothing depends on it.
+        // SAFETY: the mapping was made in the line above, and stays as it is.
+        let _ = unsafe { madvise(base, length.get(), MmapAdvise::MADV_DONTDUMP) };
         Ok(Self { base: base.cast(), length, writable })
     }
 
     /// Whether [`Mapped::write`] may be called.
     pub(super) fn is_writable(&self) -> bool {
         self.writable
+    }
+
+    /// Has the memory of an operation that comes soon brought to the cache.
+    #[inline]
+    pub(super) fn expect(&self, offset: u64, pieces: &[IoVec]) {
+        let Some(piece) = pieces.first() else { return };
+        let here = self.base.as_ptr().wrapping_add(offset as usize);
+        for line in (0..piece.len().min(EXPECTED_BYTES)).step_by(CACHE_LINE) {
+            prefetch(here.wrapping_add(line));
+            prefetch(piece.as_mut_ptr().wrapping_add(line));
+        }
     }
 
     /// Copies from `offset` on into `pieces`.

@@ -63,7 +63,9 @@ impl Device for MemoryDevice {
         self.shell.complete(token);
     }
 
-    fn submit(&mut self) {}
+    fn submit(&mut self) -> bool {
+        !self.shell.ready.is_empty()
+    }
 
     fn reap(&mut self, completions: &mut Vec<Completion>) {
         completions.append(&mut self.shell.ready);
@@ -103,7 +105,9 @@ impl Device for NullDevice {
         self.shell.complete(token);
     }
 
-    fn submit(&mut self) {}
+    fn submit(&mut self) -> bool {
+        !self.shell.ready.is_empty()
+    }
 
     fn reap(&mut self, completions: &mut Vec<Completion>) {
         completions.append(&mut self.shell.ready);
@@ -126,6 +130,7 @@ impl Shell {
             offset_alignment: SECTOR_SIZE as u32,
             memory_alignment: 1,
             volatile_cache: false,
+            keeps_data: true,
         };
         let depth = depth as usize;
         Self { properties, depth, ready: Vec::with_capacity(depth) }

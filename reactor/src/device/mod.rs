@@ -38,6 +38,9 @@ pub struct DeviceProperties {
     /// A completed write may be lost by a power cut until a flush that was submitted after its
     /// completion has completed.
     pub volatile_cache: bool,
+    /// What was written can be read again. False of a device that is there to measure all but itself
+    /// ([`OpenOptions::drops`]): a read of data leaves the memory as it is.
+    pub keeps_data: bool,
 }
 
 /// How an operation ended.
@@ -95,8 +98,9 @@ pub trait Device {
     /// Queues a flush.
     fn flush(&mut self, token: Token);
 
-    /// Hands everything that is still queued to the device, in one system call.
-    fn submit(&mut self);
+    /// Hands everything that is still queued to the device, in one system call. True when operations
+    /// have completed meanwhile: to reap them now spares whoever waits a turn.
+    fn submit(&mut self) -> bool;
 
     /// Says that the bytes of these blocks matter to nobody any more: nothing durable leads to them,
     /// and no operation on them is in flight. A device may lose them, now or at any time before they

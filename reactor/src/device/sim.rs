@@ -1420,6 +1420,7 @@ impl Device for SimDevice {
             offset_alignment: config.offset_alignment,
             memory_alignment: config.memory_alignment,
             volatile_cache: config.volatile_cache,
+            keeps_data: true,
         }
     }
 
@@ -1454,11 +1455,12 @@ impl Device for SimDevice {
         disk.queue(op, 0);
     }
 
-    fn submit(&mut self) {
+    fn submit(&mut self) -> bool {
         let mut disk = self.disk.0.borrow_mut();
         for op in disk.ops.iter_mut().filter(|op| op.front == self.front) {
             op.submitted = true;
         }
+        false
     }
 
     fn retire(&mut self, start: BlockAddr, blocks: u64) {

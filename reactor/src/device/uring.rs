@@ -1,5 +1,5 @@
-//! A file or block device, driven by polling: io_uring where it is the fastest, plain system calls
-//! where that is (see [`Engine`]). It also is where a reactor sleeps, in the same ring.
+//! A file or block device, driven by polling: io_uring where it is the fastest, plain system calls or
+//! copies where these are (see [`Engine`]). It also is where a reactor sleeps, in the same ring.
 //!
 //! This file may contain `unsafe`: the kernel reads and writes memory named in the ring's entries,
 //! and no type can follow it there. The argument rests on three things. Memory for data comes as
@@ -255,6 +255,10 @@ pub struct FileDevice {
     engine: Engine,
     /// With [`Engine::Mapped`].
     mapped: Option<Mapped>,
+    /// See [`OpenOptions::drops`].
+    drops: Option<fn(Token) -> bool>,
+    /// Slots whose copies are to be made, with [`Engine::Mapped`].
+    lined_up: Vec<u32>,
     slots: Box<[Slot]>,
     free: Vec<u32>,
     /// Operations that have ended and were not reaped yet.
@@ -297,14 +301,10 @@ impl FileDevice {
             if opened.engine == Engine::Uring { buffer_table(&ring) } else { vec![] };
         let mapped = match opened.engine {
             Engine::Mapped => {
-                let length = opened.properties.capacity.get();
-                let mapped = Mapped::new(&opened.file, length, !options.read_only);
-                let inspect = |source| OpenError::Inspect {
-                    path: path.to_path_buf(),
-                    what: "memory",
-                    source,
-                };
-                Some(mapped.map_err(inspect)?)
+                let bytes = opened.properties.capacity.get();
+                let mapped = Mapped::new(&opened.file, bytes, !options.read_only);
+                let path = path.to_path_buf();
+                Some(mapped.map_err(|source| OpenError::Map { path, bytes, source })?)
             }
             _ => None,
         };
@@ -317,6 +317,8 @@ impl FileDevice {
             properties: opened.properties,
             engine: opened.engine,
             mapped,
+            drops: options.drops,
+            lined_up: Vec::with_capacity(depth as usize),
             slots: (0..depth).map(|_| Slot::EMPTY).collect(),
             free: (0..depth).rev().collect(),
             ready: Vec::with_capacity(depth as usize),
@@ -348,8 +350,8 @@ impl FileDevice {
     /// Pins a region of memory, so that operations within it need not be mapped one by one.
     ///
     /// Returns the number for [`Segment::with_registration`], or `None` when operations must go
-    /// without: regions over [`BUFFER_BYTES_MAX`] (the caller splits them), the inline engine, a
-    /// full table, or a limit of the system (one warning is logged).
+    /// without: regions over [`BUFFER_BYTES_MAX`] (the caller splits them), an engine that does not use
+    /// the ring, a full table, or a limit of the system (one warning is logged).
     pub fn register_buffer(&mut self, region: &Segment) -> Option<u32> {
         if region.len() > BUFFER_BYTES_MAX {
             tracing::debug!(bytes = region.len(), "too large for one registered buffer");
@@ -429,6 +431,7 @@ impl FileDevice {
     /// True when there are completions to reap. May also return without a cause; callers look at
     /// what there is to do and come back.
     pub fn wait(&mut self, timeout: Option<Duration>, woken: &mut Vec<WatchId>) -> bool {
+        self.submit();
         // Watches that fired while we polled are stale: the kernel is asked anew below.
         self.collect();
         self.fired.clear();
@@ -583,6 +586,20 @@ impl FileDevice {
         );
     }
 
+    fn start_unless_dropped(
+        &mut self,
+        token: Token,
+        verb: Verb,
+        offset: ByteOffset,
+        segments: &[Segment],
+    ) {
+        if self.drops.is_some_and(|drops| drops(token)) {
+            assert!(self.in_flight() < self.slots.len(), "more operations than the device's depth");
+            return self.ready.push(Completion { token, result: Ok(()) });
+        }
+        self.start(token, verb, offset.get(), segments);
+    }
+
     /// Starts an operation whose arguments are checked.
     fn start(&mut self, token: Token, verb: Verb, offset: u64, segments: &[Segment]) {
         assert!(self.in_flight() < self.slots.len(), "more operations than the device's depth");
@@ -597,16 +614,31 @@ impl FileDevice {
                     self.enter(0);
                 }
             }
-            Engine::Inline | Engine::Mapped | Engine::Auto => {
+            Engine::Mapped => self.lined_up.push(index),
+            Engine::Inline | Engine::Auto => {
                 let alignment = self.properties.offset_alignment;
-                let result = match &self.mapped {
-                    Some(mapped) => run_mapped(mapped, slot),
-                    None => run_inline(&self.file, slot, alignment),
-                };
+                let result = run_inline(&self.file, slot, alignment);
                 self.ready.push(Completion { token, result });
                 self.free.push(index);
             }
         }
+    }
+
+    /// Makes the copies of a turn. While one is made, the memory of the next is on its way to the cache:
+    /// 4 KiB at random places of 1 GiB took 525 ns so and 754 ns one by one (means of a million; virtual
+    /// cores, 4 KiB pages).
+    fn copy_all(&mut self) {
+        let mapped = self.mapped.as_ref().expect("operations line up only for copies");
+        for (nth, index) in self.lined_up.iter().enumerate() {
+            if let Some(next) = self.lined_up.get(nth + 1) {
+                let next = &self.slots[*next as usize];
+                mapped.expect(next.offset, next.pieces());
+            }
+            let slot = &self.slots[*index as usize];
+            self.ready.push(Completion { token: slot.token, result: run_mapped(mapped, slot) });
+            self.free.push(*index);
+        }
+        self.lined_up.clear();
     }
 }
 
@@ -617,12 +649,12 @@ impl Device for FileDevice {
 
     fn read(&mut self, token: Token, offset: ByteOffset, segments: &[Segment]) {
         self.check(offset, segments);
-        self.start(token, Verb::Read, offset.get(), segments);
+        self.start_unless_dropped(token, Verb::Read, offset, segments);
     }
 
     fn write(&mut self, token: Token, offset: ByteOffset, segments: &[Segment]) {
         self.check(offset, segments);
-        self.start(token, Verb::Write, offset.get(), segments);
+        self.start_unless_dropped(token, Verb::Write, offset, segments);
     }
 
     fn flush(&mut self, token: Token) {
@@ -634,10 +666,14 @@ impl Device for FileDevice {
         self.ready.push(Completion { token, result: Ok(()) });
     }
 
-    fn submit(&mut self) {
+    fn submit(&mut self) -> bool {
+        if !self.lined_up.is_empty() {
+            self.copy_all();
+        }
         if self.queued > 0 {
             self.enter(0);
         }
+        !self.ready.is_empty()
     }
 
     fn reap(&mut self, completions: &mut Vec<Completion>) {
@@ -666,6 +702,7 @@ impl Device for FileDevice {
 impl Drop for FileDevice {
     /// Waits for every operation: the kernel may write to memory until it says that it is done.
     fn drop(&mut self) {
+        self.submit();
         while self.in_kernel() > 0 {
             self.enter(1);
             self.collect();
@@ -964,7 +1001,7 @@ mod tests {
     #[test]
     fn a_refused_write_is_the_systems_error() {
         let scratch = Scratch::new(&std::env::temp_dir(), "read-only");
-        let options = OpenOptions { depth: 1, read_only: true, engine: Engine::Auto };
+        let options = OpenOptions { depth: 1, read_only: true, engine: Engine::Auto, drops: None };
         let mut device = FileDevice::open(&scratch.0, &options).unwrap();
         let mut pool = BufferPool::new(1, BLOCK);
         let buffer = filled(&mut pool, 1);
@@ -989,7 +1026,7 @@ mod tests {
         file.set_len(8 * BLOCK as u64).unwrap();
         let path = PathBuf::from(format!("/proc/self/fd/{}", file.as_raw_fd()));
         let open = |read_only| {
-            let options = OpenOptions { depth: 4, read_only, engine: Engine::Auto };
+            let options = OpenOptions { depth: 4, read_only, engine: Engine::Auto, drops: None };
             FileDevice::open(&path, &options).unwrap()
         };
         assert_eq!(open(false).engine(), Engine::Inline, "it may still be cut");
