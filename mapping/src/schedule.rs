@@ -4,7 +4,7 @@
 //! so on a thread of its own, the simulator in virtual time. It holds no clock and speaks to no shard.
 //!
 //! A volume has at most [`IN_FLIGHT_MAX`] scheduled snapshots under way: one that takes longer than it
-//! is to the next does not stop that. When the next is due and none of them is answered, that one is
+//! is to the next does not stop that. When the next is due and so many are not answered, that one is
 //! skipped and counted: a slow device gets fewer snapshots, not a queue of them. Nor is a stall made up
 //! for afterwards.
 //!
@@ -428,6 +428,11 @@ impl Timetable {
     pub fn skipped(&mut self) {
         self.answered();
         self.counters.skipped += 1;
+    }
+
+    /// Snapshots that were asked for and not answered.
+    pub fn in_flight(&self) -> usize {
+        self.in_flight
     }
 
     /// Of the snapshots that were to go, these are gone; none when that failed.

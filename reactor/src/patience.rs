@@ -29,6 +29,9 @@ const SLEEP: Duration = Duration::from_micros(128);
 /// this gains nothing from a core that spins.
 const SLEEP_BEFORE_DEVICE: Duration = Duration::from_micros(1024);
 
+/// How long it takes to be woken, in the middle: see [`SLEEP`].
+const WAKING: Duration = Duration::from_micros(26);
+
 /// Waits are told apart by powers of two, in microseconds: up to 1, 2, 4 ... 1024, and longer.
 const CLASSES: usize = 12;
 
@@ -73,7 +76,14 @@ impl Patience {
         self.of[wait as usize].patience
     }
 
-    /// A wait has ended after this long, awake or asleep.
+    /// A wait has ended after this long, of which the last part went into waking up: had the reactor been
+    /// awake, it would have been shorter. Else one that once slept would do so for ever, with a guest
+    /// whose next request comes a while after the answer to the one before.
+    pub(crate) fn ended_asleep(&mut self, wait: Wait, length: Duration) {
+        self.ended(wait, length.saturating_sub(WAKING));
+    }
+
+    /// A wait has ended after this long, awake.
     pub(crate) fn ended(&mut self, wait: Wait, length: Duration) {
         let learned = &mut self.of[wait as usize];
         let microseconds = u64::try_from(length.as_micros()).unwrap_or(u64::MAX);
@@ -145,6 +155,16 @@ mod tests {
         assert_eq!(after(Wait::Device, [300; 32]), microseconds(512));
         let mostly_short = (0..64).map(|nth| if nth % 8 == 0 { 1_000_000 } else { 6 });
         assert_eq!(after(Wait::Outside, mostly_short), microseconds(8));
+    }
+
+    #[test]
+    fn waking_up_is_no_part_of_the_wait() {
+        let mut patience = Patience::new();
+        // An idle spell, then a guest that asks again 45 microseconds after each answer.
+        (0..32).for_each(|_| patience.ended_asleep(Wait::Outside, microseconds(10_000)));
+        assert_eq!(patience.of(Wait::Outside), Duration::ZERO);
+        (0..256).for_each(|_| patience.ended_asleep(Wait::Outside, microseconds(45 + 26)));
+        assert_eq!(patience.of(Wait::Outside), microseconds(64));
     }
 
     #[test]

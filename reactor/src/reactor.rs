@@ -194,14 +194,26 @@ fn run<P: Poller>(mut poller: P, mode: PollMode, stats: &ReactorStats, clock: &S
             std::hint::spin_loop();
             continue;
         }
-        let timed_out =
-            poller.prepare_sleep() && !sleep(&mut poller, now, clock, stats, &mut woken);
+        let sleeps = poller.prepare_sleep();
+        let ready = clock.now();
+        stats.spun_ns.add(ready.since(last).as_nanos() as u64);
+        last = ready;
+        let mut timed_out = false;
+        if sleeps {
+            timed_out = !sleep(&mut poller, last, stats, &mut woken);
+            let awake = clock.now();
+            stats.asleep_ns.add(awake.since(last).as_nanos() as u64);
+            last = awake;
+        }
         poller.woken(&woken);
         woken.clear();
-        last = clock.now();
         // A timer brings no reason to expect more: one turn for what is due, then back to sleep.
         if !timed_out {
-            patience.ended(wait, last.since(since));
+            let length = last.since(since);
+            match sleeps {
+                true => patience.ended_asleep(wait, length),
+                false => patience.ended(wait, length),
+            }
             waiting = None;
         }
     }
@@ -211,14 +223,12 @@ fn run<P: Poller>(mut poller: P, mode: PollMode, stats: &ReactorStats, clock: &S
 fn sleep<P: Poller>(
     poller: &mut P,
     now: Instant,
-    clock: &SystemClock,
     stats: &ReactorStats,
     woken: &mut Vec<WatchId>,
 ) -> bool {
     let timeout = poller.deadline().map(|deadline| deadline.since(now));
     stats.sleeps.add(1);
     let completed = poller.device().wait(timeout, woken);
-    stats.asleep_ns.add(clock.now().since(now).as_nanos() as u64);
     let cause = completed || !woken.is_empty();
     stats.wakeups.add(u64::from(cause));
     cause

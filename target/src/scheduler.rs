@@ -26,6 +26,8 @@ use std::time::Duration;
 /// How often it is looked whether a collection is due: often enough to begin one before a store that
 /// fills up is full, and no load on an idle machine.
 const COLLECTION_LOOK: Duration = Duration::from_secs(5);
+/// How often a paused schedule whose snapshots are under way looks for their answers.
+const PAUSED_LOOK: Duration = Duration::from_millis(10);
 
 /// What a schedule has come to, for whoever asks.
 #[derive(Debug, Default)]
@@ -328,7 +330,11 @@ impl Timer {
             running.take_answers();
             running.progress.publish(running.table.counters());
             if running.paused {
-                continue; // Not due any more.
+                // Not due any more. Those under way are counted still.
+                if running.table.in_flight() > 0 {
+                    self.due.insert((now.after(PAUSED_LOOK), volume));
+                }
+                continue;
             }
             let due = running.table.poll(now, self.clock.wall());
             if due.snapshot {
