@@ -2,7 +2,7 @@
 # `target/` is source (the bessel program): cargo builds in build/, here as in .cargo/config.toml.
 export CARGO_TARGET_DIR := $(CURDIR)/build
 
-.PHONY: help build demo test soak planted fuzz loom miri asan bench bench-full bench-snapshots fmt clean-guest
+.PHONY: help build demo test soak planted fuzz loom miri asan bench bench-full bench-snapshots bench-guest fmt clean-guest
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 26
@@ -44,6 +44,9 @@ bench-full: build ## every scenario of the same, with costs (several times as lo
 
 bench-snapshots: ## what snapshots cost, beside what they are to cost (some ten minutes, 10 GiB of /dev/shm)
 	@scripts/bench-snapshots $(ARGUMENTS)
+
+bench-guest: build ## bench/fio in a real guest, beside qemu-storage-daemon (some four minutes, 3 GiB of /dev/shm)
+	@scripts/bench-guest $(ARGUMENTS)
 
 fmt: ## format the code
 	cargo fmt --all

@@ -1,4 +1,4 @@
-"""Runs the daemon and its guests for scripts/demo and tests/qemu_guest.py.
+"""Runs the daemon and its guests for scripts/demo, scripts/bench-guest and tests/end_to_end.py.
 
 Everything that is started here is stopped by pid when the `Run` ends, however it ends; a child also dies with us
 if we are killed outright. Waits are for conditions (a line on the guest's serial port, an answer from the
@@ -10,6 +10,7 @@ import glob
 import json
 import os
 import queue
+import re
 import shutil
 import signal
 import subprocess
@@ -31,6 +32,10 @@ class Failed(Exception):
     def __init__(self, message, log=None):
         super().__init__(message)
         self.log = log
+
+
+class Reported(Failed):
+    """A guest has said itself what went wrong."""
 
 
 _prctl = ctypes.CDLL(None).prctl  # looked up before any fork, where taking the loader's lock would not be safe
@@ -171,7 +176,8 @@ class Machine:
     def _read(self):
         for line in self.process.stdout:
             line = line.decode(errors="replace").strip()
-            print(f"{time.monotonic():.3f} {line}", file=self._transcript, flush=True)
+            # Cut, because what fio has measured comes as one line of some thousand characters.
+            print(f"{time.monotonic():.3f} {line[:160]}", file=self._transcript, flush=True)
             # Only whole lines count: one cut short by a kill acknowledges nothing.
             if line.startswith("BESSEL: "):
                 event, _, rest = line[len("BESSEL: "):].partition(" ")
@@ -190,7 +196,7 @@ class Machine:
         except queue.Empty:
             raise Failed(f"guest {self.name} said nothing for too long", self.console) from None
         if event == "failed":
-            raise Failed(f"guest {self.name}: {rest}", self._transcript.name)
+            raise Reported(f"guest {self.name}: {rest}", self._transcript.name)
         if event == "end":
             raise Failed(f"guest {self.name} ended before it was done", self.log if os.path.getsize(self.log) else self.console)
         return event, fields
@@ -201,6 +207,8 @@ class Machine:
         while True:
             try:
                 event, fields = self.next_event(deadline - time.monotonic())
+            except Reported:
+                raise
             except Failed as failure:
                 raise Failed(f"{failure}; it was to say `{wanted}` within {seconds} s", failure.log) from None
             on_event(event, fields)
@@ -227,9 +235,9 @@ class Machine:
 
 
 class Guest(Machine):
-    """A guest under QEMU with at most one disk, doing one job of scripts/guest-init."""
+    """A guest under QEMU with a disk for each of the sockets `disks`, doing one job of scripts/guest-init."""
 
-    def __init__(self, run, name, accelerator, job, disk=None, reconnect=False, **parameters):
+    def __init__(self, run, name, accelerator, job, *disks, reconnect=False, **parameters):
         kernels = glob.glob(os.path.join(GUEST, "kernel", "boot", "vmlinuz-*"))
         if not kernels:
             raise Failed("there is no guest kernel in build/guest; run scripts/setup first")
@@ -244,9 +252,9 @@ class Guest(Machine):
                      "-kernel", kernels[0],
                      "-initrd", os.path.join(GUEST, "initramfs.cpio"), "-append", " ".join(words),
                      "-serial", f"file:{console}", "-serial", "stdio"]
-        if disk:
-            arguments += ["-chardev", f"socket,id=c0,path={disk}" + (",reconnect=1" if reconnect else ""),
-                          "-device", "vhost-user-blk-pci,chardev=c0,num-queues=2"]
+        for number, disk in enumerate(disks):
+            arguments += ["-chardev", f"socket,id=c{number},path={disk}" + (",reconnect=1" if reconnect else ""),
+                          "-device", f"vhost-user-blk-pci,chardev=c{number},num-queues=2"]
         super().__init__(run, name, arguments, run.path(f"{name}.qemu.log"), console)
 
     def check_files(self, seconds=120):
@@ -271,6 +279,22 @@ def choose_accelerator(run):
         return "tcg", f"/dev/kvm opens, but a guest did not boot with it within {KVM_PROBE_SECONDS} s"
     finally:
         guest.kill()
+
+
+def file_system_of(path):
+    best = ("", "?")
+    with open("/proc/self/mounts") as mounts:
+        for line in mounts:
+            _, point, kind, *_ = line.split()
+            if (path + "/").startswith(point.rstrip("/") + "/") and len(point) > len(best[0]):
+                best = (point, kind)
+    return best[1]
+
+
+def processor():
+    with open("/proc/cpuinfo") as info:
+        name = re.search(r"model name\s*: (.*)", info.read())
+    return f"{len(os.sched_getaffinity(0))} cores, {name.group(1) if name else 'unknown CPU'}"
 
 
 def show_failure(failure):

@@ -330,6 +330,24 @@ def what_snapshots_cost_is_measured_row_by_row(world):
     expect(by_part["clones"][0]["count"] == clones, "clones")
 
 
+def fio_in_a_guest_is_measured_beside_a_peer(world):
+    """Short: that each job is measured and verify verifies, not how fast anything was. Without a peer it is Bessel alone."""
+    out = world.run.path("guest.json")
+    done = subprocess.run([os.path.join(vm.REPO, "scripts", "bench-guest"), "--program", world.program, "--seconds", "1",
+                           "--runs", "1", "--jobs", "randread,fsync,verify", "--dir", world.run.directory, "--json", out],
+                          env={**os.environ, "BESSEL_ACCEL": accelerator()}, capture_output=True, text=True, timeout=300, check=False)
+    world.expect(done.returncode == 0, f"bench-guest exited {done.returncode}: {done.stderr.strip()}")
+    with open(out, encoding="utf-8") as file:
+        rows = json.load(file)["medians"]
+    servers = {"bessel", "qsd"} if shutil.which("qemu-storage-daemon") else {"bessel"}
+    loads = {"randread 4k, depth 1", "randread 4k, depth 32", "fsync 4k, 4 writers", "verify"}
+    world.expect({(row["load"], row["server"]) for row in rows} == {(load, server) for load in loads for server in servers}, f"rows: {rows}")
+    wrong = [row for row in rows if row["load"] != "verify" and not 0 < row["median"]["mean_us"] <= 1e6 * 32 / row["median"]["iops"]]
+    world.expect(not wrong, f"measured wrongly: {wrong}")
+    left = [name for name in os.listdir(world.run.directory) if name.startswith("bessel-bench-guest-")]
+    world.expect(not left, f"left behind: {left}")
+
+
 TESTS = [
     a_guest_makes_writes_trims_and_checks_a_file_system,
     fsynced_files_survive_killing_daemon_and_guest_again_and_again,
@@ -338,6 +356,7 @@ TESTS = [
     the_load_generator_reads_back_what_it_wrote,
     what_snapshots_cost_is_measured_row_by_row,
     peers_are_compared_and_the_report_is_whole,
+    fio_in_a_guest_is_measured_beside_a_peer,
     a_block_device_of_4096_byte_sectors_serves_and_survives_kills,
     a_cloud_hypervisor_guest_reads_writes_flushes_and_discards,
     a_cloud_hypervisor_guest_outlives_a_daemon_killed_again_and_again,
