@@ -341,7 +341,10 @@ impl<D: Device> Shard<D> {
             self.counters.flushes += 1;
             self.device.flush(TokenKind::Flush.token(0));
         }
-        self.device.submit();
+        if self.device.submit() {
+            // What these bring to do is done in the next turn.
+            progress |= self.take_completions();
+        }
         let left = self.commands_ready || images_left || !self.deferred.is_empty();
         progress || self.released || left
     }

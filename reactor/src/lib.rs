@@ -33,4 +33,4 @@ mod sync;
 mod sys;
 pub mod units;
 
-pub use sys::prefetch;
+pub use sys::{prefetch, prefetch_to_write};

@@ -138,6 +138,19 @@ pub fn prefetch<T>(address: *const T) {
     let _ = address;
 }
 
+/// As [`prefetch`], of a line that will be written: others lose their copies of it.
+#[inline]
+pub fn prefetch_to_write<T>(address: *const T) {
+    #[cfg(all(target_arch = "x86_64", not(miri)))]
+    // SAFETY: as in `prefetch`.
+    unsafe {
+        use std::arch::x86_64::{_MM_HINT_ET0, _mm_prefetch};
+        _mm_prefetch::<_MM_HINT_ET0>(address.cast());
+    }
+    #[cfg(not(all(target_arch = "x86_64", not(miri))))]
+    let _ = address;
+}
+
 mod ioctls {
     nix::ioctl_read!(
         /// BLKGETSIZE64 of `linux/fs.h`: size of a block device in bytes.

@@ -19,7 +19,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering};
 
 use bessel_reactor::buffer::Segment;
-use bessel_reactor::prefetch;
+use bessel_reactor::{prefetch, prefetch_to_write};
 use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
 use nix::sys::statfs::{FUSE_SUPER_MAGIC, HUGETLBFS_MAGIC, NFS_SUPER_MAGIC, fstatfs};
 
@@ -338,6 +338,12 @@ impl Window {
         // `self` ensures, and aligned (assertion). `Atomic` types are valid for any bytes and may
         // be changed by others while they are borrowed.
         unsafe { address.as_ref() }
+    }
+
+    /// As [`Window::expect`], of a line that will be written.
+    #[inline]
+    pub(crate) fn expect_to_write(&self, offset: usize) {
+        prefetch_to_write(self.base.as_ptr().wrapping_add(offset));
     }
 
     /// Has the cache line at `offset` brought to the processor's cache.

@@ -17,6 +17,7 @@ use std::sync::atomic::Ordering::{Relaxed, Release, SeqCst};
 
 use bessel_reactor::buffer::Segment;
 use bessel_reactor::units::Sector;
+use bessel_reactor::{prefetch, prefetch_to_write};
 
 use crate::chain::{Chain, NoEnd};
 use crate::counters::{BrokenReason, Notice, QueueCounters};
@@ -140,6 +141,8 @@ pub struct Queue {
     batch: Vec<u16>,
     /// The request popped last.
     chain: Chain,
+    /// Its head, and the address of its header: where that of the next one may be. A hint.
+    before: (u16, usize),
     last: Option<Parsed>,
     /// Put back by the poller, given out again first.
     parked: Option<Parsed>,
@@ -176,6 +179,7 @@ impl Queue {
             in_flight: 0,
             batch: Vec::with_capacity(size),
             chain: Chain::new(parts.map, features.indirect(), parts.ring.size),
+            before: (0, 0),
             last: None,
             parked: None,
             broken: None,
@@ -379,6 +383,7 @@ impl Queue {
         }
         self.begin(head)?;
         self.next = self.next.wrapping_add(1);
+        self.ring.expect_used(self.used.wrapping_add(self.in_flight as u16 - 1));
         if let Some(inflight) = &mut self.inflight {
             inflight.popped(head);
         }
@@ -422,6 +427,10 @@ impl Queue {
             return Err(BrokenReason::AvailableIndex);
         }
         self.seen = index;
+        // A guest that has one request at a time uses the same descriptors again and again.
+        let (head, header) = self.before;
+        Chain::expect_descriptors(&self.ring, head);
+        prefetch(std::ptr::without_provenance::<u8>(header));
         self.rules.capacity = self.disk.capacity();
         Ok(true)
     }
@@ -474,10 +483,13 @@ impl Queue {
             Ok(walk) => return Err(self.answer_malformed(head, walk.writable)),
             Err(NoEnd) => return Err(self.answer_malformed(head, None)),
         };
+        self.before = (head, self.chain.segments(0..1)[0].as_ptr().addr());
         let writable = self.chain.bytes(readable..self.chain.len());
         let written = writable.min(u32::MAX.into()) as u32;
         let entry = &mut self.heads[usize::from(head)];
-        (entry.status, entry.written) = (Some(self.chain.take_status()), written);
+        let status = self.chain.take_status();
+        prefetch_to_write(status.as_ptr());
+        (entry.status, entry.written) = (Some(status), written);
         let answer = |status| Answer { status: Some(status), written };
 
         let end = self.chain.len();

@@ -52,6 +52,12 @@ impl Ring {
         self.used.load_u16(2, Relaxed)
     }
 
+    /// Has the place of used element `index` brought to the processor's cache.
+    #[inline]
+    pub(crate) fn expect_used(&self, index: u16) {
+        self.used.expect_to_write(4 + 8 * self.slot(index));
+    }
+
     pub(crate) fn put_used(&self, index: u16, head: u16, length: u32) {
         let at = 4 + 8 * self.slot(index);
         self.used.store_u32(at, head.into(), Relaxed);
