@@ -81,9 +81,9 @@ fn nothing_acknowledged_is_lost_and_nothing_foreign_is_seen() {
     assert!(failed.is_empty(), "these failed:\n{}", failed.join("\n"));
     // A seed alone, replayed, need not come by everything.
     let few = seeds.len() < 100;
-    let Tally { enumerated, sampled, nth, sectors, reclaims, collections, diffs, imports, .. } =
-        total;
-    let counts = [enumerated, sampled, nth, sectors, reclaims, collections, diffs, imports];
+    let Tally { enumerated, sampled, nth, sectors, .. } = total;
+    let Tally { reclaims, collections, diffs, imports, moves, .. } = total;
+    let counts = [enumerated, sampled, nth, sectors, reclaims, collections, diffs, imports, moves];
     let looked = few || counts.iter().all(|count| *count > 0);
     assert!(looked, "a harness that looks at nothing finds nothing: {total:#?}");
 }

@@ -168,6 +168,7 @@ impl Soak {
             collections,
             diffs,
             imports,
+            moves,
         } = self.total;
         let (crashes, violations) = (self.total.crashes(), self.failed.len());
         let (seconds, rate) = (self.started.elapsed().as_secs_f64(), self.rate());
@@ -204,6 +205,7 @@ impl Soak {
              | collections of garbage, each to its end | {collections} |\n\
              | diffs of snapshots compared | {diffs} |\n\
              | imports | {imports} |\n\
+             | volumes moved to another shard | {moves} |\n\
              | **violations** | **{violations}** |\n"
         );
         for seed in &self.failed {

@@ -37,10 +37,9 @@ use crate::format::{node_as_bytes, node_from_bytes};
 use crate::message::BlockKind;
 use crate::nodes::cache::{FrameId, FrameState};
 use crate::planted::{self, Bug};
-use crate::request::{CommandError, CurrentTree, Reply, VolumeHandle};
+use crate::request::{CommandError, CurrentTree, HandedOver, Reply, VolumeHandle};
 use crate::shard::{Shard, TokenKind};
-use crate::snapshot_log::SnapshotLog;
-use crate::volume::NO_REQUEST;
+use crate::volume::{NO_REQUEST, Volume};
 
 /// What to do when a round is durable.
 #[derive(Debug)]
@@ -706,8 +705,13 @@ impl<D: Device> Shard<D> {
     }
 
     /// Takes a volume that nothing is under way in out of memory. What of it is not durable is lost;
-    /// blocks that were unlinked or handed out for that leak, since the device may reach them.
-    pub(crate) fn forget_volume(&mut self, handle: VolumeHandle) -> SnapshotLog {
+    /// blocks that were unlinked or handed out for that leak, since the device may reach them. Forgets these
+    /// nodes with it.
+    pub(crate) fn forget_volume(
+        &mut self,
+        handle: VolumeHandle,
+        mut nodes: Vec<FrameId>,
+    ) -> HandedOver {
         self.release_unlinked(handle);
         let volume = self.volumes[handle.0 as usize].take().expect("the volume is open");
         assert!(volume.active_head == NO_REQUEST && volume.flight.is_none());
@@ -716,20 +720,21 @@ impl<D: Device> Shard<D> {
         self.first_round = self.first_round.max(volume.next_round);
         self.cache.unpin(volume.root);
         self.dirty_nodes -= volume.dirty.len();
-        let mut lost = volume.lost;
-        lost.extend(&volume.dirty);
+        nodes.extend(&volume.lost);
+        nodes.extend(&volume.dirty);
         for unlinked in volume.unlinked.iter().filter(|it| it.kind == BlockKind::Metadata) {
             // Dropped from a tree that is no more: on the device it may be linked.
-            let nodes = (0..u64::from(unlinked.run.count)).map(|at| unlinked.run.start.add(at));
-            lost.extend(nodes.filter_map(|node| self.cache.find(node)));
+            let dropped = (0..u64::from(unlinked.run.count)).map(|at| unlinked.run.start.add(at));
+            nodes.extend(dropped.filter_map(|node| self.cache.find(node)));
         }
-        self.cache.forget(lost);
+        self.cache.forget(nodes);
         if let Some(journal) = &mut self.journal {
             journal.forget(volume.record.id);
         }
         self.retire_changes();
         self.released = true;
-        volume.log
+        let Volume { slot, record, log, counters, .. } = volume;
+        HandedOver { slot, record, log, counters }
     }
 
     fn fail_after(&mut self, handle: VolumeHandle, after: After) {
@@ -748,7 +753,7 @@ impl<D: Device> Shard<D> {
             volume.closing = false; // It stays, for all that is known.
         }
         if matches!(after, After::Create { .. }) {
-            self.forget_volume(handle); // Nobody has its handle.
+            self.forget_volume(handle, Vec::new()); // Nobody has its handle.
         }
         self.reply(ticket, Reply::Failed(CommandError::Latched(why)));
     }

@@ -7,7 +7,7 @@
 //!
 //! | file           | commands                                          |
 //! |----------------|---------------------------------------------------|
-//! | `volumes.rs`   | create, publish, open, grow, close, delete, cache mode |
+//! | `volumes.rs`   | create, publish, open, grow, close, hand over, delete, cache mode |
 //! | `snapshots.rs` | snapshot, label, delete, rollback                 |
 //! | `restore.rs`   | changes that a killed process had made            |
 //! | `reclaim.rs`   | blocks that a deleted snapshot alone held         |
@@ -88,13 +88,13 @@ impl<D: Device> Shard<D> {
         self.commands_ready = false;
         let mut held_back: Vec<VolumeHandle> = Vec::new();
         for _ in 0..self.commands.len() {
-            let Some(pending) = self.commands.pop_front() else { return };
+            let Some(mut pending) = self.commands.pop_front() else { return };
             let volume = pending.command.volume();
             if volume.is_some_and(|volume| held_back.contains(&volume)) {
                 self.commands.push_back(pending);
                 continue;
             }
-            match self.try_command(pending.ticket, &pending.command) {
+            match self.try_command(pending.ticket, &mut pending.command) {
                 Ok(()) => {}
                 Err(NotNow::Wait) => {
                     held_back.extend(volume);
@@ -105,24 +105,30 @@ impl<D: Device> Shard<D> {
                     self.reply(pending.ticket, Reply::Failed(CommandError::Limit(what)));
                 }
                 Err(NotNow::WaitForLog) => self.commands.push_back(pending),
-                Err(NotNow::Refused(error)) => {
-                    if let Command::Delete { volume } = pending.command
-                        && let Some(volume) = self.volume_if_open(volume)
-                    {
-                        volume.closing = false; // It stays.
-                    }
-                    self.reply(pending.ticket, Reply::Failed(error));
-                }
+                Err(NotNow::Refused(error)) => self.refuse(pending, error),
             }
         }
+    }
+
+    fn refuse(&mut self, pending: Pending, error: CommandError) {
+        let reply = match pending.command {
+            Command::TakeOver(volume) => Reply::NotTakenOver { error, volume },
+            Command::Delete { volume } | Command::HandOver { volume } => {
+                if let Some(volume) = self.volume_if_open(volume) {
+                    volume.closing = false; // It stays.
+                }
+                Reply::Failed(error)
+            }
+            _ => Reply::Failed(error),
+        };
+        self.reply(pending.ticket, reply);
     }
 
     /// A node that the command waited for cannot be had.
     pub(crate) fn fail_command(&mut self, ticket: u64, error: CommandError) {
         let waiting = self.commands.iter().position(|pending| pending.ticket == ticket);
-        if let Some(waiting) = waiting {
-            self.commands.remove(waiting);
-            self.reply(ticket, Reply::Failed(error));
+        if let Some(pending) = waiting.and_then(|waiting| self.commands.remove(waiting)) {
+            self.refuse(pending, error);
         }
     }
 
@@ -132,6 +138,7 @@ impl<D: Device> Shard<D> {
         let pending = waiting.find(|pending| pending.ticket == ticket);
         match pending.map(|pending| &pending.command) {
             Some(Command::Open(entry)) => entry.record.name.clone(),
+            Some(Command::TakeOver(volume)) => volume.record.name.clone(),
             Some(Command::Create(plan) | Command::CreateUnpublished(plan)) => plan.name.clone(),
             other => {
                 let handle = other.and_then(Command::volume);
@@ -145,7 +152,7 @@ impl<D: Device> Shard<D> {
         self.replies.push_back((ticket, reply));
     }
 
-    fn try_command(&mut self, ticket: u64, command: &Command) -> Tried {
+    fn try_command(&mut self, ticket: u64, command: &mut Command) -> Tried {
         if let Some(volume) = command.volume() {
             let volume = self.volume_if_open(volume).ok_or_else(|| {
                 CommandError::Limit("the volume is not open here any more".to_owned())
@@ -155,8 +162,7 @@ impl<D: Device> Shard<D> {
             {
                 return Err(CommandError::Latched(why.clone()).into());
             }
-            if volume.closing && !matches!(command, Command::Delete { .. } | Command::Close { .. })
-            {
+            if volume.closing && !command.closes() {
                 return Err(CommandError::Limit("the volume is being closed".to_owned()).into());
             }
             if volume.unpublished && !command.suits_unpublished() {
@@ -194,6 +200,8 @@ impl<D: Device> Shard<D> {
             Command::Delete { volume } => self.delete(ticket, *volume),
             Command::SetCache { volume, cache, by } => self.set_cache(ticket, *volume, *cache, *by),
             Command::Close { volume } => self.close(ticket, *volume),
+            Command::HandOver { volume } => self.hand_over(ticket, *volume),
+            Command::TakeOver(volume) => self.take_over(ticket, volume),
             Command::Barrier => {
                 self.set_barrier(ticket, false);
                 Ok(())
@@ -318,7 +326,8 @@ impl<D: Device> Shard<D> {
                 self.reply(ticket, Reply::Done);
             }
             After::Close { ticket } => {
-                let log = Box::new(self.forget_volume(handle));
+                // Its nodes are the collector's to forget.
+                let log = Box::new(self.forget_volume(handle, Vec::new()).log);
                 self.reply(ticket, Reply::Closed { failed: None, log });
             }
         }
@@ -391,6 +400,7 @@ impl Command {
             Self::Create(_)
             | Self::CreateUnpublished(_)
             | Self::Open(_)
+            | Self::TakeOver(_)
             | Self::Barrier
             | Self::Checkpoint
             | Self::EndCheckpoint
@@ -411,6 +421,7 @@ impl Command {
             | Self::Grow { volume, .. }
             | Self::Delete { volume }
             | Self::Close { volume }
+            | Self::HandOver { volume }
             | Self::SetCache { volume, .. }
             | Self::Page { volume, .. }
             | Self::Find { volume, .. }
@@ -429,6 +440,11 @@ impl Command {
                 | Self::Close { .. }
                 | Self::Delete { .. }
         )
+    }
+
+    /// Whether the volume is not open any more afterwards.
+    fn closes(&self) -> bool {
+        matches!(self, Self::Delete { .. } | Self::Close { .. } | Self::HandOver { .. })
     }
 
     fn changes_the_device(&self) -> bool {

@@ -12,6 +12,8 @@
 //! is durable. What must not be broken:
 //! - Between the oldest entry that is not retired and the newest, none is missing: the *last* change
 //!   to each block wins, and that may be one that is durable already.
+//! - A volume's changes are in the journal of its home. A shard that closes a volume makes void what its
+//!   journal has of it, before another opens it.
 //! - An entry is whole or not there: a process can be killed between any two stores.
 //! - A journal counts only while the store names the life that wrote it as the one that last served
 //!   guests ([`crate::store::begin_life`]), on the same boot: afterwards its blocks may be somebody
@@ -272,29 +274,39 @@ pub fn read(memory: &Segment) -> Option<(Identity, Vec<Entry>)> {
     Some((identity, entries))
 }
 
-/// What remains to be done for each volume, given the journals found and the identity of the life
-/// that last served guests: the last change to each block.
+/// What remains to be done for each volume, given the journals found, one of each shard, and the identity
+/// of the life that last served guests: the last change to each block.
 pub fn outstanding(
     journals: Vec<(Identity, Vec<Entry>)>,
     last: &Identity,
 ) -> BTreeMap<VolumeId, Vec<Change>> {
-    let mut volumes: BTreeMap<VolumeId, Remaining> = BTreeMap::new();
+    let mut volumes: BTreeMap<VolumeId, Vec<Change>> = BTreeMap::new();
     if planted::is(Bug::JournalNotReplayed) {
-        return BTreeMap::new();
+        return volumes;
     }
-    // All entries of a volume are in one journal, that of its home.
     let any_life = planted::is(Bug::JournalOfOtherLives);
+    let mut remaining: BTreeMap<VolumeId, Remaining> = BTreeMap::new();
     for (_, entries) in journals.iter().filter(|(identity, _)| any_life || identity == last) {
         // From the newest change to the oldest: who comes first, wins.
         for index in (0..entries.len()).rev() {
             let oldest_wins = planted::is(Bug::JournalOldestWins);
             match &entries[if oldest_wins { entries.len() - 1 - index } else { index }] {
-                Entry::Replaced(volume) => volumes.entry(*volume).or_default().complete = true,
-                Entry::Changed(volume, change) => volumes.entry(*volume).or_default().add(change),
+                Entry::Replaced(volume) => remaining.entry(*volume).or_default().complete = true,
+                Entry::Changed(volume, change) => {
+                    remaining.entry(*volume).or_default().add(change);
+                }
             }
         }
+        // A volume that was handed over has entries in several journals. All but its last home's are
+        // void, by their own last entry, which says nothing about the others.
+        for (volume, of_journal) in &mut remaining {
+            volumes.entry(*volume).or_default().append(&mut of_journal.changes);
+        }
+        if !planted::is(Bug::HandOverEndsAllJournals) {
+            remaining.clear();
+        }
     }
-    volumes.into_iter().map(|(volume, remaining)| (volume, remaining.changes)).collect()
+    volumes
 }
 
 /// Changes of one volume, none of which covers a block of another.
@@ -471,6 +483,31 @@ mod tests {
         // Rounds are counted anew: those of before are over.
         assert!(journal.retire(|volume, round| volume == other || round == 0));
         assert_eq!(read_back()[&V], vec![data(7, 1, 70)]);
+    }
+
+    #[test]
+    fn a_volume_that_was_handed_over_is_what_its_last_home_says() {
+        let mut pools = [memory(), memory()];
+        let memories: Vec<_> = pools.iter_mut().map(|(pool, buffer)| pool.lend(buffer)).collect();
+        let mut journals: Vec<_> =
+            memories.iter().map(|it| Journal::create(it.clone(), &LIFE)).collect();
+        let other = VolumeId(4);
+        for journal in &mut journals {
+            // Never durable, so that nothing is retired.
+            journal.append(other, 1, &Entry::Changed(other, data(9, 1, 90)));
+        }
+        for visit in 0..5u64 {
+            let home = &mut journals[visit as usize % 2];
+            let round = visit + 1;
+            append(home, round, data(0, 1, 5 + visit));
+            append(home, round, data(10 + visit, 1, 50));
+            let found = memories.iter().map(|it| read(it).unwrap()).collect();
+            let expected = vec![data(10 + visit, 1, 50), data(0, 1, 5 + visit)];
+            assert_eq!(outstanding(found, &LIFE)[&V], expected, "visit {visit}");
+            home.forget(V);
+            let found = memories.iter().map(|it| read(it).unwrap()).collect();
+            assert_eq!(outstanding(found, &LIFE)[&V], vec![], "after visit {visit}");
+        }
     }
 
     #[test]

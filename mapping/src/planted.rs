@@ -125,6 +125,8 @@ bugs! {
     OverlappingFlushTrusted,
     /// A volume is closed without a flush of what was written in place.
     ClosedUnflushed,
+    /// A shard that hands a volume over remembers nodes of it that change elsewhere.
+    HandedOverRemembered,
     /// What waits for durability when its volume is latched completes well.
     LatchedStillAcknowledges,
     /// A failed write in place completes well.
@@ -249,6 +251,8 @@ bugs! {
     JournalOfOtherLives,
     /// The first change to a block wins, not the last one.
     JournalOldestWins,
+    /// What ends a volume in the journal of the shard that handed it over ends it in that of its new home.
+    HandOverEndsAllJournals,
     /// Changes are forgotten when their round begins, not when it is durable.
     JournalRetiredEarly,
     /// An entry becomes whole when the next one is written, after its request has completed.

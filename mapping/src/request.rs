@@ -4,7 +4,7 @@ use bessel_reactor::buffer::Segment;
 use bessel_reactor::clock::WallTime;
 use bessel_reactor::units::{BlockAddr, ByteCount, Sector};
 
-use crate::format::{LOG_ENTRIES_PER_BLOCK, Parent};
+use crate::format::{LOG_ENTRIES_PER_BLOCK, Parent, VolumeRecord};
 use crate::snapshot_log::SnapshotLog;
 
 /// A volume that is open on a shard. Small and dense, so the hot path can index with it.
@@ -307,6 +307,15 @@ pub enum Command {
         /// Which volume.
         volume: VolumeHandle,
     },
+    /// Closes the volume for another shard to open it, once its requests have ended: all of it is durable
+    /// then, and this shard has forgotten every node that somebody may change. A volume that is latched,
+    /// or becomes so meanwhile, is refused and stays.
+    HandOver {
+        /// Which volume.
+        volume: VolumeHandle,
+    },
+    /// Opens a volume that a shard has handed over, as it was. When that is refused it comes back.
+    TakeOver(Box<HandedOver>),
     /// Answered when every guest request that is active now has ended, and every round that is sealed or
     /// has begun is durable. Who then sees that no tree on the device leads to a block any more, and
     /// has seen it before this, may free that block.
@@ -376,6 +385,27 @@ pub enum Command {
     Shutdown,
 }
 
+/// A volume between two shards: durable, and open on neither.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct HandedOver {
+    /// Where its record lives in the registry.
+    pub slot: u32,
+    /// Its record, as the device has it but for what it only counts.
+    pub record: VolumeRecord,
+    /// Its snapshots, as far as they were read.
+    pub log: SnapshotLog,
+    /// What guests have done to it.
+    pub counters: crate::volume::VolumeCounters,
+}
+
+impl HandedOver {
+    /// Its current tree.
+    pub fn current(&self) -> CurrentTree {
+        let VolumeRecord { root, height, parent, .. } = self.record;
+        CurrentTree { root, height, parent }
+    }
+}
+
 /// What a [`Command`] came to.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Reply {
@@ -390,6 +420,15 @@ pub enum Reply {
         /// Its snapshots, as far as they were known: to look at, and since to forget a million takes a
         /// time that a reactor has not.
         log: Box<SnapshotLog>,
+    },
+    /// The volume is closed, and may be opened elsewhere.
+    HandedOver(Box<HandedOver>),
+    /// The volume that another shard has handed over is not open here.
+    NotTakenOver {
+        /// Why.
+        error: CommandError,
+        /// To be opened elsewhere.
+        volume: Box<HandedOver>,
     },
     /// The snapshot is durable, or was found.
     Snapshot(SnapshotInfo),

@@ -608,6 +608,13 @@ impl Model {
         content.forget_order(now);
     }
 
+    /// A volume was handed over: everything that has completed is durable.
+    pub fn handed_over(&mut self, id: VolumeId) {
+        let now = self.tick();
+        assert!(self.ops.values().all(|op| op.volume != id), "handed over under requests");
+        self.volume(id).content.make_durable(now);
+    }
+
     /// A volume whose deletion had failed turned out to be deleted.
     pub fn was_deleted(&mut self, id: VolumeId) {
         let existence = self.volume(id).existence;

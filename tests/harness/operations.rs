@@ -189,6 +189,14 @@ impl<'w> Actor<'w> {
         }
     }
 
+    /// Moves the first volume to the next shard. With one shard it is handed over and taken back.
+    fn move_on(&mut self) -> Result<(), PowerCut> {
+        let Some(volume) = self.first() else { return Ok(()) };
+        let target = (self.world.home(volume) + 1) % self.world.shard_count();
+        self.world.start_move(volume, target)?;
+        self.pause()
+    }
+
     fn clone_oldest(&mut self) -> Result<(), PowerCut> {
         let name = self.world.fresh_name();
         match self.oldest() {
@@ -690,6 +698,33 @@ operations! {
         a.set_cache(CacheMode::Writethrough)?;
         a.write(block(4), 8)?;
         a.set_cache(CacheMode::Writeback)
+    };
+    move_a_volume: snapshotted, |a| {
+        a.write(0, 20)?; // In place, for a part.
+        a.write(3 * LEAF, 8)?;
+        a.move_on()?;
+        a.write(4, 12)?;
+        a.write(LEAF + 8, 8)?;
+        a.flush()
+    };
+    move_a_volume_to_and_fro: snapshotted, |a| {
+        a.write(0, 24)?;
+        if let Some(volume) = a.first() {
+            // Under way when the volume is asked for.
+            a.world.start(Action::Snapshot { volume, label: None });
+        }
+        a.move_on()?;
+        a.world.settle()?;
+        a.write(8, 24)?;
+        a.snapshot(a.first())?;
+        a.write(0, 8)?;
+        a.world.settle()?;
+        a.move_on()?;
+        a.world.settle()?;
+        // What the first shard has known of it is not so any more.
+        a.write(16, 8)?;
+        a.io(Discard, LEAF, block(1))?;
+        a.flush()
     };
     orderly_shutdown: snapshotted, |a| {
         a.write(0, 20)?;

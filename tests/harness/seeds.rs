@@ -70,6 +70,8 @@ pub struct Tally {
     pub diffs: u64,
     /// Imports that came to their end.
     pub imports: u64,
+    /// Volumes that moved to another shard.
+    pub moves: u64,
 }
 
 impl Tally {
@@ -99,6 +101,7 @@ impl AddAssign for Tally {
         self.collections += other.collections;
         self.diffs += other.diffs;
         self.imports += other.imports;
+        self.moves += other.moves;
     }
 }
 
@@ -160,6 +163,7 @@ pub fn run(seed: u64, effort: &Effort) -> Tally {
     run.tally.collections += collections.count() as u64;
     run.tally.diffs += run.world.diffs();
     run.tally.imports += run.world.imports();
+    run.tally.moves += run.world.moves();
     run.tally
 }
 

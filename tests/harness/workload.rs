@@ -49,6 +49,9 @@ impl Workload {
         }
         world.run_schedules();
         world.collect_sometimes(1, 60);
+        if world.move_sometimes(1, 40).is_err() || world.volumes().is_empty() {
+            return;
+        }
         let volumes = world.volumes();
         let volume = *world.random.pick(&volumes);
         if world.diff_sometimes(volume, 1, 40).is_err() {

@@ -30,6 +30,7 @@ mod collects;
 mod diffs;
 mod faulty;
 mod memory;
+mod moves;
 mod observer;
 mod reclaims;
 mod recovery;
@@ -221,6 +222,16 @@ enum Pending {
         time: u64,
     },
     Close,
+    HandOver {
+        volume: VolumeId,
+        target: usize,
+    },
+    TakeOver {
+        volume: VolumeId,
+        target: usize,
+        /// It has not been refused elsewhere.
+        first: bool,
+    },
     OfDevice,
     Shutdown,
     /// Of who frees what deleted snapshots held.
@@ -281,6 +292,7 @@ pub struct World {
     schedules: BTreeMap<VolumeId, schedules::Running>,
     /// Volumes that were detached, with the shard that had them.
     detached: BTreeMap<VolumeId, usize>,
+    moves: moves::Moves,
     requests: BTreeMap<Ticket, Request>,
     /// Requests that a full shard has refused for now.
     waiting: VecDeque<Ticket>,
@@ -345,6 +357,7 @@ impl World {
             deleting: BTreeMap::new(),
             schedules: BTreeMap::new(),
             detached: BTreeMap::new(),
+            moves: moves::Moves::new(config.seed),
             requests: BTreeMap::new(),
             waiting: VecDeque::new(),
             commands: BTreeMap::new(),
@@ -793,6 +806,9 @@ impl World {
             if !matches!(pending, Pending::Show) {
                 self.failed(&pending, error);
             }
+            if let Pending::HandOver { volume, .. } = pending {
+                self.not_handed_over(volume);
+            }
             self.outcomes.insert(ticket, Outcome::Reply(reply));
             return;
         }
@@ -816,6 +832,16 @@ impl World {
             )
             | (Pending::Close, Reply::Closed { .. })
             | (Pending::OfDevice | Pending::Shutdown | Pending::Restore, Reply::Done) => {}
+            (Pending::HandOver { volume, target }, Reply::HandedOver(handed)) => {
+                self.handed_over(volume, target, handed.clone());
+            }
+            (Pending::TakeOver { volume, target, .. }, Reply::Opened(handle)) => {
+                self.taken_over(volume, target, *handle);
+            }
+            (
+                Pending::TakeOver { volume, target, first },
+                Reply::NotTakenOver { error, volume: handed },
+            ) => self.not_taken_over((volume, target, first), error, handed.clone()),
             (Pending::Act { action, time }, reply) => self.acted(action, time, reply),
             (pending, reply) => panic!("{pending:?} was answered with {reply:?}"),
         }

@@ -8,14 +8,14 @@ use crate::claims::Taken;
 use crate::commit::{After, SealedImages};
 use crate::directory::VolumeEntry;
 use crate::flusher::FlushWaiter;
-use crate::format::{Entry, ExtentType, Parent, VolumeRecord, height_for};
+use crate::format::{Entry, EntryKind, ExtentType, Parent, VolumeRecord, height_for};
 use crate::message::{BlockKind, BlockRun};
-use crate::nodes::cache::FrameId;
+use crate::nodes::cache::{FrameId, FrameState};
 use crate::pipeline::Work;
 use crate::planted::{self, Bug};
 use crate::radix::{Missing, Path};
 use crate::request::{
-    CacheChooser, CacheMode, CloneOrigin, CommandError, CreatePlan, Reply, VolumeHandle,
+    CacheChooser, CacheMode, CloneOrigin, CommandError, CreatePlan, HandedOver, Reply, VolumeHandle,
 };
 use crate::shard::Shard;
 use crate::snapshot_log::SnapshotLog;
@@ -31,18 +31,41 @@ pub(super) enum Published {
 
 impl<D: Device> Shard<D> {
     pub(super) fn open(&mut self, ticket: u64, entry: &VolumeEntry) -> Tried {
-        let (root, height) = (entry.record.root, entry.record.height);
+        let frame = self.root_to_open(ticket, &entry.record)?;
+        let log = SnapshotLog::begin(entry, &self.extents);
+        let handle = self.add_volume(entry.slot, entry.record.clone(), log, frame)?;
+        self.load_log(handle);
+        self.reply(ticket, Reply::Opened(handle));
+        Ok(())
+    }
+
+    /// Opens a volume that another shard has handed over.
+    pub(super) fn take_over(&mut self, ticket: u64, handed: &mut HandedOver) -> Tried {
+        let frame = self.root_to_open(ticket, &handed.record)?;
+        // It is not refused any more.
+        let log = std::mem::replace(&mut handed.log, SnapshotLog::new(handed.record.id));
+        let handle = self.add_volume(handed.slot, handed.record.clone(), log, frame)?;
+        self.volume_mut(handle).counters = handed.counters;
+        self.load_log(handle);
+        self.reply(ticket, Reply::Opened(handle));
+        Ok(())
+    }
+
+    /// The root of a volume that can be opened now.
+    fn root_to_open(&mut self, ticket: u64, record: &VolumeRecord) -> Result<FrameId, NotNow> {
+        let VolumeRecord { root, height, .. } = *record;
         self.needs_room_in_journal()?;
         let frame = self.node(root, height, ticket)?;
         if let Some(other) = self.volumes.iter().flatten().find(|volume| volume.root == frame) {
             let what = format!("root block {root} is that of volume {:?} too", other.record.name);
             return Err(CommandError::Corrupt(format!("{what}; run `bessel check`")).into());
         }
-        let log = SnapshotLog::begin(entry, &self.extents);
-        let handle = self.add_volume(entry.slot, entry.record.clone(), log, frame)?;
-        self.load_log(handle);
-        self.reply(ticket, Reply::Opened(handle));
-        Ok(())
+        if let Err(full) = self.needs_room_for_volume() {
+            // Another shard may open it now, and change it.
+            self.cache.forget(vec![frame]);
+            return Err(full);
+        }
+        Ok(frame)
     }
 
     pub(super) fn create(&mut self, ticket: u64, plan: &CreatePlan, published: Published) -> Tried {
@@ -147,13 +170,7 @@ impl<D: Device> Shard<D> {
         Ok(())
     }
 
-    pub(super) fn add_volume(
-        &mut self,
-        slot: u32,
-        record: VolumeRecord,
-        log: SnapshotLog,
-        root: FrameId,
-    ) -> Result<VolumeHandle, NotNow> {
+    fn needs_room_for_volume(&self) -> Tried {
         let open = self.volumes.iter().flatten().count();
         if open >= self.cache.capacity() / 4 {
             return Err(CommandError::Limit(format!(
@@ -162,6 +179,17 @@ impl<D: Device> Shard<D> {
             ))
             .into());
         }
+        Ok(())
+    }
+
+    pub(super) fn add_volume(
+        &mut self,
+        slot: u32,
+        record: VolumeRecord,
+        log: SnapshotLog,
+        root: FrameId,
+    ) -> Result<VolumeHandle, NotNow> {
+        self.needs_room_for_volume()?;
         let free = self.volumes.iter().position(Option::is_none);
         let index = free.unwrap_or_else(|| {
             self.volumes.push(None);
@@ -349,18 +377,50 @@ impl<D: Device> Shard<D> {
 
     /// Takes the volume out of memory, durably as it is, or as it is on the device once it is latched.
     pub(super) fn close(&mut self, ticket: u64, handle: VolumeHandle) -> Tried {
+        self.rest(handle)?;
+        let failed = self.volume(handle).latched.clone();
+        let nodes = self.own_nodes(handle)?;
+        if failed.is_some() {
+            self.fail_sealed(handle);
+        }
+        let log = Box::new(self.forget_volume(handle, nodes).log);
+        self.reply(ticket, Reply::Closed { failed, log });
+        Ok(())
+    }
+
+    /// Takes the volume out of memory, durably as it is, for another shard.
+    pub(super) fn hand_over(&mut self, ticket: u64, handle: VolumeHandle) -> Tried {
+        self.rest(handle)?;
+        if let Some(why) = &self.volume(handle).latched {
+            return Err(CommandError::Latched(why.clone()).into());
+        }
+        // Elsewhere they change, and these would be what they were: when the volume comes back, or a clone
+        // of a snapshot that has them is made here.
+        let mut nodes = self.own_nodes(handle)?;
+        if planted::is(Bug::HandedOverRemembered) {
+            nodes.clear();
+        }
+        let handed = Box::new(self.forget_volume(handle, nodes));
+        self.reply(ticket, Reply::HandedOver(handed));
+        Ok(())
+    }
+
+    /// Lets what is under way of a volume that is closing end, and makes it durable unless it is latched.
+    fn rest(&mut self, handle: VolumeHandle) -> Tried {
         let volume = self.volume_mut(handle);
         volume.closing = true;
-        let (failed, write_mark) = (volume.latched.clone(), volume.write_mark);
+        let (failed, write_mark) = (volume.latched.is_some(), volume.write_mark);
         if volume.active_head != NO_REQUEST || volume.flight.is_some() || volume.log_loading {
             return Err(NotNow::Wait);
         }
-        if failed.is_some() {
-            self.fail_sealed(handle);
-        } else if !volume.is_quiet() {
+        if failed {
+            return Ok(());
+        }
+        if !volume.is_quiet() {
             self.want_commit(handle);
             return Err(NotNow::Wait);
-        } else if let Some(mark) = write_mark
+        }
+        if let Some(mark) = write_mark
             && !self.flusher.covers(mark)
             && !planted::is(Bug::ClosedUnflushed)
         {
@@ -372,9 +432,35 @@ impl<D: Device> Shard<D> {
             }
             return Err(NotNow::Wait);
         }
-        let log = Box::new(self.forget_volume(handle));
-        self.reply(ticket, Reply::Closed { failed, log });
         Ok(())
+    }
+
+    /// Nodes in memory that the volume may change in place, and nobody else: below its root by writable
+    /// links alone. A node is in memory for as long as one below it is, so none is missed.
+    fn own_nodes(&self, handle: VolumeHandle) -> Result<Vec<FrameId>, NotNow> {
+        let mut own = vec![self.volume(handle).root];
+        let mut at = 0;
+        while let Some(&parent) = own.get(at) {
+            at += 1;
+            for entry in self.cache.entries(parent) {
+                if entry.read_only() || !matches!(entry.kind(), EntryKind::Node(_)) {
+                    continue;
+                }
+                let Some(child) = self.cache.find(entry.block()) else { continue };
+                let frame = self.cache.frame(child);
+                match frame.state {
+                    FrameState::Loading => return Err(NotNow::Wait),
+                    // A damaged store may have a link to anywhere.
+                    _ if frame.level + 1 == self.cache.frame(parent).level
+                        && self.cache.may_belong_to(child, parent) =>
+                    {
+                        own.push(child);
+                    }
+                    _ => {}
+                }
+            }
+        }
+        Ok(own)
     }
 
     pub(super) fn delete(&mut self, ticket: u64, handle: VolumeHandle) -> Tried {

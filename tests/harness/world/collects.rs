@@ -72,6 +72,12 @@ impl Collects {
         !self.wanted && self.running.is_none()
     }
 
+    /// Volumes are being asked what they have.
+    pub(super) fn is_looking(&self) -> bool {
+        let now = self.running.as_ref().and_then(|running| running.now.as_ref());
+        matches!(now, Some(Now::Look { .. }))
+    }
+
     /// One is under way.
     pub(super) fn is_running(&self) -> bool {
         self.running.is_some()
@@ -183,6 +189,7 @@ impl World {
                 running.job.read(&mut Blocking::new(&mut device));
                 return;
             }
+            Next::Spare if !self.moves.is_idle() => return, // Once all have a home.
             Next::Spare => return self.look_for_waiting(),
             Next::AskAll(command) => (self.shards.len(), command),
             Next::AskAuthority(command) => (1, command),

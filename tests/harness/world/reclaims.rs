@@ -51,6 +51,11 @@ pub(super) struct Reclaims {
 }
 
 impl Reclaims {
+    /// Volumes are being asked what they have.
+    pub(super) fn is_looking(&self) -> bool {
+        matches!(self.now, Now::Look { .. })
+    }
+
     pub(super) fn new(seed: u64) -> Self {
         Self {
             waiting: VecDeque::new(),
@@ -188,6 +193,8 @@ impl World {
         }
         match &mut self.reclaims.now {
             Now::Nothing => self.look(),
+            // The control plane asks and plans at once: no volume moves meanwhile.
+            Now::Look { .. } if !self.moves.is_idle() => return false,
             Now::Look { asked, .. } if asked.is_empty() => self.plan_reclaim(),
             Now::Work { asked, .. } if asked.is_empty() => self.work(),
             Now::Look { .. } | Now::Work { .. } => return false,
@@ -203,6 +210,8 @@ impl World {
                 Pending::Create { .. }
                     | Pending::Open { .. }
                     | Pending::Close
+                    | Pending::HandOver { .. }
+                    | Pending::TakeOver { .. }
                     | Pending::Act { action: Action::Delete { .. } | Action::Rollback { .. }, .. }
             )
         };

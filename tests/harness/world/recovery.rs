@@ -19,6 +19,7 @@ use bessel_reactor::units::{ByteCount, SECTOR_SIZE, SECTORS_PER_BLOCK, Sector};
 use super::collects::Collects;
 use super::diffs::Diffs;
 use super::memory::Memory;
+use super::moves::Moves;
 use super::observer::Progress;
 use super::reclaims::Reclaims;
 use super::{Action, OpenVolume, Outcome, Pending, PowerCut, STEPS_MAX, World, WorldConfig, open};
@@ -128,6 +129,7 @@ impl World {
         self.deleting.clear();
         self.schedules.clear();
         self.detached.clear();
+        self.moves.clear();
     }
 
     /// Closes the store in order, and cuts the power afterwards to see that all was durable.
@@ -483,6 +485,7 @@ impl Outage {
             imports: 0,
             deleting: BTreeMap::new(),
             detached: BTreeMap::new(),
+            moves: Moves::new(seed),
             requests: BTreeMap::new(),
             waiting: VecDeque::new(),
             commands: BTreeMap::new(),

@@ -73,8 +73,12 @@ impl World {
     pub fn run_schedules(&mut self) {
         let (now, wall) = self.schedule_time();
         let mut schedules = std::mem::take(&mut self.schedules);
-        schedules.retain(|volume, _| self.volumes.contains_key(volume));
+        let moving = |volume| self.moves.is_moving(volume);
+        schedules.retain(|volume, _| self.volumes.contains_key(volume) || moving(*volume));
         for (volume, running) in &mut schedules {
+            if self.moves.is_moving(*volume) {
+                continue; // It is late, then.
+            }
             self.take_answers(running, wall);
             let due = running.table.poll(now, wall);
             if due.snapshot {
