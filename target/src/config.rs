@@ -131,6 +131,8 @@ pub(crate) struct ReactorsConfig {
     pub(crate) cores: Option<Vec<usize>>,
     /// Whether an idle reactor sleeps.
     pub(crate) poll: Poll,
+    /// Whether volumes are moved from a reactor that has much to do.
+    pub(crate) balance: Balance,
     /// Whether guests' memory is registered with the device.
     pub(crate) pin_guest_memory: bool,
 }
@@ -144,6 +146,17 @@ pub(crate) enum Poll {
     Adaptive,
     /// Never sleeps.
     Busy,
+}
+
+/// Whether volumes are moved by load.
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum Balance {
+    /// Those that no operator has moved.
+    #[default]
+    On,
+    /// None.
+    Off,
 }
 
 /// Where the daemon is spoken to.
@@ -279,6 +292,8 @@ struct RawReactors {
     cores: Option<Vec<usize>>,
     #[serde(default)]
     poll: Poll,
+    #[serde(default)]
+    balance: Balance,
     #[serde(default)]
     pin_guest_memory: bool,
 }
@@ -775,7 +790,8 @@ fn checked_reactors(raw: RawReactors, source: &Source) -> Result<ReactorsConfig,
             }
         }
     }
-    Ok(ReactorsConfig { cores: raw.cores, poll: raw.poll, pin_guest_memory: raw.pin_guest_memory })
+    let RawReactors { cores, poll, balance, pin_guest_memory } = raw;
+    Ok(ReactorsConfig { cores, poll, balance, pin_guest_memory })
 }
 
 fn checked_api(raw: RawApi, source: &Source) -> Result<ApiConfig, ConfigError> {
@@ -962,6 +978,9 @@ gc: { every: 1d, low_space: 5%, rate: 64MiB }
         assert_eq!(config.reactors.cores.as_deref(), Some(&[0, 1][..]));
         assert_eq!(config.reactors.poll, Poll::Adaptive);
         assert!(!config.reactors.pin_guest_memory);
+        assert_eq!(config.reactors.balance, Balance::On);
+        let off = WHOLE.replace("poll: adaptive", "balance: off");
+        assert_eq!(parse(&off).unwrap().reactors.balance, Balance::Off);
         assert_eq!(config.api.socket, Path::new("/run/bessel/api.sock"));
         assert_eq!(config.api.listen, Some("127.0.0.1:9400".parse().unwrap()));
         let gc = GcConfig {
@@ -1068,6 +1087,7 @@ gc: { every: 1d, low_space: 5%, rate: 64MiB }
             (6, "  cores: [0, 0]", "core 0 is given twice; a core runs one reactor"),
             (6, "  cores: [-1]", "reactors.cores[0]: invalid type: integer `-1`"),
             (7, "  poll: sometimes", "unknown variant `sometimes`, expected `adaptive` or `busy`"),
+            (7, "  balance: no", "unknown variant `no`, expected `on` or `off`"),
             (10, "  listen: here", "\"here\" is no address; write one like 127.0.0.1:9400"),
             (12, "  - name: ../etc", "volume name \"../etc\" contains '/'; allowed are"),
             (12, "  - name: vm2", "volume \"vm2\" is given twice; rename or remove one"),

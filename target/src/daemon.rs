@@ -23,7 +23,7 @@ use crate::cli::{Outcome, output};
 use crate::config::{Config, ConfigError, Medium, Poll, QUEUES_DEFAULT};
 use crate::control::Control;
 use crate::journals::Journals;
-use crate::plane::{ControlPlane, Home, Service, StoreFacts};
+use crate::plane::{ControlPlane, Home, Service, StoreFacts, Upkeep};
 use crate::scheduler::{Scheduler, Schedules, Seat};
 use crate::{entropy, one_line, scheduler};
 use bessel_mapping::format::HostRecord;
@@ -144,8 +144,8 @@ fn control_plane(
         opened: Arc::clone(store),
     };
     let api = config.api.socket.clone();
-    let gc = config.gc;
-    ControlPlane::new(store.directory.clone(), homes, schedules, facts, gc, api, life.clock)
+    let upkeep = Upkeep { gc: config.gc, balance: config.reactors.balance };
+    ControlPlane::new(store.directory.clone(), homes, schedules, facts, upkeep, api, life.clock)
 }
 
 /// Runs reactors, volumes and API over an open store, and has all of them ended when it returns.

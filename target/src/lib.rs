@@ -5,6 +5,7 @@
 
 mod api;
 mod attach;
+mod balance;
 mod cli;
 mod config;
 mod control;

@@ -2,7 +2,8 @@
 //!
 //! A volume's mapping belongs to one reactor, its home, and all its queues are polled there. Volumes
 //! go to the reactor with the fewest queues, in the order in which they are opened, so that a
-//! restart with the same configuration places them as before.
+//! restart with the same configuration places them as before. What they do there is not known yet; by
+//! that they may be moved later (`balance.rs`).
 
 use bessel_reactor::device::uring::WATCHES_MAX;
 
@@ -47,6 +48,16 @@ impl Placement {
         Ok(reactor)
     }
 
+    /// Makes room for a volume on the reactor that it is to be moved to.
+    pub(crate) fn reserve(&mut self, reactor: usize, queues: u16) -> Result<(), NoRoom> {
+        let wanted = usize::from(queues);
+        if self.queues[reactor] + wanted > QUEUES_PER_REACTOR_MAX {
+            return Err(NoRoom { queues: wanted });
+        }
+        self.queues[reactor] += wanted;
+        Ok(())
+    }
+
     /// Takes a volume off its home.
     ///
     /// # Panics
@@ -80,7 +91,9 @@ mod tests {
             placement.place(64).unwrap();
         }
         assert_eq!(placement.place(64), Err(NoRoom { queues: 64 }));
-        assert_eq!(placement.place(63), Ok(0));
+        assert_eq!(placement.reserve(0, 64), Err(NoRoom { queues: 64 }));
+        assert_eq!(placement.place(62), Ok(0));
+        assert_eq!(placement.reserve(0, 1), Ok(()));
         assert_eq!(placement.place(1), Err(NoRoom { queues: 1 }));
     }
 }

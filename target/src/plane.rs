@@ -11,6 +11,7 @@ mod forest;
 mod import;
 mod limits;
 mod logs;
+mod moving;
 mod open;
 mod schedule;
 mod tree;
@@ -23,7 +24,7 @@ use crate::api::types::{
 };
 use crate::api::{Refusal, RefusalKind};
 use crate::attach::{CoreCounters, CoreMessage, CorePort, VolumeHost};
-use crate::config::GcConfig;
+use crate::config::{Balance, GcConfig};
 use crate::jobs::Jobs;
 use crate::placement::Placement;
 use crate::reclaimer::{Reclaimer, Stopper};
@@ -57,6 +58,7 @@ use import::Importing;
 use limits::Limited;
 use logs::KeptLogs;
 pub(crate) use logs::Needed;
+use moving::Balancing;
 pub(crate) use open::Service;
 use schedule::Scheduled;
 pub(crate) use view::uuid;
@@ -88,6 +90,12 @@ pub(crate) struct StoreFacts {
     pub(crate) opened: Arc<OpenedStore>,
 }
 
+/// What is done without anybody asking, as the configuration says.
+pub(crate) struct Upkeep {
+    pub(crate) gc: GcConfig,
+    pub(crate) balance: Balance,
+}
+
 /// A volume that is open on its home reactor.
 struct Served {
     handle: VolumeHandle,
@@ -102,6 +110,8 @@ struct Served {
     schedule: Option<Scheduled>,
     limited: Limited,
     host: Arc<VolumeHost>,
+    /// An operator has moved it: it stays.
+    placed_by_hand: bool,
     /// None only while an operation keeps front-ends away, or when the socket could not be bound.
     server: Option<ServerHandle>,
 }
@@ -111,6 +121,7 @@ pub(crate) struct ControlPlane {
     directory: Directory,
     homes: Vec<Home>,
     placement: Placement,
+    balancing: Balancing,
     schedules: Schedules,
     served: BTreeMap<VolumeId, Served>,
     /// Volumes that are open on a reactor and not served yet.
@@ -153,7 +164,7 @@ impl ControlPlane {
         homes: Vec<Home>,
         schedules: Schedules,
         store: StoreFacts,
-        gc: GcConfig,
+        upkeep: Upkeep,
         api_socket: PathBuf,
         clock: SystemClock,
     ) -> Self {
@@ -162,8 +173,9 @@ impl ControlPlane {
         Self {
             directory,
             placement: Placement::new(homes.len()),
+            balancing: Balancing::new(upkeep.balance),
             reclaimer: Some(reclaimer),
-            collections: Collections::new(gc, store.opened.was_clean),
+            collections: Collections::new(upkeep.gc, store.opened.was_clean),
             pins: Pins::default(),
             jobs: Jobs::new(clock),
             unborn: Vec::new(),
@@ -713,7 +725,8 @@ impl ControlPlane {
                 let info = self.info(volume.id)?;
                 let latched = info.latched.as_deref();
                 let condition = self.condition_of_open(volume.id, &volume.name, latched);
-                Ok(view::volume(&info, served, condition))
+                let core = self.homes[served.home].core;
+                Ok(view::volume(&info, served, core, condition))
             }
             None => {
                 let condition = self.condition_of_closed(volume.id, &volume.name);
@@ -721,7 +734,8 @@ impl ControlPlane {
                     Some(detached) => {
                         let log = self.kept.get(volume.id).map(SnapshotLog::state);
                         let log = log.unwrap_or_default();
-                        view::detached_volume(volume, detached, &log, condition)
+                        let core = self.homes[detached.home].core;
+                        view::detached_volume(volume, detached, core, &log, condition)
                     }
                     None => view::closed_volume(volume, condition),
                 })

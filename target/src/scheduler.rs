@@ -5,7 +5,8 @@
 //! snapshots and the others nothing ([`Timetable`] says which are skipped). What thinning deletes goes
 //! through the control plane, like every other deletion.
 //!
-//! It also has the control plane look every few seconds whether a collection is due.
+//! It also has the control plane look every few seconds whether a collection is due, and whether a volume
+//! should be moved.
 //!
 //! The control plane starts and ends a volume's schedule, and tells of what others do with its
 //! snapshots. Once [`Schedules::end`] has returned, nothing more is sent for the volume, so that its
@@ -23,9 +24,9 @@ use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-/// How often it is looked whether a collection is due: often enough to begin one before a store that
-/// fills up is full, and no load on an idle machine.
-const COLLECTION_LOOK: Duration = Duration::from_secs(5);
+/// How often it is looked whether a collection is due, and whether a volume should have another home: often
+/// enough to begin one before a store that fills up is full, and no load on an idle machine.
+const LOOK: Duration = Duration::from_secs(5);
 /// How often a paused schedule whose snapshots are under way looks for their answers.
 const PAUSED_LOOK: Duration = Duration::from_millis(10);
 
@@ -92,6 +93,17 @@ enum Message {
         volume: VolumeId,
         ended: SyncSender<()>,
     },
+    /// The volume is about to be moved.
+    Hold {
+        volume: VolumeId,
+        held: SyncSender<()>,
+    },
+    /// It is open here now.
+    GoOn {
+        volume: VolumeId,
+        handle: VolumeHandle,
+        port: CorePort,
+    },
     /// Some of the snapshots that the volume had when its schedule began.
     Known {
         volume: VolumeId,
@@ -149,6 +161,19 @@ impl Schedules {
         let (ended, wait) = sync_channel(1);
         self.send(Message::End { volume, ended });
         let _ = wait.recv(); // An error: the thread is gone, and with it all schedules.
+    }
+
+    /// Takes no snapshots by a volume's schedule until it goes on. When this returns, nothing more is sent to
+    /// the volume's home.
+    pub(crate) fn hold(&self, volume: VolumeId) {
+        let (held, wait) = sync_channel(1);
+        self.send(Message::Hold { volume, held });
+        let _ = wait.recv(); // An error: the thread is gone, and with it all schedules.
+    }
+
+    /// Goes on with a schedule that was held, at the volume's home.
+    pub(crate) fn go_on(&self, volume: VolumeId, handle: VolumeHandle, port: CorePort) {
+        self.send(Message::GoOn { volume, handle, port });
     }
 
     /// Tells of some of the snapshots that the volume had when its schedule began and that are not deleted;
@@ -234,7 +259,7 @@ struct Timer {
     control: Control,
     /// To answer to ourselves.
     schedules: Schedules,
-    /// When to look next whether a collection is due.
+    /// When the control plane is to look around next.
     look: Instant,
     clock: SystemClock,
 }
@@ -251,16 +276,19 @@ impl Timer {
                 Err(RecvTimeoutError::Timeout) => {}
             }
             self.do_what_is_due();
-            self.look_at_collections();
+            self.look_around();
         }
     }
 
-    fn look_at_collections(&mut self) {
+    fn look_around(&mut self) {
         let now = self.clock.now();
         if self.look <= now {
-            self.look = now.after(COLLECTION_LOOK);
+            self.look = now.after(LOOK);
             let control = self.control.clone();
-            let _ = self.control.send(move |plane| plane.collect_if_due(control));
+            let _ = self.control.send(move |plane| {
+                plane.collect_if_due(control);
+                plane.balance_if_due();
+            });
         }
     }
 
@@ -270,6 +298,18 @@ impl Timer {
             Message::End { volume, ended } => {
                 self.forget(volume);
                 let _ = ended.send(()); // Whoever asked waits, with room for it.
+            }
+            Message::Hold { volume, held } => {
+                self.due.retain(|(_, other)| *other != volume);
+                let _ = held.send(()); // Whoever asked waits, with room for it.
+            }
+            Message::GoOn { volume, handle, port } => {
+                if let Some(running) = self.running.get_mut(&volume) {
+                    (running.handle, running.port) = (handle, port);
+                    if !running.paused {
+                        self.due.insert((running.table.next(), volume));
+                    }
+                }
             }
             Message::Known { volume, snapshots, complete } => {
                 if let Some(running) = self.running.get_mut(&volume) {

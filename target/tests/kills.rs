@@ -1,6 +1,6 @@
 //! The real daemon, killed again and again under guests that check every byte: several volumes with
-//! several queues in both cache modes, snapshots and clones that are taken, rolled back and deleted
-//! meanwhile, and `bessel check` after every kill.
+//! several queues in both cache modes, snapshots and clones that are taken, rolled back and deleted,
+//! volumes that are moved between reactors meanwhile, and `bessel check` after every kill.
 //!
 //! Two worlds. Over a file, only the process dies: its guests live on, reconnect with their in-flight
 //! regions and must not notice more than a pause, so the oracle is not even told. Over a device that
@@ -70,6 +70,7 @@ enum Request {
     Rollback { snapshot: SnapshotId, time: u64 },
     Clone { snapshot: SnapshotId, name: String },
     Delete { volume: VolumeId },
+    Move { volume: VolumeId, core: usize },
 }
 
 struct Arena {
@@ -77,6 +78,7 @@ struct Arena {
     /// None: a file, which a kill takes nothing from.
     device: Option<FaultyDevice>,
     config: String,
+    cores: Vec<usize>,
     model: Model,
     random: Random,
     disks: Vec<Disk>,
@@ -89,9 +91,9 @@ struct Arena {
 
 impl Arena {
     fn new(mut world: World, device: Option<FaultyDevice>, seed: u64) -> Self {
-        let cores = bessel_reactor::reactor::usable_cores();
-        let mut config =
-            format!("reactors:\n  cores: {:?}\nvolumes:\n", &cores[..cores.len().min(2)]);
+        let mut cores = bessel_reactor::reactor::usable_cores();
+        cores.truncate(2);
+        let mut config = format!("reactors:\n  cores: {cores:?}\nvolumes:\n");
         for (name, cache) in [("a", "writeback"), ("b", "writethrough"), ("c", "writeback")] {
             let size = VOLUME_SECTORS * SECTOR as u64;
             config.push_str(&format!(
@@ -103,6 +105,7 @@ impl Arena {
             world,
             device,
             config,
+            cores,
             model: Model::default(),
             random: Random::new(seed),
             disks: Vec::new(),
@@ -282,7 +285,8 @@ impl Arena {
         let sequences = self.model.snapshots(volume);
         let snapshot = (!sequences.is_empty())
             .then(|| SnapshotId { volume, sequence: *self.random.pick(&sequences) });
-        Some(match (self.random.below(10), snapshot) {
+        let core = *self.random.pick(&self.cores);
+        Some(match (self.random.below(13), snapshot) {
             (0..4, _) => Request::Snapshot { volume, time: self.tick() },
             (4..6, Some(snapshot)) if self.disks.len() < 3 + CLONES_MAX => {
                 let name = format!("clone{}", self.tick());
@@ -297,6 +301,7 @@ impl Arena {
                 self.send_away(at);
                 Request::Delete { volume }
             }
+            (9..12, _) => Request::Move { volume, core },
             _ => return None,
         })
     }
@@ -326,6 +331,10 @@ impl Arena {
                 self.model.begin_delete(*volume);
                 format!("volume delete {} --json", self.disks[self.at(*volume)].name)
             }
+            Request::Move { volume, core } => {
+                let name = &self.disks[self.at(*volume)].name;
+                format!("volume move {name} --to {core} --json")
+            }
         }
     }
 
@@ -353,6 +362,7 @@ impl Arena {
                 let at = self.at(*volume);
                 self.disks.remove(at);
             }
+            Request::Move { core, .. } => assert_eq!(answer["core"], *core),
         }
     }
 

@@ -47,6 +47,9 @@ fn paths() -> Value {
             "put": operation("Hold a volume's guest to limits, until the daemon ends", &[VOLUME], Some("Limits"), reference("Volume")),
             "delete": operation("Hold a volume's guest to no limits", &[VOLUME], None, reference("Volume")),
         },
+        "/v1/volumes/{name}/home": {
+            "put": operation("Move a volume to the reactor on a core while its guest goes on", &[VOLUME], Some("MoveVolume"), reference("Volume")),
+        },
         "/v1/volumes/{name}/detach": {
             "post": operation("Stop serving a volume until it is attached or the daemon starts again", &[VOLUME], None, reference("Volume")),
         },
@@ -277,6 +280,7 @@ const VOLUME_FIELDS: &[(&str, &str)] = &[
     ("queues", "integer"),
     ("socket", "string"),
     ("reactor", "integer"),
+    ("core", "integer"),
     ("connected", "boolean"),
     ("origin", "string?"),
     ("created", "string"),
@@ -330,6 +334,7 @@ fn schemas() -> Value {
             ("thinned", "integer"),
             ("failed", "integer"),
         ]),
+        "MoveVolume": object(&[("core", "integer")]),
         "Limits": object(&[
             ("iops?", "integer?"),
             ("bytes_per_second?", "integer?"),
@@ -529,6 +534,7 @@ mod tests {
             queues: 1,
             socket: String::new(),
             reactor: 0,
+            core: 0,
             connected: false,
             origin: None,
             created: String::new(),
@@ -582,6 +588,7 @@ mod tests {
         describes("Schedule", schedule.clone());
         let limits = LimitsView { iops: Some(1), bytes_per_second: Some(1), burst_ns: 1 };
         describes("Limits", limits.clone());
+        describes("MoveVolume", MoveVolume { core: 1 });
         let (schedule, limits) = (Some(schedule), Some(limits));
         describes("Volume", VolumeView { schedule, limits, ..volume() });
         describes("Volume", volume());

@@ -6,7 +6,7 @@
 use super::import::{import_difference, import_volume};
 use super::types::{
     CLONES_MAX, ChangeSnapshot, ChangeVolume, CreateClones, CreateSnapshot, CreateVolume, DiffView,
-    GcView, JobView, LimitsView, Rollback, RolledBack, SetSchedule, SnapshotCreated,
+    GcView, JobView, LimitsView, MoveVolume, Rollback, RolledBack, SetSchedule, SnapshotCreated,
     SnapshotDeleted, SnapshotView, SpaceView, StatsView, TreeView, VolumeView,
 };
 use super::{Refusal, RefusalKind, metrics, openapi};
@@ -46,6 +46,7 @@ fn table() -> Vec<(&'static str, MethodRouter<Control>)> {
         ("/v1/volumes/{name}/rollback", post(rollback_volume)),
         ("/v1/volumes/{name}/schedule", put(set_schedule).delete(end_schedule)),
         ("/v1/volumes/{name}/limits", put(set_limits).delete(end_limits)),
+        ("/v1/volumes/{name}/home", put(move_volume)),
         ("/v1/volumes/{name}/detach", post(detach_volume)),
         ("/v1/volumes/{name}/attach", post(attach_volume)),
         ("/v1/volumes/{name}/space", get(show_space)),
@@ -269,6 +270,15 @@ async fn end_limits(
     VolumeName(name): VolumeName,
 ) -> Answer<VolumeView> {
     control.call(move |plane| plane.set_limits(&name, None)).await.map(Json)
+}
+
+async fn move_volume(
+    State(control): State<Control>,
+    VolumeName(name): VolumeName,
+    body: Result<Bytes, BytesRejection>,
+) -> Answer<VolumeView> {
+    let MoveVolume { core } = parse(body)?;
+    control.call(move |plane| plane.move_volume(&name, core)).await.map(Json)
 }
 
 async fn detach_volume(

@@ -112,6 +112,14 @@ pub(crate) struct SetSchedule {
     pub(crate) keep: KeepView,
 }
 
+/// `PUT /v1/volumes/{name}/home`
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct MoveVolume {
+    /// One that a reactor is pinned to.
+    pub(crate) core: usize,
+}
+
 /// Limits of what a volume's guest may ask for; also `PUT /v1/volumes/{name}/limits`, with one of the
 /// first two at least.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
@@ -238,6 +246,9 @@ pub(crate) struct VolumeView {
     pub(crate) socket: String,
     /// Index of the reactor that serves it.
     pub(crate) reactor: usize,
+    /// The core that reactor is pinned to.
+    #[serde(default)]
+    pub(crate) core: usize,
     /// A front-end is connected.
     pub(crate) connected: bool,
     /// Id of the snapshot it was cloned from.

@@ -11,7 +11,7 @@
 //!   unmapped once it is handed back.
 
 use super::counters::CoreCounters;
-use super::limiter::{Limiter, Limiters, Throttled};
+use super::limiter::{Limiter, Limiters, Removed, Throttled};
 
 use super::memory::RegisteredMemory;
 use super::orders::Orders;
@@ -160,6 +160,11 @@ impl Core {
                     self.mark_held();
                 }
                 CoreMessage::Limit { volume, limits } => self.limit(volume, limits, now),
+                CoreMessage::TakeLimits { volume, answer } => {
+                    // The asker waits for the answer, so there is someone to take it and room for it.
+                    let _ = answer.send(self.take_limits(volume, now));
+                }
+                CoreMessage::PutLimits { volume, limiter } => self.limiters.put(volume, *limiter),
                 CoreMessage::Order(order) => self.orders.push(order),
                 CoreMessage::Shard(message) => self.shard.deliver(message),
                 CoreMessage::Finish => self.finished = true,
@@ -215,12 +220,7 @@ impl Core {
         });
         let Some((limits, throttled)) = limits else {
             of_volume.for_each(|(_, attached)| attached.limiter = None);
-            if let Some((index, slots)) = self.limiters.remove(volume, now) {
-                for slot in slots {
-                    let moved = self.queues[*slot].as_mut();
-                    moved.expect("a limiter names attached queues").limiter = Some(index);
-                }
-            }
+            let _ = self.take_limits(volume, now);
             return;
         };
         let slots: Vec<usize> = of_volume.map(|(slot, _)| slot).collect();
@@ -228,6 +228,18 @@ impl Core {
         for slot in slots {
             self.attached(slot).limiter = Some(index);
         }
+    }
+
+    /// Takes the limits of a volume away whose queues are not held to them any more.
+    fn take_limits(&mut self, volume: VolumeHandle, now: Instant) -> Option<Box<Limiter>> {
+        let Removed { limiter, moved } = self.limiters.remove(volume, now)?;
+        if let Some((index, slots)) = moved {
+            for slot in slots {
+                let moved = self.queues[*slot].as_mut();
+                moved.expect("a limiter names attached queues").limiter = Some(index);
+            }
+        }
+        Some(Box::new(limiter))
     }
 
     /// Tells who has a volume held that it is quiet.

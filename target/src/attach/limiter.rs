@@ -23,8 +23,15 @@ pub(crate) struct Throttled {
 #[derive(Default)]
 pub(super) struct Limiters(Vec<Limiter>);
 
+/// What came of taking limits away.
+pub(super) struct Removed<'a> {
+    pub(super) limiter: Limiter,
+    /// Limits that have another place now, and the queues they are for.
+    pub(super) moved: Option<(usize, &'a [usize])>,
+}
+
 /// One volume's limits at work.
-pub(super) struct Limiter {
+pub(crate) struct Limiter {
     volume: VolumeHandle,
     /// The volume's queues.
     slots: Vec<usize>,
@@ -103,15 +110,20 @@ impl Limiters {
         }
     }
 
-    /// Takes a volume's limits away. Those of another may have their place now: its queues, and it.
-    pub(super) fn remove(
-        &mut self,
-        volume: VolumeHandle,
-        now: Instant,
-    ) -> Option<(usize, &[usize])> {
+    /// Takes a volume's limits away. Those of another may have their place now.
+    pub(super) fn remove(&mut self, volume: VolumeHandle, now: Instant) -> Option<Removed<'_>> {
         let index = self.find(volume)?;
-        self.0.swap_remove(index).end_wait(now);
-        self.0.get(index).map(|moved| (index, &moved.slots[..]))
+        let mut limiter = self.0.swap_remove(index);
+        limiter.end_wait(now);
+        let moved = self.0.get(index).map(|moved| (index, &moved.slots[..]));
+        Some(Removed { limiter, moved })
+    }
+
+    /// Takes limits in that were another reactor's, for a volume that has no queues here yet.
+    pub(super) fn put(&mut self, volume: VolumeHandle, mut limiter: Limiter) {
+        (limiter.volume, limiter.next, limiter.turn) = (volume, 0, None);
+        limiter.slots.clear();
+        self.0.push(limiter);
     }
 
     /// Notes a queue of a volume. Returns where that one's limits are.
@@ -349,6 +361,23 @@ mod tests {
     }
 
     #[test]
+    fn a_guest_owes_what_it_owed_on_another_reactor() {
+        let (volume, there) = (VolumeHandle(3), VolumeHandle(0));
+        let limits = limits(Some(10), None, Duration::ZERO);
+        let [mut one, mut other] = [(); 2].map(|()| Limiters::default());
+        one.set(volume, limits, Arc::default(), vec![5], at(SECOND));
+        for _ in 0..30 {
+            one.get_mut(0).charge(0, at(SECOND));
+        }
+        let Removed { limiter, moved } = one.remove(volume, at(SECOND)).unwrap();
+        assert_eq!(moved, None);
+        other.put(there, limiter);
+        assert_eq!(other.attach(there, 7), Some(0));
+        other.begin_turn(at(SECOND), |slot| slot == 7);
+        assert_eq!(other.get(0).deadline(), Some(at(4 * SECOND)));
+    }
+
+    #[test]
     fn limits_leave_with_their_volume_and_no_other() {
         let slow = limits(Some(1), None, Duration::ZERO);
         let mut all = Limiters::default();
@@ -359,9 +388,9 @@ mod tests {
         assert_eq!(all.attach(VolumeHandle(2), 21), Some(2));
         assert_eq!(all.attach(VolumeHandle(7), 70), None);
         // The last one has the place of the first now.
-        assert_eq!(all.remove(VolumeHandle(0), at(0)), Some((0, &[20, 21][..])));
-        assert_eq!(all.remove(VolumeHandle(1), at(0)), None);
-        assert_eq!(all.remove(VolumeHandle(1), at(0)), None);
+        assert_eq!(all.remove(VolumeHandle(0), at(0)).unwrap().moved, Some((0, &[20, 21][..])));
+        assert_eq!(all.remove(VolumeHandle(1), at(0)).unwrap().moved, None);
+        assert!(all.remove(VolumeHandle(1), at(0)).is_none());
         all.detach(0, 20);
         all.begin_turn(at(SECOND), |_| true);
         assert!(all.get(0).admits(21, at(SECOND)));

@@ -1,6 +1,6 @@
 //! How the control path speaks to a core: what it may send, and waiting for the answer.
 
-use super::limiter::Throttled;
+use super::limiter::{Limiter, Throttled};
 use super::orders::Order;
 use crate::limits::Limits;
 use bessel_mapping::message::Message;
@@ -35,6 +35,10 @@ pub(crate) enum CoreMessage {
     Release { volume: VolumeHandle },
     /// Hold the volume's guest to these limits in the place of those it has, or to none.
     Limit { volume: VolumeHandle, limits: Option<(Limits, Arc<Throttled>)> },
+    /// Forget the volume's limits, and hand over how they stand, if it has any.
+    TakeLimits { volume: VolumeHandle, answer: SyncSender<Option<Box<Limiter>>> },
+    /// Hold the volume's guest to limits that stand so.
+    PutLimits { volume: VolumeHandle, limiter: Box<Limiter> },
     /// Do this and send it back.
     Order(Box<Order>),
     /// From another core's shard.

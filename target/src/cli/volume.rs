@@ -1,11 +1,11 @@
-//! `bessel volume`: create, import, list, show, resize, rename, rollback, schedule, limit, detach, attach, delete.
+//! `bessel volume`: create, import, list, show, resize, rename, rollback, schedule, limit, move, detach, attach, delete.
 
 use super::import::{self, Import};
 use super::output::{Parts, Table, or_dash, print, print_either};
 use super::snapshot::{self, Pages};
 use super::{ApiArgs, Outcome};
 use crate::api::types::{
-    CLONES_MAX, Cache, ChangeVolume, CreateClones, CreateVolume, KeepView, LimitsView, Rollback,
+    CLONES_MAX, Cache, ChangeVolume, CreateClones, CreateVolume, KeepView, LimitsView, MoveVolume, Rollback,
     RolledBack, ScheduleView, SetSchedule, SnapshotView, State, VolumeView, nanoseconds,
 };
 use crate::keep::{keep_text, parse_keep};
@@ -149,6 +149,16 @@ enum VolumeCommand {
         /// No limits any more
         #[arg(long, conflicts_with_all = ["iops", "bandwidth"])]
         off: bool,
+    },
+    /// Have the reactor on another core serve a volume, while its guest goes on; until the daemon ends it
+    /// stays there
+    Move {
+        /// The volume's name
+        #[arg(value_parser = volume_name)]
+        volume: String,
+        /// The core, one of `reactors.cores` in the configuration
+        #[arg(long, value_name = "CORE")]
+        to: usize,
     },
     /// Stop serving a volume until it is attached or the daemon starts again; guests lose their disk
     Detach {
@@ -314,6 +324,13 @@ pub(crate) fn run(arguments: &VolumeArgs) -> Outcome {
                 None => format!("volume {}: no limits", volume.name),
             })
         }
+        VolumeCommand::Move { volume, to } => {
+            let path = format!("/v1/volumes/{volume}/home");
+            let done: VolumeView = client.put(&path, &MoveVolume { core: *to })?;
+            print_either(json, &done, |volume| {
+                format!("volume {}: served by the reactor on core {}", volume.name, volume.core)
+            })
+        }
         VolumeCommand::Detach { volume } => {
             let done: VolumeView = client.post(&format!("/v1/volumes/{volume}/detach"), &())?;
             print_either(json, &done, |volume| {
@@ -370,7 +387,7 @@ fn show(volume: &VolumeView) -> String {
         ("cache", cache_name(volume.cache).to_owned()),
         ("queues", volume.queues.to_string()),
         ("socket", volume.socket.clone()),
-        ("reactor", volume.reactor.to_string()),
+        ("reactor", format!("{}, on core {}", volume.reactor, volume.core)),
         ("state", state_name(volume.state).to_owned()),
         ("guest", guest_state(volume).to_owned()),
         ("origin", or_dash(&volume.origin)),

@@ -323,6 +323,7 @@ impl ControlPlane {
             schedule,
             limited,
             host,
+            placed_by_hand: false,
             server: None,
         };
         self.served.insert(id, served);

@@ -18,7 +18,12 @@ use bessel_mapping::schedule::{Schedule, ScheduleCounters};
 use bessel_mapping::volume::VolumeCounters;
 use bessel_reactor::units::{BLOCK_SIZE, ByteCount};
 
-pub(super) fn volume(info: &VolumeInfo, served: &Served, condition: Condition) -> VolumeView {
+pub(super) fn volume(
+    info: &VolumeInfo,
+    served: &Served,
+    core: usize,
+    condition: Condition,
+) -> VolumeView {
     let Condition { state, reason, remedy } = condition;
     VolumeView {
         id: info.id.0,
@@ -28,6 +33,7 @@ pub(super) fn volume(info: &VolumeInfo, served: &Served, condition: Condition) -
         queues: served.queues,
         socket: served.socket.display().to_string(),
         reactor: served.home,
+        core,
         connected: served.host.is_connected(),
         origin: info.origin.map(|origin| origin.to_string()),
         created: rfc3339(info.created),
@@ -54,6 +60,7 @@ fn cache(mode: CacheMode) -> Cache {
 pub(super) fn detached_volume(
     volume: &VolumeSummary,
     detached: &Detached,
+    core: usize,
     log: &LogState,
     condition: Condition,
 ) -> VolumeView {
@@ -62,6 +69,7 @@ pub(super) fn detached_volume(
         queues: detached.service.queues,
         socket: detached.service.socket.display().to_string(),
         reactor: detached.home,
+        core,
         snapshots: log.live,
         snapshots_unread: log.out_of_reach,
         snapshots_fault: log.fault.clone(),
@@ -82,6 +90,7 @@ pub(super) fn closed_volume(volume: &VolumeSummary, condition: Condition) -> Vol
         queues: 0,
         socket: String::new(),
         reactor: 0,
+        core: 0,
         connected: false,
         origin: volume.origin.map(|origin| origin.to_string()),
         created: rfc3339(volume.created),

@@ -133,7 +133,6 @@ impl World {
     ) {
         let blamed = self.is_to_blame(target, self.life_strikes, IoKind::Read);
         assert!(self.may_fail() && blamed, "{id} was not taken over: {error}");
-        self.note_damage(self.life_strikes);
         let home = self.moves.under_way[&id].shard;
         if first && home != target {
             return self.take_over(id, home, handed, false);

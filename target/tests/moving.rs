@@ -1,0 +1,454 @@
+//! Moving volumes from one reactor to another on the real daemon, under guests that check every block: to
+//! and fro, with snapshots by schedule going on, with limits, and killed in the middle of it.
+//!
+//! What a test waits for is what the daemon and the guests say, never time. On a machine with one core
+//! there is nowhere to move to, and that is said.
+
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
+
+mod support;
+
+use bessel_reactor::device::sim::Random;
+use bessel_tests::guest::{BaseAfterReconnect, Guest, Options, Ticket, Used, block};
+use serde_json::Value;
+use std::path::Path;
+use support::{World, tell};
+
+const BLOCK: usize = 4096;
+/// Blocks that are worked on: in several leaves, so that there are nodes to commit.
+const BLOCKS: u64 = 2048;
+/// Blocks from one that is worked on to the next.
+const STRIDE: u64 = 7;
+const QUEUES: u16 = 2;
+/// Requests of a guest in flight.
+const DEPTH: usize = 16;
+
+/// Two cores to serve from; none when this machine has one.
+fn cores(test: &str) -> Option<[usize; 2]> {
+    match bessel_reactor::reactor::usable_cores()[..] {
+        [one, other, ..] => Some([one, other]),
+        _ => {
+            tell(&format!("test {test} ... skipped: it takes two cores"));
+            None
+        }
+    }
+}
+
+/// Two volumes on two reactors, which are not moved but by hand.
+fn configuration(cores: [usize; 2], rest: &str) -> String {
+    let mut text = format!("reactors:\n  cores: {cores:?}\n  balance: off\nvolumes:\n");
+    for (name, cache) in [("vm1", "writeback"), ("vm2", "writethrough")] {
+        text.push_str(&format!(
+            "  - name: {name}\n    size: 64MiB\n    queues: {QUEUES}\n    cache: {cache}\n{rest}"
+        ));
+    }
+    text
+}
+
+/// A world whose store has room for what snapshots hold.
+fn roomy(tag: &str) -> World {
+    let world = World::new(tag);
+    world.text(&format!("format {} --size 1GiB --extent-size 4MiB", world.store));
+    world
+}
+
+fn shown(world: &World, volume: &str) -> Value {
+    world.json(&format!("volume show {volume}"))
+}
+
+enum Work {
+    Write,
+    Flush,
+    Read { block: u64, expected: u64 },
+}
+
+struct Flight {
+    ticket: Ticket,
+    work: Work,
+}
+
+/// A guest that writes, flushes, and knows what it has to read.
+struct Load {
+    guest: Guest,
+    random: Random,
+    /// What each block holds once its write has ended: 0 for zeroes.
+    versions: Vec<u64>,
+    /// Blocks with a request in flight.
+    taken: Vec<bool>,
+    flights: Vec<(Flight, Option<u64>)>,
+    ended: u64,
+    errors: Vec<String>,
+}
+
+fn contents(block: u64, version: u64) -> Vec<u8> {
+    if version == 0 {
+        return vec![0; BLOCK];
+    }
+    [block, version].map(u64::to_le_bytes).concat().repeat(BLOCK / 16)
+}
+
+fn connect(world: &World, volume: &str) -> Guest {
+    let socket = world.path(&format!("{volume}.sock"));
+    let options = Options { queues: QUEUES, inflight: true, ..Options::default() };
+    Guest::connect(Path::new(&socket), options).unwrap()
+}
+
+impl Load {
+    fn new(world: &World, volume: &str, seed: u64) -> Self {
+        Self {
+            guest: connect(world, volume),
+            random: Random::new(seed),
+            versions: vec![0; BLOCKS as usize],
+            taken: vec![false; BLOCKS as usize],
+            flights: Vec::new(),
+            ended: 0,
+            errors: Vec::new(),
+        }
+    }
+
+    fn submit(&mut self) {
+        let queue = self.random.below(QUEUES.into()) as usize;
+        if self.guest.room(queue) == 0 {
+            return;
+        }
+        if self.random.chance(1, 20) {
+            let ticket = self.guest.submit(queue, block::FLUSH, 0, &[], 0);
+            self.guest.kick(queue);
+            self.flights.push((Flight { ticket, work: Work::Flush }, None));
+            return;
+        }
+        let at = self.random.below(BLOCKS);
+        if std::mem::replace(&mut self.taken[at as usize], true) {
+            return;
+        }
+        let sector = at * STRIDE * 8;
+        let version = &mut self.versions[at as usize];
+        let (ticket, work) = if self.random.chance(2, 3) {
+            *version += 1;
+            let bytes = contents(at, *version);
+            (self.guest.submit(queue, block::OUT, sector, &bytes, 0), Work::Write)
+        } else {
+            let work = Work::Read { block: at, expected: *version };
+            (self.guest.submit(queue, block::IN, sector, &[], BLOCK), work)
+        };
+        self.guest.kick(queue);
+        self.flights.push((Flight { ticket, work }, Some(at)));
+    }
+
+    fn end(&mut self, queue: usize, used: Used) {
+        let named = |(flight, _): &(Flight, Option<u64>)| {
+            (flight.ticket.queue, flight.ticket.head) == (queue, used.head)
+        };
+        let place = self.flights.iter().position(named).expect("each request is answered once");
+        let (Flight { ticket, work }, taken) = self.flights.remove(place);
+        if let Some(at) = taken {
+            self.taken[at as usize] = false;
+        }
+        let status = self.guest.status(ticket);
+        if status != block::DONE {
+            self.errors.push(format!("a request ended with status {status}"));
+        }
+        if let Work::Read { block, expected } = work {
+            let found = self.guest.data(ticket, BLOCK);
+            if found != contents(block, expected) {
+                let of = u64::from_le_bytes(found[..8].try_into().unwrap());
+                let version = u64::from_le_bytes(found[8..16].try_into().unwrap());
+                self.errors.push(format!(
+                    "block {block} holds version {version} of block {of}, not {expected}"
+                ));
+            }
+        }
+        self.guest.release(ticket);
+        self.ended += 1;
+    }
+
+    fn poll(&mut self) -> bool {
+        let before = self.ended;
+        for queue in 0..usize::from(QUEUES) {
+            while let Some(used) = self.guest.poll_used(queue) {
+                self.end(queue, used);
+            }
+        }
+        self.ended > before
+    }
+
+    fn wait(&mut self) {
+        if let Some((flight, _)) = self.flights.first() {
+            let queue = flight.ticket.queue;
+            let used = self.guest.wait_used(queue);
+            self.end(queue, used);
+        }
+    }
+
+    /// Goes on until so many more requests have ended.
+    fn work(&mut self, count: u64) {
+        let end = self.ended + count;
+        while self.ended < end {
+            while self.flights.len() < DEPTH {
+                self.submit();
+            }
+            if !self.poll() {
+                self.wait();
+            }
+        }
+    }
+
+    fn settle(&mut self) {
+        while !self.flights.is_empty() {
+            if !self.poll() {
+                self.wait();
+            }
+        }
+    }
+
+    /// Reads everything, and compares.
+    fn verify(&mut self, log: impl Fn() -> String) {
+        self.settle();
+        for at in 0..BLOCKS {
+            let (status, found) = self.guest.read(0, at * STRIDE * 8, BLOCK);
+            assert_eq!(status, block::DONE, "{}", log());
+            let version = self.versions[at as usize];
+            assert!(found == contents(at, version), "block {at}, version {version}: {}", log());
+        }
+        assert!(self.errors.is_empty(), "{:?}: {}", self.errors, log());
+    }
+}
+
+/// Runs a command while guests go on.
+fn under_load(world: &World, loads: &mut [Load], command: &str) {
+    let mut running = world.spawn(command);
+    while running.try_wait().unwrap().is_none() {
+        loads.iter_mut().for_each(|load| load.work(4));
+    }
+    let output = running.wait_with_output().unwrap();
+    let error = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{command}: {error}\n{}", world.log());
+}
+
+#[test]
+fn guests_go_on_while_their_volumes_move_to_and_fro() {
+    let Some(cores) = cores("guests_go_on_while_their_volumes_move_to_and_fro") else { return };
+    let mut world = roomy("moving");
+    let schedule = "    snapshots: { every: 2ms, keep: 5 }\n";
+    world.serve(&configuration(cores, schedule));
+    let names = ["vm1", "vm2"];
+    let mut loads = [Load::new(&world, names[0], 1), Load::new(&world, names[1], 2)];
+    loads.iter_mut().for_each(|load| load.work(500));
+    assert_eq!(shown(&world, "vm1")["core"], cores[0]);
+    assert_eq!(shown(&world, "vm2")["core"], cores[1]);
+    let mut taken = [0; 2];
+    for round in 0..24 {
+        for (at, name) in names.into_iter().enumerate() {
+            let core = cores[(round + at + 1) % 2];
+            under_load(&world, &mut loads, &format!("volume move {name} --to {core}"));
+            let now = shown(&world, name);
+            assert_eq!(now["core"], core, "{now}");
+            assert_eq!((&now["state"], &now["connected"]), (&"online".into(), &true.into()), "{now}");
+            assert_eq!(now["schedule"]["failed"], 0, "{now}\n{}", world.log());
+            let so_far = now["schedule"]["taken"].as_u64().unwrap();
+            assert!(so_far >= taken[at], "its schedule goes on, and does not begin anew: {now}");
+            taken[at] = so_far;
+            // On its new home it is snapshotted and thinned as on the old one.
+            if round % 8 == 0 {
+                while shown(&world, name)["schedule"]["taken"].as_u64() < Some(so_far + 5) {
+                    loads.iter_mut().for_each(|load| load.work(4));
+                }
+            }
+        }
+    }
+    // Counted on, too.
+    let stats = world.json("stats");
+    for (at, load) in loads.iter_mut().enumerate() {
+        load.verify(|| world.log());
+        let volume = &stats["volumes"][at];
+        let counted: u64 =
+            ["reads", "writes", "flushes"].iter().map(|key| volume[key].as_u64().unwrap()).sum();
+        assert!(counted + DEPTH as u64 >= load.ended / 2, "{} requests: {volume}", load.ended);
+        assert_eq!(load.guest.flush(0), block::DONE);
+    }
+    assert!(taken.iter().all(|taken| *taken > 50), "{taken:?}");
+    let clean = |world: &World| {
+        let store = world.path("store.img");
+        let report = world.json(&format!("check {store}"));
+        assert_eq!(report["clean"], true, "{report}");
+    };
+    let versions = loads.map(|load| load.versions);
+    world.end("-TERM");
+    clean(&world);
+    world.serve(&configuration(cores, ""));
+    for (name, versions) in names.into_iter().zip(versions) {
+        let mut load = Load { versions, ..Load::new(&world, name, 3) };
+        load.verify(|| world.log());
+    }
+    world.end("-TERM");
+    clean(&world);
+}
+
+/// What was acknowledged and not flushed outlives a kill, whichever reactor had the volume, and wherever the
+/// move was.
+#[test]
+fn a_daemon_that_is_killed_while_volumes_move_loses_nothing() {
+    let Some(cores) = cores("a_daemon_that_is_killed_while_volumes_move_loses_nothing") else {
+        return;
+    };
+    let mut world = roomy("moving-kill");
+    let config = configuration(cores, "");
+    world.serve(&config);
+    let names = ["vm1", "vm2"];
+    let mut loads = [Load::new(&world, names[0], 4), Load::new(&world, names[1], 5)];
+    let mut random = Random::new(6);
+    for round in 0..25 {
+        loads.iter_mut().for_each(|load| load.work(50));
+        for _ in 0..random.below(3) {
+            let name = names[random.below(2) as usize];
+            let core = cores[random.below(2) as usize];
+            under_load(&world, &mut loads, &format!("volume move {name} --to {core}"));
+            loads.iter_mut().for_each(|load| load.work(20));
+        }
+        let (name, core) = (names[round % 2], cores[round / 2 % 2]);
+        let mut moving = world.spawn(&format!("volume move {name} --to {core}"));
+        for _ in 0..random.below(60) {
+            loads.iter_mut().for_each(|load| load.work(2));
+        }
+        world.kill();
+        let _ = moving.wait();
+        world.serve(&config);
+        for (load, name) in loads.iter_mut().zip(names) {
+            let socket = world.path(&format!("{name}.sock"));
+            let base = *random.pick(&[BaseAfterReconnect::Used, BaseAfterReconnect::Available]);
+            load.guest.reconnect(Path::new(&socket), base).unwrap();
+            load.verify(|| world.log());
+        }
+    }
+    drop(loads);
+    world.end("-TERM");
+    let report = world.json(&format!("check {}", world.path("store.img")));
+    assert_eq!(report["clean"], true, "{report}");
+}
+
+#[test]
+fn what_else_can_be_done_with_a_volume_can_be_done_where_it_is_now() {
+    let Some(cores) = cores("what_else_can_be_done_with_a_volume_can_be_done_where_it_is_now") else {
+        return;
+    };
+    let mut world = roomy("moving-after");
+    world.serve(&configuration(cores, ""));
+    let mut load = Load::new(&world, "vm1", 7);
+    load.work(300);
+    let said = world.text(&format!("volume move vm1 --to {}", cores[1]));
+    assert_eq!(said, format!("volume vm1: served by the reactor on core {}\n", cores[1]));
+    let text = world.text("volume show vm1");
+    assert!(text.contains(&format!("1, on core {}", cores[1])), "{text}");
+    load.work(100);
+    load.settle();
+    // Its queues are stopped and started where they are now.
+    let base = load.guest.stop_queue(0).unwrap();
+    load.guest.start_queue(0, base).unwrap();
+    load.work(100);
+    load.settle();
+    let snapshot = world.json("snapshot create vm1 --label one");
+    let before = load.versions.clone();
+    load.work(300);
+    load.settle();
+    world.text("volume rollback vm1 vm1@one --force");
+    load.versions = before;
+    load.verify(|| world.log());
+    world.text(&format!("volume move vm1 --to {}", cores[0]));
+    // A clone is made where the snapshot's volume was before it went away.
+    world.text(&format!("volume create clone --from {}", snapshot["id"].as_str().unwrap()));
+    for core in [cores[1], cores[0]] {
+        world.text(&format!("volume move clone --to {core}"));
+        let versions = load.versions.clone();
+        let mut of_clone = Load { versions, ..Load::new(&world, "clone", 8) };
+        of_clone.verify(|| world.log());
+        drop(of_clone);
+        while shown(&world, "clone")["connected"] == true {}
+    }
+    world.text("volume rename vm1 other");
+    world.text("volume resize other 128MiB");
+    world.text(&format!("volume move other --to {}", cores[1]));
+    load.work(100);
+    load.verify(|| world.log());
+    drop(load.guest);
+    // Detached and attached, it has the home that it was moved to.
+    world.text("volume detach other");
+    let refused = world.refused(&format!("volume move other --to {}", cores[0]));
+    assert!(refused.contains("is detached; `bessel volume attach other` first"), "{refused}");
+    world.text("volume attach other");
+    assert_eq!(shown(&world, "other")["core"], cores[1]);
+    world.text("volume delete other");
+    world.text("gc");
+    world.end("-TERM");
+    let report = world.json(&format!("check {}", world.path("store.img")));
+    assert_eq!(report["clean"], true, "{report}");
+}
+
+/// Each request is paid for in 64 s, so who waits would not be through by waiting.
+#[test]
+fn limits_go_with_their_volume() {
+    const REQUEST: usize = 4 << 20;
+    let Some(cores) = cores("limits_go_with_their_volume") else { return };
+    let mut world = roomy("moving-limits");
+    let limits = "    limits: { bandwidth: 64KiB, burst: 1ms }\n";
+    world.serve(&configuration(cores, limits));
+    let socket = world.path("vm1.sock");
+    let options = Options { queue_size: 8, data_max: REQUEST, ..Options::default() };
+    let mut guest = Guest::connect(Path::new(&socket), options).unwrap();
+    let tickets: Vec<_> = (0..4)
+        .map(|at| guest.submit(0, block::OUT, at * (REQUEST as u64 / 512), &vec![7; REQUEST], 0))
+        .collect();
+    guest.kick(0);
+    guest.wait_used(0); // The first one goes whatever its size.
+    for core in [cores[1], cores[0], cores[1]] {
+        world.text(&format!("volume move vm1 --to {core}"));
+        assert_eq!(shown(&world, "vm1")["limits"]["bytes_per_second"], 65536);
+        let base = guest.stop_queue(0).unwrap();
+        assert_eq!(base, 1, "what it owes it owes here, too: the others wait");
+        guest.start_queue(0, base).unwrap();
+        guest.kick_hard(0);
+    }
+    world.text("volume limit vm1 --off");
+    for _ in 1..tickets.len() {
+        guest.wait_used(0);
+    }
+    assert!(tickets.iter().all(|ticket| guest.status(*ticket) == block::DONE));
+    // Nobody else is held to them.
+    world.text("volume create vm3 --size 64MiB");
+    world.text(&format!("volume move vm3 --to {}", cores[0]));
+    let mut load = Load::new(&world, "vm3", 9);
+    load.work(300);
+    world.end("-TERM");
+}
+
+#[test]
+fn a_move_that_cannot_be_is_refused_and_changes_nothing() {
+    let Some(cores) = cores("a_move_that_cannot_be_is_refused_and_changes_nothing") else { return };
+    let mut world = roomy("moving-refused");
+    world.serve(&configuration(cores, ""));
+    let nowhere = cores[0].max(cores[1]) + 1000;
+    let refused = world.refused(&format!("volume move vm1 --to {nowhere}"));
+    let expected = format!("no reactor runs on core {nowhere}, but on {}, {}", cores[0], cores[1]);
+    assert!(refused.contains(&expected) && refused.contains("`reactors.cores`"), "{refused}");
+    assert!(world.refused(&format!("volume move none --to {}", cores[0])).contains("no volume"));
+    for (body, message) in [
+        ("{}", "missing field `core`"),
+        (r#"{"core": -1}"#, "invalid value"),
+        (r#"{"core": 0, "force": true}"#, "unknown field `force`"),
+    ] {
+        let answer = world.request("PUT", "/v1/volumes/vm1/home", body);
+        assert!(answer.starts_with("HTTP/1.1 400 ") && answer.contains(message), "{answer}");
+    }
+    // Where it is already: done.
+    let mut load = Load::new(&world, "vm1", 10);
+    load.work(100);
+    let said = world.json(&format!("volume move vm1 --to {}", cores[0]));
+    assert_eq!((&said["core"], &said["reactor"]), (&cores[0].into(), &0.into()), "{said}");
+    load.work(100);
+    load.verify(|| world.log());
+    drop(load);
+    world.text("volume detach vm1");
+    let refused = world.refused(&format!("volume move vm1 --to {}", cores[1]));
+    assert!(refused.contains("is detached; `bessel volume attach vm1` first"), "{refused}");
+    assert_eq!(shown(&world, "vm1")["core"], cores[0]);
+    world.end("-TERM");
+}
