@@ -42,6 +42,12 @@ impl Segment {
         self
     }
 
+    /// The same range, for a device that has no such buffer.
+    pub const fn without_registration(mut self) -> Self {
+        self.registration = UNREGISTERED;
+        self
+    }
+
     /// The registered buffer that holds the range, if one does.
     pub const fn registration(&self) -> Option<u32> {
         if self.registration == UNREGISTERED { None } else { Some(self.registration) }

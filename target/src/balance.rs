@@ -132,10 +132,8 @@ impl Balancer {
         let counted = volumes()?;
         sample.costs = Some(counted.iter().map(|it| (it.volume, it.cost)).collect());
         let costs = before.costs?;
-        let mut reactors: Vec<ReactorLoad> = busy
-            .into_iter()
-            .map(|busy| ReactorLoad { busy, ..ReactorLoad::default() })
-            .collect();
+        let mut reactors: Vec<ReactorLoad> =
+            busy.into_iter().map(|busy| ReactorLoad { busy, ..ReactorLoad::default() }).collect();
         for Counted { volume, home, cost, movable } in counted {
             // One that was opened anew counts from nothing.
             let before = costs.get(&volume).copied().filter(|before| *before <= cost);
@@ -212,7 +210,8 @@ mod tests {
         };
         for _ in 0..2000 {
             let count = 2 + dice(4) as usize;
-            let mut homes: Vec<usize> = (0..1 + dice(12)).map(|_| dice(count as u64) as usize).collect();
+            let mut homes: Vec<usize> =
+                (0..1 + dice(12)).map(|_| dice(count as u64) as usize).collect();
             // Thousandths of a reactor each; who has too much to do is busy all the time.
             let loads: Vec<u64> = homes.iter().map(|_| dice(500)).collect();
             let mut moves = 0;

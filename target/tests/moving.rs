@@ -243,7 +243,11 @@ fn guests_go_on_while_their_volumes_move_to_and_fro() {
             under_load(&world, &mut loads, &format!("volume move {name} --to {core}"));
             let now = shown(&world, name);
             assert_eq!(now["core"], core, "{now}");
-            assert_eq!((&now["state"], &now["connected"]), (&"online".into(), &true.into()), "{now}");
+            assert_eq!(
+                (&now["state"], &now["connected"]),
+                (&"online".into(), &true.into()),
+                "{now}"
+            );
             assert_eq!(now["schedule"]["failed"], 0, "{now}\n{}", world.log());
             let so_far = now["schedule"]["taken"].as_u64().unwrap();
             assert!(so_far >= taken[at], "its schedule goes on, and does not begin anew: {now}");
@@ -328,7 +332,8 @@ fn a_daemon_that_is_killed_while_volumes_move_loses_nothing() {
 
 #[test]
 fn what_else_can_be_done_with_a_volume_can_be_done_where_it_is_now() {
-    let Some(cores) = cores("what_else_can_be_done_with_a_volume_can_be_done_where_it_is_now") else {
+    let Some(cores) = cores("what_else_can_be_done_with_a_volume_can_be_done_where_it_is_now")
+    else {
         return;
     };
     let mut world = roomy("moving-after");
@@ -378,6 +383,51 @@ fn what_else_can_be_done_with_a_volume_can_be_done_where_it_is_now() {
     assert_eq!(shown(&world, "other")["core"], cores[1]);
     world.text("volume delete other");
     world.text("gc");
+    world.end("-TERM");
+    let report = world.json(&format!("check {}", world.path("store.img")));
+    assert_eq!(report["clean"], true, "{report}");
+}
+
+/// The other reactor has no room for one volume more: what was handed over is taken back.
+#[test]
+fn a_volume_that_the_other_reactor_cannot_open_goes_on_where_it_was() {
+    let Some(cores) = cores("a_volume_that_the_other_reactor_cannot_open_goes_on_where_it_was")
+    else {
+        return;
+    };
+    let mut world = roomy("moving-full");
+    world.node_cache = "1MiB"; // 128 nodes for each reactor, and so 32 volumes.
+    world.serve(&configuration(cores, "    limits: { iops: 1000000 }\n"));
+    let mut load = Load::new(&world, "vm1", 11);
+    load.work(200);
+    let snapshot = world.json("snapshot create vm1");
+    let from = snapshot["id"].as_str().unwrap().to_owned();
+    // Clones have four queues, and these volumes have two: both reactors get the same.
+    world.text(&format!("volume create clone --from {from} --count 62"));
+    for _ in 0..5 {
+        load.work(50);
+        let refused = world.refused(&format!("volume move vm1 --to {}", cores[1]));
+        for words in [
+            &format!("volume \"vm1\" stays on core {}, where it is served as before", cores[0]),
+            "32 volumes are open on this reactor",
+            "raise store.node_cache",
+        ] {
+            assert!(refused.contains(words), "{refused}");
+        }
+        let now = shown(&world, "vm1");
+        assert_eq!((&now["core"], &now["state"]), (&cores[0].into(), &"online".into()), "{now}");
+        assert_eq!(now["limits"]["iops"], 1_000_000);
+    }
+    load.work(200);
+    load.verify(|| world.log());
+    // With room there it goes, and its place here is free.
+    world.text("volume delete vm2");
+    load.work(50);
+    world.text(&format!("volume move vm1 --to {}", cores[1]));
+    load.work(200);
+    load.verify(|| world.log());
+    world.text("volume create another --size 1MiB");
+    assert_eq!(shown(&world, "another")["core"], cores[0]);
     world.end("-TERM");
     let report = world.json(&format!("check {}", world.path("store.img")));
     assert_eq!(report["clean"], true, "{report}");

@@ -707,7 +707,7 @@ operations! {
         a.write(LEAF + 8, 8)?;
         a.flush()
     };
-    move_a_volume_to_and_fro: snapshotted, |a| {
+    move_a_volume_to_and_fro(false): snapshotted, |a| {
         a.write(0, 24)?;
         if let Some(volume) = a.first() {
             // Under way when the volume is asked for.

@@ -497,6 +497,13 @@ impl AddressMap {
         self.ranges[index].whole = self.ranges[index].whole.with_registration(registration);
     }
 
+    /// Forgets what was registered: the queue leaves the device that knows these buffers.
+    pub(crate) fn unregister(&mut self) {
+        for range in &mut self.ranges {
+            range.whole = range.whole.without_registration();
+        }
+    }
+
     /// Some of the memory was truncated by its owner.
     pub(crate) fn poisoned(&self) -> bool {
         self.memory.poisoned()
@@ -562,6 +569,9 @@ mod tests {
         let mut seen = Vec::new();
         map.segments((1 << 30) - 1, 2, |segment| seen.push(segment.registration())).unwrap();
         assert_eq!(seen, [None, Some(9)]);
+        map.unregister();
+        map.segments((1 << 30) - 1, 2, |segment| seen.push(segment.registration())).unwrap();
+        assert_eq!(seen[2..], [None, None], "another device may have another buffer 9");
     }
 
     #[test]

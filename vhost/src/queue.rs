@@ -348,6 +348,11 @@ impl Queue {
         self.chain.map_mut().register(index, registration);
     }
 
+    /// Forgets which ranges are registered, before the queue is polled on another device.
+    pub fn unregister_ranges(&mut self) {
+        self.chain.map_mut().unregister();
+    }
+
     /// The next entry of the available ring, for GET_VRING_BASE.
     pub(crate) fn next_available(&self) -> u16 {
         self.next

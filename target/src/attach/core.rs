@@ -359,10 +359,10 @@ impl Core {
                 continue;
             }
             progress = true;
-            let attached = self.queues[slot].take().expect("it is there: it has drained");
+            let mut attached = self.queues[slot].take().expect("it is there: it has drained");
             let device = self.shard.device_mut();
             device.unwatch(queue_watch(slot));
-            self.memory.detach(&attached.queue, device);
+            self.memory.detach(&mut attached.queue, device);
             if let Some(index) = attached.limiter {
                 self.limiters.detach(index, slot);
             }

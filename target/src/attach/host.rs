@@ -78,7 +78,8 @@ impl VolumeHost {
             });
             for (place, stopped) in stopping.collect::<Vec<_>>() {
                 let queue = stopped.recv();
-                *place = Place::Here(queue.expect("a reactor answers every message before it ends"));
+                *place =
+                    Place::Here(queue.expect("a reactor answers every message before it ends"));
             }
         }
         TakenQueues { seat, settled: false }

@@ -67,8 +67,8 @@ impl RegisteredMemory {
     }
 
     /// Gives back what a drained queue had, and unregisters what nobody uses any more: the memory
-    /// may be unmapped next.
-    pub(super) fn detach(&mut self, queue: &Queue, device: &mut FileDevice) {
+    /// may be unmapped next, or be used by another core's device.
+    pub(super) fn detach(&mut self, queue: &mut Queue, device: &mut FileDevice) {
         for segment in queue.memory_ranges() {
             let start = segment.as_ptr() as usize;
             let same = |range: &Range| range.start == start && range.length == segment.len();
@@ -78,5 +78,6 @@ impl RegisteredMemory {
                 device.unregister_buffer(self.ranges.swap_remove(index).registration);
             }
         }
+        queue.unregister_ranges();
     }
 }

@@ -5,8 +5,8 @@ use super::output::{Parts, Table, or_dash, print, print_either};
 use super::snapshot::{self, Pages};
 use super::{ApiArgs, Outcome};
 use crate::api::types::{
-    CLONES_MAX, Cache, ChangeVolume, CreateClones, CreateVolume, KeepView, LimitsView, MoveVolume, Rollback,
-    RolledBack, ScheduleView, SetSchedule, SnapshotView, State, VolumeView, nanoseconds,
+    CLONES_MAX, Cache, ChangeVolume, CreateClones, CreateVolume, KeepView, LimitsView, MoveVolume,
+    Rollback, RolledBack, ScheduleView, SetSchedule, SnapshotView, State, VolumeView, nanoseconds,
 };
 use crate::keep::{keep_text, parse_keep};
 use crate::reference::{SnapshotReference, label, volume_name};

@@ -13,6 +13,7 @@ use crate::api::types::VolumeView;
 use crate::api::{Refusal, RefusalKind};
 use crate::attach::{CoreMessage, Limiter};
 use crate::balance::{Balancer, Counted, Move, cost};
+use crate::cli::output;
 use crate::config::Balance;
 use bessel_mapping::request::{Command, CommandError, HandedOver, Reply, VolumeHandle, VolumeId};
 use std::sync::Arc;
@@ -54,15 +55,19 @@ impl ControlPlane {
             ))
         })?;
         if target != home {
-            self.relocate(id, target)?;
-            tracing::info!(volume = name, "moved to the reactor on core {core}");
+            let pause = self.relocate(id, target)?;
+            tracing::info!(
+                volume = name,
+                "moved to the reactor on core {core}; requests waited for {pause}"
+            );
         }
         self.served.get_mut(&id).expect("it is served").placed_by_hand = true;
         self.show_volume(name)
     }
 
-    /// Moves a volume that is served to another reactor.
-    fn relocate(&mut self, id: VolumeId, target: usize) -> Answered<()> {
+    /// Moves a volume that is served to another reactor, and tells for how long its guest's requests had to
+    /// wait for that.
+    fn relocate(&mut self, id: VolumeId, target: usize) -> Answered<String> {
         let Served { handle, home, queues, ref host, .. } = self.served[&id];
         let host = Arc::clone(host);
         self.placement.reserve(target, queues).map_err(|no_room| {
@@ -72,6 +77,7 @@ impl ControlPlane {
         // So that little is left to flush while the guest waits. What has failed is told by what follows.
         let _ = self.ask(home, Command::FlushDevice);
         self.schedules.hold(id);
+        let paused = self.clock.now();
         let taken = host.take_queues();
         let Attempt { now, refused } = self.pass_on(id, (home, handle), target);
         match now {
@@ -89,7 +95,8 @@ impl ControlPlane {
                 self.lost_home(id, handed, refused.as_ref());
             }
         }
-        refused.map_or(Ok(()), Err)
+        let pause = self.clock.now().since(paused).as_nanos() as u64;
+        refused.map_or_else(|| Ok(output::duration(pause)), Err)
     }
 
     /// Has one reactor hand the volume over and another open it, or the first one again.
@@ -99,7 +106,8 @@ impl ControlPlane {
         (home, handle): (usize, VolumeHandle),
         target: usize,
     ) -> Attempt {
-        let handed = match self.homes[home].port.command(Command::HandOver { volume: handle }).reply {
+        let handed = match self.homes[home].port.command(Command::HandOver { volume: handle }).reply
+        {
             Reply::HandedOver(handed) => handed,
             Reply::Failed(error) => {
                 let refused = Some(self.not_moved(id, home, &refuse_command(error)));
@@ -153,7 +161,8 @@ impl ControlPlane {
 
     fn not_moved(&self, id: VolumeId, home: usize, why: &Refusal) -> Refusal {
         let (name, core) = (self.name_of_present(id).unwrap_or_default(), self.homes[home].core);
-        let what = format!("volume {name:?} stays on core {core}, where it is served as before: {why}");
+        let what =
+            format!("volume {name:?} stays on core {core}, where it is served as before: {why}");
         Refusal::new(why.kind, what)
     }
 
@@ -190,13 +199,16 @@ impl ControlPlane {
         let Some(name) = self.name_of_present(id) else { return };
         let [from, to] = [source, target].map(|home| self.homes[home].core);
         match self.relocate(id, target) {
-            Ok(()) => tracing::info!(
+            Ok(pause) => tracing::info!(
                 volume = name,
-                "moved from core {from} to core {to}, which has less to do; `reactors.balance: off` leaves \
-                 volumes where they are"
+                "moved from core {from} to core {to}, which has less to do; requests waited for {pause}; \
+                 `reactors.balance: off` leaves volumes where they are"
             ),
             Err(refusal) => {
-                tracing::warn!(volume = name, "stays on core {from}, which has much to do: {refusal}");
+                tracing::warn!(
+                    volume = name,
+                    "stays on core {from}, which has much to do: {refusal}"
+                );
             }
         }
     }
