@@ -489,8 +489,7 @@ mod tests {
     fn a_volume_that_was_handed_over_is_what_its_last_home_says() {
         let mut pools = [memory(), memory()];
         let memories: Vec<_> = pools.iter_mut().map(|(pool, buffer)| pool.lend(buffer)).collect();
-        let mut journals: Vec<_> =
-            memories.iter().map(|it| Journal::create(it.clone(), &LIFE)).collect();
+        let mut journals: Vec<_> = memories.iter().map(|it| Journal::create(*it, &LIFE)).collect();
         let other = VolumeId(4);
         for journal in &mut journals {
             // Never durable, so that nothing is retired.

@@ -54,6 +54,93 @@ fn metric(world: &World, sample: &str) -> f64 {
     line.unwrap_or_else(|| panic!("no {sample} in {answer}")).trim().parse().unwrap()
 }
 
+/// What is handed over is durable, or it is not handed over: the volume stays, and has failed as by any
+/// other flush.
+#[test]
+fn a_volume_whose_flush_fails_while_it_is_moved_stays_and_says_so() {
+    let cores = bessel_reactor::reactor::usable_cores();
+    let [from, to, ..] = cores[..] else {
+        return tell("test a_volume_whose_flush_fails_while_it_is_moved ... skipped: one core");
+    };
+    let Some((mut world, device)) = world("failed_flush_move") else { return };
+    world.serve(&format!("reactors:\n  cores: [{from}, {to}]\n  balance: off\n{VOLUMES}"));
+    let mut one = connect(&world, "vm1");
+    for number in 0..20 {
+        assert_eq!(write(&mut one, number, 1), block::DONE);
+    }
+    assert_eq!(one.flush(0), block::DONE);
+    for number in 10..40 {
+        assert_eq!(write(&mut one, number, 2), block::DONE);
+    }
+    device.fail_flushes(1);
+    let refused = world.refused(&format!("volume move vm1 --to {to}"));
+    let words = [&format!("volume \"vm1\" stays on core {from}: ")[..], "`bessel volume detach`"];
+    assert!(words.iter().all(|words| refused.contains(words)), "{refused}");
+    let shown = world.json("volume show vm1");
+    assert_eq!((&shown["state"], &shown["core"]), (&"failed".into(), &from.into()), "{shown}");
+    assert_eq!(read(&mut one, 30), [2; 4096]);
+    assert_eq!(write(&mut one, 0, 3), block::IO_ERROR);
+    // Nor is it moved later, before it is known what the device holds.
+    assert!(world.refused(&format!("volume move vm1 --to {to}")).contains("stays on core"));
+    drop(one);
+    world.text("volume detach vm1");
+    world.text("volume attach vm1");
+    let moved = world.json(&format!("volume move vm1 --to {to}"));
+    assert_eq!((&moved["state"], &moved["core"]), (&"online".into(), &to.into()), "{moved}");
+    let mut one = connect(&world, "vm1");
+    assert!((0..10).all(|number| read(&mut one, number) == [1; 4096]));
+    assert_eq!((write(&mut one, 3, 4), one.flush(0)), (block::DONE, block::DONE));
+    drop(one);
+    world.end("-TERM");
+    world.text("check device");
+}
+
+/// The device cannot be read any more when the volume is between two reactors.
+#[test]
+fn a_volume_that_can_be_opened_nowhere_any_more_is_detached_with_all_it_had() {
+    let cores = bessel_reactor::reactor::usable_cores();
+    let [from, to, ..] = cores[..] else {
+        return tell("test a_volume_that_can_be_opened_nowhere ... skipped: one core");
+    };
+    let Some((mut world, device)) = world("failed_read_move") else { return };
+    world.serve(&format!("reactors:\n  cores: [{from}, {to}]\n  balance: off\n{VOLUMES}"));
+    let mut one = connect(&world, "vm1");
+    for number in 0..40 {
+        assert_eq!(write(&mut one, number, 1), block::DONE);
+    }
+    world.text("snapshot create vm1 --label kept");
+    for number in 0..20 {
+        assert_eq!(write(&mut one, number, 2), block::DONE);
+    }
+    device.fail_reads(true);
+    let refused = world.refused(&format!("volume move vm1 --to {to}"));
+    for words in [
+        &format!("could be opened neither on core {to} (")[..],
+        &format!("nor again on core {from} ("),
+        "it is detached, with all that was written to it",
+        "`bessel volume attach vm1`",
+    ] {
+        assert!(refused.contains(words), "{refused}");
+    }
+    let shown = world.json("volume show vm1");
+    assert_eq!((&shown["state"], &shown["snapshots"]), (&"detached".into(), &1.into()), "{shown}");
+    assert!(shown["reason"].as_str().unwrap().contains("could not be moved"), "{shown}");
+    assert!(!Path::new(&world.path("vm1.sock")).exists(), "its guest has seen its disk go");
+    assert!(world.refused("volume attach vm1").contains("device"));
+    assert!(world.refused(&format!("volume move vm1 --to {to}")).contains("is detached"));
+    device.fail_reads(false);
+    let attached = world.json("volume attach vm1");
+    assert_eq!((&attached["state"], &attached["core"]), (&"online".into(), &from.into()));
+    let path = world.path("vm1.sock");
+    one.reconnect(Path::new(&path), BaseAfterReconnect::Used).unwrap();
+    assert!((0..40).all(|number| read(&mut one, number) == [2 - (number / 20) as u8; 4096]));
+    world.text(&format!("volume move vm1 --to {to}"));
+    assert_eq!((write(&mut one, 3, 4), one.flush(0)), (block::DONE, block::DONE));
+    drop(one);
+    world.end("-TERM");
+    world.text("check device");
+}
+
 #[test]
 fn a_failed_flush_is_told_everywhere_and_detach_and_attach_recover() {
     let Some((mut world, device)) = world("failed_flush") else { return };

@@ -408,7 +408,7 @@ fn a_volume_that_the_other_reactor_cannot_open_goes_on_where_it_was() {
         load.work(50);
         let refused = world.refused(&format!("volume move vm1 --to {}", cores[1]));
         for words in [
-            &format!("volume \"vm1\" stays on core {}, where it is served as before", cores[0]),
+            &format!("volume \"vm1\" stays on core {}: ", cores[0]),
             "32 volumes are open on this reactor",
             "raise store.node_cache",
         ] {

@@ -715,15 +715,17 @@ operations! {
         }
         a.move_on()?;
         a.world.settle()?;
-        a.write(8, 24)?;
-        a.snapshot(a.first())?;
-        a.write(0, 8)?;
+        // In leaves that the first shard knows.
+        a.write(8, 40)?;
+        a.io(Discard, LEAF, block(1))?;
         a.world.settle()?;
         a.move_on()?;
         a.world.settle()?;
-        // What the first shard has known of it is not so any more.
+        a.io(IoKind::Read, 0, 48)?;
+        a.io(IoKind::Read, LEAF, block(1))?;
         a.write(16, 8)?;
-        a.io(Discard, LEAF, block(1))?;
+        a.snapshot(a.first())?;
+        a.write(0, 8)?;
         a.flush()
     };
     orderly_shutdown: snapshotted, |a| {

@@ -31,7 +31,7 @@ enum Place {
     /// On the home's core.
     Core(QueueSlot),
     /// Here: it is started, and polled nowhere.
-    Here(Queue),
+    Here(Box<Queue>),
 }
 
 /// A volume's queues, taken off their core with none of their requests in flight. The server starts and
@@ -78,8 +78,8 @@ impl VolumeHost {
             });
             for (place, stopped) in stopping.collect::<Vec<_>>() {
                 let queue = stopped.recv();
-                *place =
-                    Place::Here(queue.expect("a reactor answers every message before it ends"));
+                let queue = queue.expect("a reactor answers every message before it ends");
+                *place = Place::Here(Box::new(queue));
             }
         }
         TakenQueues { seat, settled: false }
@@ -91,7 +91,7 @@ impl TakenQueues<'_> {
     pub(crate) fn settle(mut self, volume: VolumeHandle, home: CorePort) {
         for place in &mut self.seat.queues {
             *place = match std::mem::replace(place, Place::Server) {
-                Place::Here(queue) => Place::Core(start(&home, volume, queue)),
+                Place::Here(queue) => Place::Core(start(&home, volume, *queue)),
                 other => other,
             };
         }
@@ -117,7 +117,7 @@ impl QueueHost for VolumeHost {
         let mut seat = self.seat();
         seat.queues[index] = match &seat.home {
             Some((volume, home)) => Place::Core(start(home, *volume, queue)),
-            None => Place::Here(queue),
+            None => Place::Here(Box::new(queue)),
         };
     }
 
@@ -128,7 +128,7 @@ impl QueueHost for VolumeHost {
                 let (_, home) = seat.home.as_ref().expect("a queue on a core has a home");
                 home.ask(|answer| CoreMessage::Stop { slot, answer })
             }
-            Place::Here(queue) => queue,
+            Place::Here(queue) => *queue,
             Place::Server => panic!("only a queue that was started is stopped"),
         }
     }

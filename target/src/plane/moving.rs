@@ -161,8 +161,7 @@ impl ControlPlane {
 
     fn not_moved(&self, id: VolumeId, home: usize, why: &Refusal) -> Refusal {
         let (name, core) = (self.name_of_present(id).unwrap_or_default(), self.homes[home].core);
-        let what =
-            format!("volume {name:?} stays on core {core}, where it is served as before: {why}");
+        let what = format!("volume {name:?} stays on core {core}: {why}");
         Refusal::new(why.kind, what)
     }
 

@@ -52,6 +52,8 @@ struct Medium {
     cached: BTreeMap<u64, [u8; SECTOR]>,
     /// Flushes fail while this is above zero.
     failing: u64,
+    /// Reads fail.
+    unreadable: bool,
     flushes: u64,
     flushes_failed: u64,
     random: Random,
@@ -99,6 +101,7 @@ impl FaultyDevice {
             size,
             cached: BTreeMap::new(),
             failing: 0,
+            unreadable: false,
             flushes: 0,
             flushes_failed: 0,
             random: Random::new(seed),
@@ -115,6 +118,11 @@ impl FaultyDevice {
     /// Lets the next `count` flushes fail. Of what they should have made durable, half is lost.
     pub(crate) fn fail_flushes(&self, count: u64) {
         self.medium().failing = count;
+    }
+
+    /// From here on reads fail, or do not any more.
+    pub(crate) fn fail_reads(&self, fail: bool) {
+        self.medium().unreadable = fail;
     }
 
     /// Flushes so far, and how many of them failed.
@@ -231,6 +239,7 @@ fn answer(opcode: u32, body: &[u8], medium: &mut Medium) -> Option<Result<Vec<u8
         }
         GETATTR | SETATTR => Ok(attributes(medium.size)),
         OPEN => Ok(words(&[0, 0, FOPEN_DIRECT_IO, 0])),
+        READ if medium.unreadable => Err(nix::libc::EIO),
         READ => Ok(medium.read(u64_at(body, 8), u32_at(body, 16) as usize)),
         WRITE => {
             let length = u32_at(body, 16);
