@@ -78,7 +78,7 @@ fn a_volume_whose_flush_fails_while_it_is_moved_stays_and_says_so() {
     assert!(words.iter().all(|words| refused.contains(words)), "{refused}");
     let shown = world.json("volume show vm1");
     assert_eq!((&shown["state"], &shown["core"]), (&"failed".into(), &from.into()), "{shown}");
-    assert_eq!(read(&mut one, 30), [2; 4096]);
+    assert!(read(&mut one, 3) == [1; 4096], "reads go on");
     assert_eq!(write(&mut one, 0, 3), block::IO_ERROR);
     // Nor is it moved later, before it is known what the device holds.
     assert!(world.refused(&format!("volume move vm1 --to {to}")).contains("stays on core"));

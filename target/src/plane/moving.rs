@@ -70,9 +70,12 @@ impl ControlPlane {
     fn relocate(&mut self, id: VolumeId, target: usize) -> Answered<String> {
         let Served { handle, home, queues, ref host, .. } = self.served[&id];
         let host = Arc::clone(host);
-        self.placement.reserve(target, queues).map_err(|no_room| {
+        self.placement.reserve(target, queues).map_err(|_| {
             let core = self.homes[target].core;
-            Refusal::conflict(format!("the reactor on core {core} has no room for it: {no_room}"))
+            Refusal::conflict(format!(
+                "the reactor on core {core} has no room for {queues} more queues; move or delete volumes \
+                 that it serves"
+            ))
         })?;
         // So that little is left to flush while the guest waits. What has failed is told by what follows.
         let _ = self.ask(home, Command::FlushDevice);
