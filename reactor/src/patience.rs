@@ -6,9 +6,16 @@
 //! microseconds spins through these, and one that hears of something once a second sleeps at once.
 //! Patience is never above the price of a sleep.
 //!
+//! What is learned from lengths takes them for given. They are not where spinning itself holds up who
+//! completes the device's operations: first writes to a file on ext4 are finished by a kernel thread on
+//! the core where the disk interrupts, which is the one that spins. So where waits for the device outlast
+//! patience more than now and then, the reactor tries what comes of sleeping at once ([`Trials`]).
+//!
 //! Hot path: one addition for each wait that ends.
 
 use std::time::Duration;
+
+use crate::clock::Instant;
 
 /// What a sleep costs when the device has nothing to do: what a core is worth that is there when guests
 /// ask for something.
@@ -38,6 +45,15 @@ const CLASSES: usize = 12;
 /// Waits after which it is thought over anew.
 const LESSON: u32 = 32;
 
+/// Waits for the device after which it is known what a way to wait has come to.
+const PERIOD: u32 = 128;
+/// Of so many waits one that outlasts patience is one too many.
+const OUTLASTED: u32 = 32;
+/// Periods between two trials of a way that was no better.
+const REST: u32 = 64;
+/// Trials in a row that have to be won before the other way is taken.
+const WINS: u32 = 2;
+
 /// What there is to wait for.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum Wait {
@@ -51,6 +67,79 @@ pub(crate) enum Wait {
 #[derive(Debug)]
 pub(crate) struct Patience {
     of: [Learned; 2],
+    trials: Trials,
+}
+
+/// Whether to spin for the device or to sleep at once: that by which more of its operations complete in a
+/// second. The one that is taken is held against the other, a period each, and gives way to it if twice in
+/// a row a quarter more completed.
+#[derive(Debug)]
+struct Trials {
+    sleeps: bool,
+    /// This period is the other way's.
+    trying: bool,
+    /// Of this period: waits, those of them that ended asleep, when it began, and the device's count then.
+    waits: u32,
+    outlasted: u32,
+    since: Option<(Instant, u64)>,
+    /// Operations a second in the period before the trial.
+    before: u64,
+    won: u32,
+    /// Periods until the next trial, if there is a reason for one.
+    rest: u32,
+}
+
+impl Trials {
+    const fn new() -> Self {
+        Self {
+            sleeps: false,
+            trying: false,
+            waits: 0,
+            outlasted: 0,
+            since: None,
+            before: 0,
+            won: 0,
+            rest: 0,
+        }
+    }
+
+    /// A wait for the device has ended at `now`; `completed` counts its operations since the start.
+    fn ended(&mut self, asleep: bool, now: Instant, completed: u64) {
+        let (since, count) = *self.since.get_or_insert((now, completed));
+        self.waits += 1;
+        self.outlasted += u32::from(asleep);
+        if self.waits < PERIOD {
+            return;
+        }
+        let nanoseconds = now.since(since).as_nanos().max(1);
+        let rate = (u128::from(completed - count) * 1_000_000_000 / nanoseconds) as u64;
+        if self.trying {
+            self.judge(rate);
+        } else {
+            self.before = rate;
+            self.rest = self.rest.saturating_sub(1);
+            let doubt = self.sleeps || self.outlasted * OUTLASTED >= PERIOD;
+            self.trying = doubt && self.rest == 0;
+        }
+        (self.waits, self.outlasted, self.since) = (0, 0, Some((now, completed)));
+    }
+
+    /// A period of the other way has come to this rate.
+    fn judge(&mut self, rate: u64) {
+        self.trying = false;
+        if rate < self.before.saturating_add(self.before / 4) {
+            (self.won, self.rest) = (0, REST);
+            return;
+        }
+        self.won += 1;
+        if self.won == WINS {
+            (self.sleeps, self.won, self.rest) = (!self.sleeps, 0, REST);
+        }
+    }
+
+    fn sleeps_now(&self) -> bool {
+        self.sleeps != self.trying
+    }
 }
 
 #[derive(Debug)]
@@ -68,12 +157,20 @@ impl Patience {
     /// Before anything is known: as long as a sleep costs.
     pub(crate) fn new() -> Self {
         let learned = |sleep| Learned { sleep, waits: [0; CLASSES], new: 0, patience: sleep };
-        Self { of: [learned(SLEEP), learned(SLEEP_BEFORE_DEVICE)] }
+        Self { of: [learned(SLEEP), learned(SLEEP_BEFORE_DEVICE)], trials: Trials::new() }
     }
 
     /// How long to poll in vain.
     pub(crate) fn of(&self, wait: Wait) -> Duration {
-        self.of[wait as usize].patience
+        match wait {
+            Wait::Device if self.trials.sleeps_now() => Duration::ZERO,
+            _ => self.of[wait as usize].patience,
+        }
+    }
+
+    /// A wait for the device has ended, and it has completed so many operations since it was opened.
+    pub(crate) fn device_answered(&mut self, asleep: bool, now: Instant, completed: u64) {
+        self.trials.ended(asleep, now, completed);
     }
 
     /// A wait has ended after this long, of which the last part went into waking up: had the reactor been
@@ -165,6 +262,78 @@ mod tests {
         assert_eq!(patience.of(Wait::Outside), Duration::ZERO);
         (0..256).for_each(|_| patience.ended_asleep(Wait::Outside, microseconds(45 + 26)));
         assert_eq!(patience.of(Wait::Outside), microseconds(64));
+    }
+
+    /// Waits for a device that completes one operation after `awake` of spinning, or after `asleep` of
+    /// sleeping: for how many of the last hundred the reactor slept at once.
+    fn device(awake: u64, asleep: u64, waits: u32) -> u32 {
+        let mut patience = Patience::new();
+        let (mut now, mut slept) = (Instant::from_nanos(1), 0);
+        for nth in 0..waits {
+            let spins = patience.of(Wait::Device);
+            let ends_asleep = microseconds(awake) > spins;
+            let length = match (ends_asleep, spins.is_zero()) {
+                (false, _) => microseconds(awake),
+                (true, true) => microseconds(asleep),
+                (true, false) => spins + microseconds(asleep),
+            };
+            now = now.after(length);
+            match ends_asleep {
+                true => patience.ended_asleep(Wait::Device, length),
+                false => patience.ended(Wait::Device, length),
+            }
+            patience.device_answered(ends_asleep, now, u64::from(nth) + 1);
+            slept += u32::from(spins.is_zero() && nth + 100 >= waits);
+        }
+        slept
+    }
+
+    #[test]
+    fn where_spinning_holds_the_device_up_the_reactor_sleeps() {
+        // Who completes them gets the core 700 microseconds later, or when the reactor has fallen asleep.
+        let mut patience = Patience::new();
+        let (mut now, mut slept) = (Instant::from_nanos(1), 0);
+        for nth in 0..20_000_u64 {
+            let spins = patience.of(Wait::Device);
+            let starved = nth % 10 == 0;
+            let asleep = starved || spins < microseconds(700);
+            let length = if asleep { spins + microseconds(100) } else { microseconds(700) };
+            now = now.after(length);
+            match asleep {
+                true => patience.ended_asleep(Wait::Device, length),
+                false => patience.ended(Wait::Device, length),
+            }
+            patience.device_answered(asleep, now, nth + 1);
+            slept += u32::from(spins.is_zero() && nth >= 10_000);
+        }
+        assert!(slept > 9_500, "{slept} of 10000");
+    }
+
+    #[test]
+    fn where_it_does_not_the_reactor_spins() {
+        assert_eq!(device(80, 110, 20_000), 0);
+        // Even if sleeping is tried: a device that answers as fast either way.
+        assert_eq!(device(400, 400, 20_000), 0);
+    }
+
+    #[test]
+    fn a_way_that_has_become_the_worse_one_is_left() {
+        let mut trials = Trials::new();
+        let (mut now, mut completed) = (Instant::from_nanos(1), 0);
+        let mut period = |trials: &mut Trials, spinning: u64, sleeping: u64| {
+            for _ in 0..PERIOD {
+                let sleeps = trials.sleeps_now();
+                now = now.after(microseconds(if sleeps { sleeping } else { spinning }));
+                completed += 1;
+                trials.ended(true, now, completed);
+            }
+        };
+        (0..5).for_each(|_| period(&mut trials, 200, 100));
+        assert!(trials.sleeps, "{trials:?}");
+        (0..3 * REST).for_each(|_| period(&mut trials, 200, 100));
+        assert!(trials.sleeps, "{trials:?}");
+        (0..REST + 5).for_each(|_| period(&mut trials, 60, 100));
+        assert!(!trials.sleeps, "{trials:?}");
     }
 
     #[test]

@@ -184,6 +184,9 @@ fn run<P: Poller>(mut poller: P, mode: PollMode, stats: &ReactorStats, clock: &S
             stats.turns_busy.add(1);
             if let Some((since, wait)) = waiting.take() {
                 patience.ended(wait, now.since(since));
+                if wait == Wait::Device {
+                    patience.device_answered(false, now, poller.device().reaped());
+                }
             }
             continue;
         }
@@ -213,6 +216,9 @@ fn run<P: Poller>(mut poller: P, mode: PollMode, stats: &ReactorStats, clock: &S
             match sleeps {
                 true => patience.ended_asleep(wait, length),
                 false => patience.ended(wait, length),
+            }
+            if wait == Wait::Device {
+                patience.device_answered(sleeps, last, poller.device().reaped());
             }
             waiting = None;
         }

@@ -263,6 +263,7 @@ pub struct FileDevice {
     free: Vec<u32>,
     /// Operations that have ended and were not reaped yet.
     ready: Vec<Completion>,
+    reaped: u64,
     /// Answers read from the ring in one go, before any is acted on.
     answers: Vec<(Subject, i32)>,
     /// Entries in the ring that the kernel has not been told of.
@@ -322,6 +323,7 @@ impl FileDevice {
             slots: (0..depth).map(|_| Slot::EMPTY).collect(),
             free: (0..depth).rev().collect(),
             ready: Vec::with_capacity(depth as usize),
+            reaped: 0,
             answers: Vec::with_capacity(answers_max),
             queued: 0,
             enabled: false,
@@ -340,6 +342,11 @@ impl FileDevice {
     /// Most operations in flight.
     pub fn depth(&self) -> usize {
         self.slots.len()
+    }
+
+    /// Operations that were reaped since the device was opened.
+    pub fn reaped(&self) -> u64 {
+        self.reaped
     }
 
     /// Operations queued or in flight, or completed and not yet reaped.
@@ -686,6 +693,7 @@ impl Device for FileDevice {
                 self.collect();
             }
         }
+        self.reaped += self.ready.len() as u64;
         completions.append(&mut self.ready);
     }
 
