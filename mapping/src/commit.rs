@@ -727,7 +727,7 @@ impl<D: Device> Shard<D> {
             let dropped = (0..u64::from(unlinked.run.count)).map(|at| unlinked.run.start.add(at));
             nodes.extend(dropped.filter_map(|node| self.cache.find(node)));
         }
-        self.cache.forget(nodes);
+        self.cache.forget(&nodes);
         if let Some(journal) = &mut self.journal {
             journal.forget(volume.record.id);
         }

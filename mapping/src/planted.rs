@@ -71,6 +71,8 @@ bugs! {
     ReadOnlyAboveIgnored,
     /// The leaf found last is taken for the one that a walk would find, whatever has changed since.
     LeafKnownForEver,
+    /// What was reached through the forgotten nodes of a closed volume stays, found by nobody who looks for it.
+    ForgottenAlone,
     /// A snapshot counts as settled while writes in flight still land in it.
     SettlingIgnored,
     /// A clone taller than its snapshot links to the snapshot's root by a writable link.

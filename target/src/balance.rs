@@ -3,10 +3,10 @@
 //! A reactor's load is the share of its time that it spends on work. What of that a volume causes nobody
 //! measures on the hot path; it is taken to be the volume's share of what all volumes there asked for.
 //!
-//! Nothing flaps. A volume is moved only where the busiest reactor is less busy afterwards by a clear
-//! margin, so that moving it back would be refused while its load stays what it is; the same move must be
-//! the best one several times running, so that no burst decides; and after each there is a rest, in which
-//! its effect is seen first.
+//! Nothing flaps. A volume is moved only where the other reactor stays less busy by a clear margin than the
+//! busiest was, so that moving it back would be refused while its load stays what it is; several looks must
+//! agree, so that no burst decides; after each there is a rest, in which its effect is seen first; and a
+//! volume that was moved stays for a good while, should its load not be what was thought.
 
 use bessel_mapping::request::VolumeId;
 use bessel_mapping::volume::VolumeCounters;
@@ -16,13 +16,20 @@ use std::time::Duration;
 
 /// A reactor that is less busy than this, in thousandths of its time, is not relieved: its guests hardly wait.
 const BUSY_MIN: u64 = 600;
-/// By how much the busiest reactor must become less busy, in thousandths of its time: more than a load that
-/// is steady varies from one look to the next, and worth a pause of some milliseconds.
+/// How much less busy than the busiest reactor was the other must stay, in thousandths of its time: more
+/// than a load that is steady varies from one look to the next.
 const GAIN_MIN: u64 = 150;
+/// What a volume must be worth, in the same: a pause of some milliseconds.
+const SHARE_MIN: u64 = 20;
 /// How often a move must be the best one, running.
 const AGREEING: u32 = 3;
 /// From a move to the next.
 const REST: Duration = Duration::from_secs(60);
+/// From a volume's move, or a vain attempt, to its next: what a volume costs is taken to be what it asks
+/// for, and where that is wrong it would go to and fro.
+const STAY: Duration = Duration::from_secs(3600);
+/// Looks that come sooner after the last one tell nothing: whoever looks had to wait, and comes twice.
+const PERIOD_MIN: Duration = Duration::from_secs(2);
 /// Bytes that cost as much as a request: moving these takes about as long as all the rest of one.
 const BYTES_PER_COST: u64 = 32 << 10;
 
@@ -65,13 +72,17 @@ pub(crate) fn plan(reactors: &[ReactorLoad]) -> Option<Move> {
     if source == target || *most < BUSY_MIN || all == 0 {
         return None;
     }
-    let after = |volume: &VolumeLoad| {
-        let share = (u128::from(*most) * u128::from(volume.cost) / u128::from(all)) as u64;
-        (most - share).max(reactors[target].busy + share)
+    let share = |volume: &VolumeLoad| {
+        (u128::from(*most) * u128::from(volume.cost) / u128::from(all)) as u64
     };
-    let best = volumes.iter().filter(|volume| volume.movable).min_by_key(|volume| after(volume))?;
-    let gains = after(best) + GAIN_MIN <= *most;
-    gains.then_some(Move { volume: best.volume, source, target })
+    let after =
+        |volume: &VolumeLoad| (most - share(volume)).max(reactors[target].busy + share(volume));
+    let fits = |volume: &&VolumeLoad| {
+        let share = share(volume);
+        volume.movable && share >= SHARE_MIN && reactors[target].busy + share + GAIN_MIN <= *most
+    };
+    let best = volumes.iter().filter(fits).min_by_key(|volume| after(volume))?;
+    Some(Move { volume: best.volume, source, target })
 }
 
 /// What a volume has asked for since it was opened.
@@ -107,6 +118,8 @@ pub(crate) struct Balancer {
     /// The move that was best at the last look, and how often it was, running.
     favoured: Option<(Move, u32)>,
     rests_until: Instant,
+    /// When volumes were moved, or were to be.
+    moved: BTreeMap<VolumeId, Instant>,
 }
 
 impl Balancer {
@@ -118,6 +131,9 @@ impl Balancer {
         busy_ns: Vec<u64>,
         volumes: impl FnOnce() -> Option<Vec<Counted>>,
     ) -> Option<Move> {
+        if self.before.as_ref().is_some_and(|before| now.since(before.at) < PERIOD_MIN) {
+            return None;
+        }
         let before = self.before.replace(Sample { at: now, busy_ns, costs: None })?;
         let sample = self.before.as_mut().expect("it was just put there");
         let period = now.since(before.at).as_nanos().max(1);
@@ -129,6 +145,7 @@ impl Balancer {
             self.favoured = None;
             return None;
         }
+        self.moved.retain(|_, at| now.since(*at) < STAY);
         let counted = volumes()?;
         sample.costs = Some(counted.iter().map(|it| (it.volume, it.cost)).collect());
         let costs = before.costs?;
@@ -138,11 +155,17 @@ impl Balancer {
             // One that was opened anew counts from nothing.
             let before = costs.get(&volume).copied().filter(|before| *before <= cost);
             let cost = cost - before.unwrap_or(0);
+            let movable = movable && !self.moved.contains_key(&volume);
             reactors[home].volumes.push(VolumeLoad { volume, cost, movable });
         }
         let best = plan(&reactors);
         let times = match (&self.favoured, best) {
-            (Some((favoured, times)), Some(best)) if *favoured == best => times + 1,
+            // Which of several volumes that do as much is a matter of chance.
+            (Some((favoured, times)), Some(best))
+                if (favoured.source, favoured.target) == (best.source, best.target) =>
+            {
+                times + 1
+            }
             _ => 1,
         };
         self.favoured = best.map(|best| (best, times));
@@ -151,6 +174,7 @@ impl Balancer {
         }
         self.favoured = None;
         self.rests_until = now.after(REST);
+        self.moved.extend(best.map(|best| (best.volume, now)));
         best
     }
 }
@@ -179,10 +203,18 @@ mod tests {
         let busy = reactor(900, &[(1, 10), (2, 40), (3, 50)]);
         assert_eq!(planned(&[reactor(100, &[(4, 1)]), busy.clone()]), Some((2, 1, 0)));
         // Half of it would make the other one as busy as this.
-        assert_eq!(planned(&[busy.clone(), reactor(500, &[])]), None);
+        assert_eq!(planned(&[busy.clone(), reactor(500, &[])]), Some((1, 0, 1)));
         assert_eq!(planned(&[busy.clone(), reactor(600, &[]), reactor(0, &[])]), Some((3, 0, 2)));
         let whole = reactor(1000, &[(1, 999), (2, 1)]);
         assert_eq!(planned(&[whole, reactor(0, &[])]), None, "then the other one would be it");
+    }
+
+    #[test]
+    fn many_small_volumes_are_moved_one_by_one() {
+        let thirty: Vec<(u64, u64)> = (0..30).map(|id| (id, 10)).collect();
+        assert_eq!(planned(&[reactor(1000, &thirty), reactor(0, &[])]), Some((0, 0, 1)));
+        let hundred: Vec<(u64, u64)> = (0..100).map(|id| (id, 10)).collect();
+        assert_eq!(planned(&[reactor(1000, &hundred), reactor(0, &[])]), None, "not worth it");
     }
 
     #[test]
@@ -294,7 +326,8 @@ mod tests {
         for _ in 0..3 {
             assert_eq!(pass([100, 1000], [500, 500, 500]), None);
         }
-        assert_eq!(pass([100, 1000], [500, 500, 500]), Some((0, 0)));
+        // Not the one that came.
+        assert_eq!(pass([100, 1000], [500, 500, 500]), Some((2, 0)));
         // A volume that is opened anew counts from nothing, not from what was.
         machine.costs[1] = 0;
         assert_eq!(machine.pass([1000, 1000], [1, 1, 1]), None);

@@ -538,7 +538,9 @@ impl Config {
             }
             // What of it is written is mapping alone.
             Medium::Null => sealed_memory(size, MFdFlags::empty()),
-            Medium::Memory => huge_memory(size).or_else(|_| reserved_memory(size)),
+            Medium::Memory => huge_memory(size)
+                .inspect(|_| tracing::info!("the store takes {} of huge pages", size.human()))
+                .or_else(|_| reserved_memory(size)),
         };
         let memory = made.map_err(|error| {
             self.device_error(format!(
@@ -751,12 +753,23 @@ fn reserved_memory(size: ByteCount) -> std::io::Result<File> {
     reserve(sealed_memory(size, MFdFlags::empty())?, size)
 }
 
-/// What the system could give without taking it from anybody; `None` if it does not say.
+/// What the system could give without taking it from anybody, within our control groups' limits; `None` if
+/// it does not say.
 fn available_memory() -> Option<ByteCount> {
     let said = std::fs::read_to_string("/proc/meminfo").ok()?;
     let line = said.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
     let kilobytes: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
-    Some(ByteCount::new(kilobytes * 1024))
+    let groups = std::fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
+    let ours = groups.lines().find_map(|line| line.strip_prefix("0::/")).unwrap_or_default();
+    let number = |path: PathBuf| std::fs::read_to_string(path).ok()?.trim().parse::<u64>().ok();
+    let left = Path::new("/sys/fs/cgroup").join(ours);
+    let left = left.ancestors().filter_map(|group| {
+        // "max" is no number, and no limit.
+        let (most, taken) =
+            (number(group.join("memory.max"))?, number(group.join("memory.current"))?);
+        Some(most.saturating_sub(taken))
+    });
+    left.chain([kilobytes * 1024]).min().map(ByteCount::new)
 }
 
 fn reserve(memory: File, size: ByteCount) -> std::io::Result<File> {

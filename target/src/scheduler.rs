@@ -306,7 +306,8 @@ impl Timer {
             Message::GoOn { volume, handle, port } => {
                 if let Some(running) = self.running.get_mut(&volume) {
                     (running.handle, running.port) = (handle, port);
-                    if !running.paused {
+                    // Of a paused one what is under way is counted still.
+                    if !running.paused || running.table.in_flight() > 0 {
                         self.due.insert((running.table.next(), volume));
                     }
                 }

@@ -168,7 +168,7 @@ impl<D: Device> Shard<D> {
             return Err(NotNow::Wait);
         }
         if !frames.is_empty() && !planted::is(Bug::FreedNodesRemembered) {
-            self.cache.forget(frames);
+            self.cache.forget(&frames);
         }
         self.reply(ticket, Reply::Done);
         Ok(())

@@ -62,7 +62,7 @@ impl<D: Device> Shard<D> {
         }
         if let Err(full) = self.needs_room_for_volume() {
             // Another shard may open it now, and change it.
-            self.cache.forget(vec![frame]);
+            self.cache.forget(&[frame]);
             return Err(full);
         }
         Ok(frame)
@@ -442,6 +442,9 @@ impl<D: Device> Shard<D> {
         let mut at = 0;
         while let Some(&parent) = own.get(at) {
             at += 1;
+            if self.cache.frame(parent).level == 1 {
+                continue; // It leads to data.
+            }
             for entry in self.cache.entries(parent) {
                 if entry.read_only() || !matches!(entry.kind(), EntryKind::Node(_)) {
                     continue;

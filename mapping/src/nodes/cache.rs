@@ -90,12 +90,16 @@ impl Frame {
         self.pins > 0
     }
 
-    fn evictable(&self) -> bool {
+    /// Holds nothing that the device does not, and nobody keeps it.
+    fn is_idle(&self) -> bool {
         self.state == FrameState::Present
             && (!self.dirty || planted::is(Bug::EvictsDirty))
             && self.in_rounds == 0
             && self.pins == 0
-            && self.children == 0
+    }
+
+    fn evictable(&self) -> bool {
+        self.is_idle() && self.children == 0
     }
 }
 
@@ -298,27 +302,40 @@ impl NodeCache {
     }
 
     /// Frees frames whatever their contents are worth: their volume is closed, and the device has
-    /// other contents. What was reached through them stays, and is as the device has it.
+    /// other contents. What was reached through them goes too, if nobody needs it: a node without the one
+    /// above it would be found by nobody who looks for all that a volume may change.
     ///
     /// # Panics
     /// When one of them is pinned or being read.
-    pub(crate) fn forget(&mut self, mut ids: Vec<FrameId>) {
-        ids.sort_unstable_by_key(|id| id.0);
-        ids.dedup();
+    pub(crate) fn forget(&mut self, ids: &[FrameId]) {
+        let mut goes = vec![false; self.frames.len()];
+        ids.iter().for_each(|id| goes[id.0 as usize] = true);
+        // Level by level, from above.
+        for level in (1..TURNS.len() as u8).rev() {
+            for (id, frame) in self.frames.iter().enumerate() {
+                if frame.level == level
+                    && frame.parent != NONE
+                    && goes[frame.parent as usize]
+                    && (frame.is_idle() && !planted::is(Bug::ForgottenAlone))
+                {
+                    goes[id] = true;
+                }
+            }
+        }
         for frame in &mut self.frames {
-            if ids.binary_search_by_key(&frame.parent, |id| id.0).is_ok() {
+            if frame.parent != NONE && goes[frame.parent as usize] {
                 frame.parent = NONE;
             }
         }
-        for id in ids {
-            let frame = &mut self.frames[id.0 as usize];
+        for id in (0..self.frames.len()).filter(|id| goes[*id]) {
+            let frame = &mut self.frames[id];
             assert!(
                 frame.state == FrameState::Present && frame.pins == 0,
                 "frame of node {} forgotten while in use: {frame:?}",
                 frame.addr
             );
-            self.unlink(id.0);
-            self.free.push(id.0);
+            self.unlink(id as u32);
+            self.free.push(id as u32);
         }
     }
 
@@ -431,7 +448,7 @@ mod tests {
         assert!(changes(&mut cache, &|cache| _ = cache.entries_of_two(root, other)));
         assert!(!changes(&mut cache, &|cache| _ = cache.entries_of_two(root, leaf)));
         assert!(changes(&mut cache, &|cache| cache.remove(leaf)));
-        assert!(changes(&mut cache, &|cache| cache.forget(vec![other])));
+        assert!(changes(&mut cache, &|cache| cache.forget(&[other])));
     }
 
     #[test]
@@ -446,16 +463,24 @@ mod tests {
     }
 
     #[test]
-    fn what_was_reached_through_forgotten_frames_can_still_be_evicted() {
+    fn what_was_reached_through_forgotten_frames_goes_with_them_unless_it_is_needed() {
         let mut cache = small();
         let root = present(&mut cache, 1, 3, None);
         let middle = present(&mut cache, 2, 2, Some(root));
         let leaf = present(&mut cache, 3, 1, Some(middle));
         cache.frame_mut(root).dirty = true;
         cache.frame_mut(middle).in_rounds = 2;
-        cache.forget(vec![middle, root, middle]);
-        assert_eq!((cache.find(BlockAddr::new(1)), cache.find(BlockAddr::new(2))), (None, None));
+        let idle = present(&mut cache, 4, 1, Some(middle));
+        let below = present(&mut cache, 5, 2, Some(root));
+        let deep = present(&mut cache, 6, 1, Some(below));
+        let elsewhere = present(&mut cache, 7, 1, None);
+        cache.pin(leaf);
+        cache.forget(&[middle, root, middle]);
+        let gone = [1, 2, 4, 5, 6].map(|addr| cache.find(BlockAddr::new(addr)));
+        assert_eq!(gone, [None; 5], "{idle:?} {below:?} {deep:?}");
         assert_eq!(cache.find(BlockAddr::new(3)), Some(leaf));
+        assert_eq!(cache.find(BlockAddr::new(7)), Some(elsewhere));
+        cache.unpin(leaf);
         for addr in 0..10 * FRAMES_MIN as u64 {
             present(&mut cache, 100 + addr, 1, None);
         }

@@ -16,8 +16,7 @@ use bessel_reactor::device::{FileDevice, OpenOptions};
 
 /// A volume that was detached.
 pub(crate) struct Detached {
-    /// Its home, now and when it is attached: all that a reactor's journal says of a volume is in one
-    /// journal. Its queues keep their place there.
+    /// Its home, now and when it is attached. Its queues keep their place there.
     pub(super) home: usize,
     pub(super) service: Service,
     pub(super) cache: CacheMode,
