@@ -101,6 +101,44 @@ fn volumes_on_two_reactors_do_not_touch_each_other() {
     assert_eq!(report["data"]["leaked_bytes"], 0, "claims were given back: {report}");
 }
 
+/// How many messages each reactor has taken.
+fn messages(world: &World) -> Vec<u64> {
+    let stats = world.json("stats");
+    let reactors = stats["reactors"].as_array().unwrap();
+    reactors.iter().map(|reactor| reactor["messages"].as_u64().unwrap()).collect()
+}
+
+/// A reactor answers for its volumes alone. It hears of others when blocks are claimed or given back, and of
+/// the control plane; what is there is read and written again without a word.
+#[test]
+fn reads_and_writes_in_place_take_no_message() {
+    const BLOCKS: u64 = 64;
+    let cores = bessel_reactor::reactor::usable_cores();
+    let cores = &cores[..cores.len().min(2)];
+    let mut world = World::new("messages");
+    let reactors = format!("reactors:\n  cores: {cores:?}\n  balance: off\n");
+    world.serve(&format!("{reactors}{}", volumes(&["a", "b"])));
+    let mut guests = ["a", "b"].map(|name| connect(&world, name, Options::default()));
+    for guest in &mut guests {
+        (0..BLOCKS).for_each(|block| write(guest, block * 77, 1));
+        assert_eq!(guest.flush(0), block::DONE);
+    }
+    let before = messages(&world);
+    assert!(before.iter().all(|taken| *taken > 0), "its queues came by one: {before:?}");
+    for round in 2..10 {
+        for block in (0..BLOCKS).map(|block| block * 77) {
+            for guest in &mut guests {
+                write(guest, block, round);
+                holds(guest, block, &pattern(block, round));
+            }
+        }
+    }
+    // The question is one.
+    let expected: Vec<u64> = before.iter().map(|taken| taken + 1).collect();
+    assert_eq!(messages(&world), expected);
+    world.end("-TERM");
+}
+
 /// Kills the daemon with requests in flight and starts it again under a guest that stays. Every
 /// request is answered, and has happened: the guest does not know of the kill.
 fn kill_under_load(cache: &str) {

@@ -134,6 +134,11 @@ pub(super) fn prometheus(stats: &StatsView) -> String {
     by_reactor("bessel_reactor_asleep_seconds_total", "Time spent asleep.", |it| {
         it.asleep_ns as f64 / 1e9
     });
+    by_reactor(
+        "bessel_reactor_messages_total",
+        "Messages taken from other reactors and from the control plane.",
+        |it| it.messages as f64,
+    );
     by_reactor("bessel_node_cache_hits_total", "Nodes found in the cache.", |it| {
         it.node_cache_hits as f64
     });

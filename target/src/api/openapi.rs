@@ -448,6 +448,7 @@ fn schemas() -> Value {
             ("busy_ns", "integer"),
             ("spun_ns", "integer"),
             ("asleep_ns", "integer"),
+            ("messages", "integer"),
             ("node_cache_hits", "integer"),
             ("node_cache_misses", "integer"),
             ("commits", "integer"),

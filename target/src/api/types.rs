@@ -641,6 +641,8 @@ pub(crate) struct ReactorView {
     pub(crate) spun_ns: u64,
     /// Time spent asleep.
     pub(crate) asleep_ns: u64,
+    /// Messages taken from other reactors and from the control plane. Asking for these figures is one.
+    pub(crate) messages: u64,
     /// Nodes found in the cache.
     pub(crate) node_cache_hits: u64,
     /// Nodes loaded from the device.

@@ -8,6 +8,9 @@ use std::sync::Arc;
 pub(crate) struct CoreCounters {
     /// The loop itself.
     pub(crate) reactor: Arc<ReactorStats>,
+    /// Messages it has taken from its inbox: from other reactors, and from the control plane. Whoever asks for
+    /// the shard's counters does so by one.
+    pub(crate) messages: Counter,
     /// Guest requests that found no free block.
     pub(crate) no_space: Counter,
     /// Nanoseconds from a snapshot command's arrival until it was durable.

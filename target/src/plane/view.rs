@@ -188,6 +188,7 @@ pub(super) fn reactor(
         busy_ns: counters.reactor.busy_ns.get(),
         spun_ns: counters.reactor.spun_ns.get(),
         asleep_ns: counters.reactor.asleep_ns.get(),
+        messages: counters.messages.get(),
         node_cache_hits: shard.cache.hits,
         node_cache_misses: shard.cache.misses,
         commits: shard.rounds,
