@@ -12,7 +12,7 @@ use crate::plan::Workload;
 use crate::queue::DEPTH_MAX;
 use crate::server::{Contender, Poll};
 use crate::snapshots::{self, Part};
-use crate::{report::Report, size};
+use crate::{output, report::Report, size};
 
 /// The smallest disk that snapshots are measured on: it holds a run of writes.
 const SNAPSHOTS_SIZE_MIN: u64 = 1 << 20;
@@ -279,13 +279,12 @@ fn measure(options: &Options, core: Option<usize>) -> Result<Report, String> {
 }
 
 fn print(report: &Report, json: bool) -> Result<(), String> {
-    if json {
-        let text = serde_json::to_string_pretty(report).map_err(|error| error.to_string())?;
-        println!("{text}");
+    let text = if json {
+        serde_json::to_string_pretty(report).map_err(|error| error.to_string())?
     } else {
-        println!("{report}");
-    }
-    Ok(())
+        report.to_string()
+    };
+    output::print(&(text + "\n"))
 }
 
 /// Pins the calling thread, and the processes it starts, to `core`.

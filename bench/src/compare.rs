@@ -28,7 +28,7 @@ use crate::load::{self, Options};
 use crate::plan::Workload;
 use crate::report::{Latency, Report};
 use crate::server::{Contender, Poll, Scratch, Server, Serving, Site, State};
-use crate::{cli, interrupt};
+use crate::{cli, interrupt, output};
 use costs::Costs;
 use scenario::Load;
 
@@ -163,8 +163,7 @@ pub(crate) fn run(comparison: &Comparison) -> Result<(), String> {
         // After each: a long run that ends early has not been for nothing.
         save(comparison, &results, snapshots.as_ref())?;
     }
-    print!("{}", table::render(&results));
-    Ok(())
+    output::print(&table::render(&results))
 }
 
 /// Writes the files that were asked for.

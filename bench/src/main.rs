@@ -26,6 +26,7 @@ mod interrupt;
 mod load;
 mod memory;
 mod message;
+mod output;
 mod pattern;
 mod plan;
 mod process;

@@ -33,7 +33,7 @@ use serde::Serialize;
 
 use crate::clock::unix_time;
 use crate::report::{Report, WAIT_TOLERATED};
-use crate::{compare, interrupt};
+use crate::{compare, interrupt, output};
 
 /// What to measure, and where.
 pub(crate) struct Plan {
@@ -217,8 +217,7 @@ pub(crate) fn run(plan: &Plan) -> Result<(), String> {
             write(path, &results)?;
         }
     }
-    print!("{}", render(&results));
-    Ok(())
+    output::print(&render(&results))
 }
 
 fn write(path: &Path, results: &Results) -> Result<(), String> {
