@@ -10,7 +10,7 @@ use crate::compare::{self, Comparison};
 use crate::load::{self, Options};
 use crate::plan::Workload;
 use crate::queue::DEPTH_MAX;
-use crate::server::{Contender, Poll};
+use crate::server::{Contender, Device, Poll};
 use crate::snapshots::{self, Part};
 use crate::{output, report::Report, size};
 
@@ -125,13 +125,14 @@ struct CompareArguments {
     /// The `bessel` program; without it only the peers are measured
     #[arg(long)]
     bessel: Option<PathBuf>,
-    /// Directory for the scratch files, such as /dev/shm and one on a disk; may be repeated
+    /// Directory for the disks' files, such as /dev/shm and one on a disk; `memory` for disks in the servers' own memory,
+    /// `null` for none; may be repeated
     #[arg(long = "dir", required = true)]
-    dirs: Vec<PathBuf>,
+    devices: Vec<Device>,
     /// Size of the disk that each server serves
     #[arg(long, default_value = "1GiB", value_parser = size::parse)]
     size: u64,
-    /// Size of Bessel's store, a sparse file [default: twice the disk and 8GiB]
+    /// Size of Bessel's store, a sparse file [default: twice the disk and 8GiB; without a file, 256MiB]
     #[arg(long, value_parser = size::parse)]
     store_size: Option<u64>,
     /// Named sets of loads to measure [default: quick, unless --rw or --depths is given]
@@ -165,7 +166,8 @@ struct CompareArguments {
     /// How Bessel's reactor waits
     #[arg(long, value_enum, default_value = "adaptive")]
     poll: Poll,
-    /// Count system calls and instructions of the servers with perf, in one more measurement of each
+    /// Count system calls, instructions and cycles of the servers with perf, and messages between Bessel's threads, in
+    /// one more measurement of each
     #[arg(long)]
     costs: bool,
     /// Write everything measured to this file
@@ -416,9 +418,9 @@ impl CompareArguments {
         }
         Ok(Comparison {
             bessel: self.bessel,
-            dirs: self.dirs,
+            devices: self.devices,
             size_bytes: self.size,
-            store_bytes: self.store_size.unwrap_or_else(|| 2 * self.size + (8 << 30)),
+            store_bytes: self.store_size,
             loads,
             contenders: self.contenders,
             duration: Duration::from_secs_f64(self.seconds),
@@ -489,6 +491,14 @@ pub(crate) mod tests {
             assert!(error.contains(what), "{arguments:?}: {error}");
         }
         assert!(try_comparison(&["--html", "x.html"]).is_ok(), "in the current directory");
+    }
+
+    #[test]
+    fn a_place_is_a_directory_unless_it_is_called_memory_or_null() {
+        let devices = try_comparison(&["--dir", "memory", "--dir", "null", "--dir", "./null"]);
+        let directory = |path: &str| Device::Directory(path.into());
+        let expected = [directory("/tmp"), Device::Memory, Device::Null, directory("./null")];
+        assert_eq!(devices.unwrap().devices, expected);
     }
 
     #[test]

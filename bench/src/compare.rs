@@ -3,7 +3,8 @@
 //! Neighbours, frequency and the host's mood change over minutes, so only measurements made close
 //! together can be compared. For each directory every contender's disk is written once in full;
 //! then, round by round and load by load, each contender is started, warmed up, measured and
-//! stopped in turn, in an order that rotates with the round. One server runs at a time.
+//! stopped in turn, in an order that rotates with the round. One server runs at a time. A disk in the memory of its
+//! server is gone with it, and so is written after each start.
 //!
 //! ```text
 //! scenario ──► loads ──► cells (load x contender) ──► samples ──► summary ──► table, html (plot)
@@ -27,9 +28,9 @@ use crate::clock::unix_time;
 use crate::load::{self, Options};
 use crate::plan::Workload;
 use crate::report::{Latency, Report};
-use crate::server::{Contender, Poll, Scratch, Server, Serving, Site, State};
+use crate::server::{Contender, Device, Medium, Poll, Scratch, Server, Serving, Site, State};
 use crate::{cli, interrupt, output};
-use costs::Costs;
+use costs::{Costs, Meter};
 use scenario::Load;
 
 /// Load before each measurement, unless that is shorter: fills caches and lets an adaptive server wake up.
@@ -43,16 +44,17 @@ pub(crate) struct Comparison {
     pub(crate) bessel: Option<PathBuf>,
     /// All that are installed, when none is named.
     pub(crate) contenders: Vec<Contender>,
-    pub(crate) dirs: Vec<PathBuf>,
+    pub(crate) devices: Vec<Device>,
     pub(crate) size_bytes: u64,
-    pub(crate) store_bytes: u64,
+    /// What the device needs, when nothing is said.
+    pub(crate) store_bytes: Option<u64>,
     pub(crate) loads: Vec<Load>,
     pub(crate) duration: Duration,
     pub(crate) rounds: u32,
     pub(crate) client_core: usize,
     pub(crate) server_core: usize,
     pub(crate) poll: Poll,
-    /// Count system calls and instructions too.
+    /// Count system calls and the like too.
     pub(crate) costs: bool,
     pub(crate) json: Option<PathBuf>,
     pub(crate) html: Option<PathBuf>,
@@ -63,6 +65,13 @@ pub(crate) struct Comparison {
 impl Comparison {
     fn warmup(&self) -> Duration {
         WARMUP.min(self.duration)
+    }
+
+    /// A file is sparse, and has room for what snapshots of many rounds leave behind. Memory is taken, for one disk
+    /// and what is written over a snapshot of it.
+    fn store_bytes(&self, device: &Device) -> u64 {
+        let beside = if device.outlives_servers() { 8 << 30 } else { 256 << 20 };
+        self.store_bytes.unwrap_or(2 * self.size_bytes + beside)
     }
 }
 
@@ -92,10 +101,10 @@ struct Cell {
     costs: Option<Costs>,
 }
 
-/// What was measured in one directory.
+/// What was measured on one device.
 #[derive(Serialize)]
 struct Place {
-    directory: PathBuf,
+    device: Device,
     tmpfs: bool,
     cells: Vec<Cell>,
     /// What was not measured there, and why.
@@ -103,9 +112,14 @@ struct Place {
 }
 
 impl Place {
-    /// How its files are written.
+    /// What its disks are.
     fn medium(&self) -> &'static str {
-        if self.tmpfs { "tmpfs" } else { "O_DIRECT" }
+        match self.device {
+            Device::Directory(_) if self.tmpfs => "tmpfs",
+            Device::Directory(_) => "O_DIRECT",
+            Device::Memory => "of each server",
+            Device::Null => "data is dropped",
+        }
     }
 }
 
@@ -138,9 +152,9 @@ pub(crate) fn run(comparison: &Comparison) -> Result<(), String> {
     // Read first: a file that will not do is told before the measurements, not after.
     let snapshots = comparison.snapshots.as_deref().map(html::read_snapshots).transpose()?;
     let (contenders, mut skipped) = contenders(comparison)?;
-    let count_costs = comparison.costs
+    let perf_counts = comparison.costs
         && costs::check()
-            .map_err(|why| skipped.push(format!("system calls and instructions: {why}")))
+            .map_err(|why| skipped.push(format!("system calls, instructions and cycles: {why}")))
             .is_ok();
     for skipped in &skipped {
         eprintln!("skipped: {skipped}");
@@ -157,8 +171,8 @@ pub(crate) fn run(comparison: &Comparison) -> Result<(), String> {
         skipped,
         places: Vec::new(),
     };
-    for directory in &comparison.dirs {
-        let place = measure_place(comparison, directory, &results.contenders, count_costs)?;
+    for device in &comparison.devices {
+        let place = measure_place(comparison, device, &results.contenders, perf_counts)?;
         results.places.push(place);
         // After each: a long run that ends early has not been for nothing.
         save(comparison, &results, snapshots.as_ref())?;
@@ -194,6 +208,14 @@ fn contenders(comparison: &Comparison) -> Result<(Vec<Version>, Vec<String>), St
         if !named.is_empty() && !named.contains(&contender) {
             continue;
         }
+        // SPDK has a contender for each of its disks: those of devices that were not asked for are not missed.
+        let is_wanted = |device| contender.cannot_be_on(device).is_none();
+        if named.is_empty()
+            && contender.medium() == Medium::NoFile
+            && !comparison.devices.iter().any(is_wanted)
+        {
+            continue;
+        }
         let must_be_there = match contender {
             Contender::Bessel => comparison.bessel.is_some() || !named.is_empty(),
             _ => !named.is_empty(),
@@ -214,28 +236,36 @@ fn contenders(comparison: &Comparison) -> Result<(Vec<Version>, Vec<String>), St
 
 fn measure_place(
     comparison: &Comparison,
-    directory: &Path,
+    device: &Device,
     contenders: &[Version],
-    count_costs: bool,
+    perf_counts: bool,
 ) -> Result<Place, String> {
-    let kind = statfs(directory)
-        .map_err(|error| format!("cannot look at {}: {error}", directory.display()))?;
-    let tmpfs = kind.filesystem_type() == TMPFS_MAGIC;
+    let (tmpfs, files) = match device {
+        Device::Directory(path) => {
+            let kind = statfs(path)
+                .map_err(|error| format!("cannot look at {}: {error}", path.display()))?;
+            (kind.filesystem_type() == TMPFS_MAGIC, Some(Scratch::new(path, "files")?))
+        }
+        Device::Memory | Device::Null => (false, None),
+    };
     let site = Site {
-        files: Scratch::new(directory, "files")?,
+        device: device.clone(),
+        files,
         run: Scratch::new(&std::env::temp_dir(), "run")?,
         direct: !tmpfs,
         size_bytes: comparison.size_bytes,
-        store_bytes: comparison.store_bytes,
+        store_bytes: comparison.store_bytes(device),
         server_core: comparison.server_core,
         poll: comparison.poll,
         bessel: comparison.bessel.clone(),
     };
     let contenders: Vec<Contender> = contenders.iter().map(|it| it.contender).collect();
-    let (mut cells, left_out) = empty_cells(&comparison.loads, &contenders, tmpfs);
-    say_how_long(comparison, directory, &cells);
-    for (contender, state) in disks_to_fill(&cells) {
-        fill(comparison, &site, contender, state)?;
+    let (mut cells, left_out) = empty_cells(&comparison.loads, &contenders, device, tmpfs);
+    say_how_long(comparison, device, &cells);
+    if device.outlives_servers() {
+        for (contender, state) in disks_to_fill(&cells) {
+            fill(comparison, &site, contender, state)?;
+        }
     }
     for round in 0..comparison.rounds {
         for group in cells.chunk_by_mut(|a, b| a.load == b.load) {
@@ -245,7 +275,7 @@ fn measure_place(
                 let sample = measure(comparison, &site, cell, round)?;
                 eprintln!(
                     "{} round {} {} depth {}: {} {:.0} IOPS",
-                    directory.display(),
+                    device,
                     round + 1,
                     cell.load.name(),
                     cell.load.depth,
@@ -256,20 +286,24 @@ fn measure_place(
             }
         }
     }
-    if count_costs {
-        for cell in cells.iter_mut().filter(|cell| cell.contender != Contender::BareUring) {
-            cell.costs = Some(measure_costs(comparison, &site, cell)?);
-        }
+    // Without perf there is what Bessel counts itself.
+    let has_costs = |cell: &&mut Cell| match cell.contender {
+        Contender::Bessel => comparison.costs,
+        Contender::BareUring => false,
+        _ => perf_counts,
+    };
+    for cell in cells.iter_mut().filter(has_costs) {
+        cell.costs = Some(measure_costs(comparison, &site, cell, perf_counts)?);
     }
-    Ok(Place { directory: directory.to_owned(), tmpfs, cells, left_out })
+    Ok(Place { device: device.clone(), tmpfs, cells, left_out })
 }
 
-fn say_how_long(comparison: &Comparison, directory: &Path, cells: &[Cell]) {
+fn say_how_long(comparison: &Comparison, device: &Device, cells: &[Cell]) {
     let each = |cell: &Cell| cell.load.warmup(comparison.warmup()) + comparison.duration;
     let seconds: f64 = cells.iter().map(|cell| each(cell).as_secs_f64()).sum();
     eprintln!(
         "{}: {} measurements, {:.0} minutes at most and what starting and filling takes",
-        directory.display(),
+        device,
         cells.len() * comparison.rounds as usize,
         (seconds * f64::from(comparison.rounds) / 60.0).ceil()
     );
@@ -277,11 +311,28 @@ fn say_how_long(comparison: &Comparison, directory: &Path, cells: &[Cell]) {
 
 /// A cell for each load and each contender that can do it, those of one load side by side; and what is left
 /// out, with the reason, each once.
-fn empty_cells(loads: &[Load], contenders: &[Contender], tmpfs: bool) -> (Vec<Cell>, Vec<String>) {
+fn empty_cells(
+    loads: &[Load],
+    contenders: &[Contender],
+    device: &Device,
+    tmpfs: bool,
+) -> (Vec<Cell>, Vec<String>) {
     let (mut cells, mut left_out) = (Vec::new(), Vec::new());
     for &load in loads {
+        if let Some(why) = load.cannot_be_on(device) {
+            // Once for all depths and contenders.
+            let why = format!("{}: {why}", load.name());
+            if !left_out.contains(&why) {
+                left_out.push(why);
+            }
+            continue;
+        }
         for &contender in contenders {
             let why = match contender {
+                _ if contender.cannot_be_on(device).is_some() => {
+                    let why = contender.cannot_be_on(device);
+                    why.map(|why| format!("{} {why}", contender.name()))
+                }
                 // tmpfs has no NOWAIT: io_uring's workers share the server's core, and a thread pool may win.
                 Contender::QsdThreads if !tmpfs => {
                     Some(format!("{}: measured on tmpfs only", contender.name()))
@@ -335,6 +386,12 @@ fn fill(
     if contender == Contender::BareUring {
         return fio::fill(site, &file);
     }
+    let server = site.start(Serving { contender, state, queues: 1 })?;
+    fill_by(comparison, site, &server)
+}
+
+/// Writes all of the disk that a server serves.
+fn fill_by(comparison: &Comparison, site: &Site, server: &Server) -> Result<(), String> {
     let options = Options {
         workload: Workload::Write,
         block_bytes: 256 << 10,
@@ -343,8 +400,7 @@ fn fill(
         flush_at_end: true,
         ..Options::default()
     };
-    let server = site.start(Serving { contender, state, queues: 1 })?;
-    load_server(comparison, site, &server, options).map(drop)
+    load_server(comparison, site, server, options).map(drop)
 }
 
 fn measure(
@@ -367,7 +423,8 @@ fn measure(
         seed: u64::from(round) + 1,
         ..load.options(comparison.size_bytes, comparison.warmup())
     };
-    let report = serve(site, cell, |server| load_server(comparison, site, server, options))?;
+    let report =
+        serve(comparison, site, cell, |server| load_server(comparison, site, server, options))?;
     Ok(sample_of(&report, comparison.duration))
 }
 
@@ -391,7 +448,12 @@ fn sample_of(report: &Report, duration: Duration) -> Sample {
 }
 
 /// The same load once more, and what it costs the server.
-fn measure_costs(comparison: &Comparison, site: &Site, cell: &Cell) -> Result<Costs, String> {
+fn measure_costs(
+    comparison: &Comparison,
+    site: &Site,
+    cell: &Cell,
+    perf_counts: bool,
+) -> Result<Costs, String> {
     let Cell { load, contender, .. } = *cell;
     eprintln!("costs of {} depth {}: {}", load.name(), load.depth, contender.name());
     let options = Options {
@@ -399,23 +461,43 @@ fn measure_costs(comparison: &Comparison, site: &Site, cell: &Cell) -> Result<Co
         timeout: comparison.duration + SLACK,
         ..load.options(comparison.size_bytes, Duration::ZERO)
     };
-    serve(site, cell, |server| {
-        let load = || load_server(comparison, site, server, options);
-        costs::count(server.pid(), comparison.client_core, load)
+    serve(comparison, site, cell, |server| {
+        let messages = || site.messages_of_bessel();
+        let counts_messages = contender == Contender::Bessel;
+        if counts_messages {
+            server.wait_for(&site.api_socket())?;
+        }
+        let meter = Meter {
+            pid: server.pid(),
+            perf_core: perf_counts.then_some(comparison.client_core),
+            messages: counts_messages.then_some(&messages),
+        };
+        costs::count(&meter, || load_server(comparison, site, server, options))
     })
 }
 
 /// Has the disk of a cell served in its state while `load` runs.
 fn serve<T>(
+    comparison: &Comparison,
     site: &Site,
     cell: &Cell,
-    load: impl FnOnce(&Server) -> Result<T, String>,
+    load: impl FnOnce(&mut Server) -> Result<T, String>,
 ) -> Result<T, String> {
     let Load { state, queues, .. } = cell.load;
     let serving = Serving { contender: cell.contender, state, queues };
+    if !site.device.outlives_servers() {
+        let mut server = site.start(serving)?;
+        if state != State::Empty {
+            fill_by(comparison, site, &server)?;
+        }
+        if state == State::Snapshotted {
+            site.take_snapshot(cell.contender, &mut server)?;
+        }
+        return load(&mut server);
+    }
     with_disk(site, cell, || match state {
         State::Snapshotted => site.with_snapshot(serving, load),
-        State::Empty | State::Written => load(&site.start(serving)?),
+        State::Empty | State::Written => load(&mut site.start(serving)?),
     })
 }
 
@@ -494,11 +576,15 @@ mod tests {
                     client_waited: Some(0.25),
                 })
                 .into(),
-            costs: (contender == Contender::Bessel)
-                .then_some(Costs { system_calls: Some(0.125), instructions: None }),
+            costs: (contender == Contender::Bessel).then_some(Costs {
+                system_calls: Some(0.125),
+                instructions: None,
+                cycles: None,
+                messages: Some(0.0),
+            }),
         };
         let place = Place {
-            directory: "/dev/shm".into(),
+            device: Device::Directory("/dev/shm".into()),
             tmpfs: true,
             cells: vec![
                 cell(Contender::QsdUring, 1, [9.0, 9.0, 9.0]),
@@ -522,6 +608,40 @@ mod tests {
         }
     }
 
+    fn directory() -> Device {
+        Device::Directory("/dev/shm".into())
+    }
+
+    #[test]
+    fn a_device_without_files_has_the_contenders_that_have_such_disks() {
+        let written = Load::new(Workload::RandRead, 4096, 1);
+        let loads = [written, Load { state: State::Snapshotted, ..written }];
+        let all = <Contender as clap::ValueEnum>::value_variants();
+        let found = |device| {
+            let (cells, left_out) = empty_cells(&loads, all, device, false);
+            let found: Vec<_> = cells.iter().map(|it| (it.contender, it.load.state)).collect();
+            (found, left_out)
+        };
+        let (cells, left_out) = found(&Device::Memory);
+        let expected = [
+            (Contender::SpdkMalloc, State::Written),
+            (Contender::SpdkLvol, State::Written),
+            (Contender::Bessel, State::Written),
+            (Contender::SpdkLvol, State::Snapshotted),
+            (Contender::Bessel, State::Snapshotted),
+        ];
+        assert_eq!(cells, expected);
+        let said = "spdk malloc, snapshotted: a malloc disk has no snapshots";
+        assert!(left_out.iter().any(|why| why == said), "{left_out:?}");
+        assert!(left_out.iter().any(|why| why == "bare io_uring is measured on files"));
+        let (cells, left_out) = found(&Device::Null);
+        let expected = [(Contender::SpdkNull, State::Written), (Contender::Bessel, State::Written)];
+        assert_eq!(cells, expected);
+        assert!(left_out.iter().any(|why| why.contains("no data")), "{left_out:?}");
+        let (cells, _) = found(&directory());
+        assert!(cells.iter().all(|(contender, _)| contender.medium() != Medium::NoFile));
+    }
+
     #[test]
     fn contenders_of_one_load_are_side_by_side_and_what_they_cannot_do_is_left_out() {
         let written = Load::new(Workload::RandRead, 4096, 1);
@@ -529,7 +649,7 @@ mod tests {
         let contenders =
             [Contender::QsdUring, Contender::QsdThreads, Contender::QsdQcow2, Contender::BareUring];
         let loads = [written, snapshotted, Load { depth: 32, ..snapshotted }];
-        let (cells, left_out) = empty_cells(&loads, &contenders, false);
+        let (cells, left_out) = empty_cells(&loads, &contenders, &directory(), false);
         let found: Vec<_> = cells.iter().map(|it| (it.contender, it.load.state)).collect();
         let expected = [
             (Contender::QsdUring, State::Written),
@@ -540,7 +660,7 @@ mod tests {
         ];
         assert_eq!(found, expected);
         assert_eq!(left_out.len(), 3, "each reason once: {left_out:?}");
-        let (_, left_out) = empty_cells(&loads[..1], &contenders, true);
+        let (_, left_out) = empty_cells(&loads[..1], &contenders, &directory(), true);
         assert!(left_out.is_empty(), "{left_out:?}");
     }
 
@@ -549,11 +669,11 @@ mod tests {
         let written = Load::new(Workload::RandRead, 4096, 1);
         let empty = Load { state: State::Empty, ..written };
         let contenders = [Contender::BareUring, Contender::QsdUring, Contender::Bessel];
-        let (cells, _) = empty_cells(&[written, empty], &contenders, true);
+        let (cells, _) = empty_cells(&[written, empty], &contenders, &directory(), true);
         let disks = disks_to_fill(&cells);
         let expected = [(Contender::QsdUring, State::Written), (Contender::Bessel, State::Written)];
         assert_eq!(disks, expected);
-        let (cells, _) = empty_cells(&[written], &contenders[..1], true);
+        let (cells, _) = empty_cells(&[written], &contenders[..1], &directory(), true);
         assert_eq!(disks_to_fill(&cells), [(Contender::BareUring, State::Written)]);
     }
 }

@@ -3,7 +3,11 @@
 //! Whatever is made here goes away with its value, on every path out: processes get SIGTERM and
 //! after a while SIGKILL, scratch directories are removed.
 
+use std::ffi::OsString;
+use std::fmt;
 use std::fs::{self, File};
+use std::io::Write as _;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::Duration;
@@ -30,11 +34,69 @@ const LOG_TAIL_BYTES: usize = 600;
 /// The file name of the socket at which a contender serves.
 const SOCKET: &str = "disk.sock";
 
-/// The name of the snapshot inside a qcow2 file.
-const QCOW2_SNAPSHOT: &str = "bench";
+/// The name of the snapshot inside a qcow2 file, and of an lvol's.
+const SNAPSHOT: &str = "bench";
 
 /// SPDK's programs that serve vhost-user-blk, the preferred one first.
 const SPDK_PROGRAMS: [&str; 2] = ["spdk_tgt", "vhost"];
+
+/// Memory that SPDK wants for itself; its disks in memory come on top.
+const SPDK_BYTES: u64 = 1 << 30;
+
+/// The cluster of an lvol as SPDK makes it by itself, and what a store of them has for its own use, at most.
+const LVOL_CLUSTER_BYTES: u64 = 4 << 20;
+const LVOL_STORE_BYTES: u64 = 64 << 20;
+
+/// The name of SPDK's lvol, with its store's.
+const LVOL: &str = "lvs/disk";
+
+/// Longest wait for SPDK to answer a request.
+const SPDK_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// Where the disks of a place are.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub(crate) enum Device {
+    /// Files in a directory, on tmpfs or on a disk.
+    Directory(PathBuf),
+    /// The memory of the server. A disk is gone with its server.
+    Memory,
+    /// Nowhere: what is written is dropped, and reads bring nothing.
+    Null,
+}
+
+impl Device {
+    /// A disk is still there when the server that served it has gone.
+    pub(crate) fn outlives_servers(&self) -> bool {
+        matches!(self, Self::Directory(_))
+    }
+}
+
+/// As Bessel's configuration has it: a directory of such a name is written `./memory`.
+impl From<OsString> for Device {
+    fn from(text: OsString) -> Self {
+        match text.to_str() {
+            Some("memory") => Self::Memory,
+            Some("null") => Self::Null,
+            _ => Self::Directory(text.into()),
+        }
+    }
+}
+
+impl fmt::Display for Device {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Directory(path) => path.display().fmt(f),
+            Self::Memory => f.write_str("memory"),
+            Self::Null => f.write_str("null"),
+        }
+    }
+}
+
+impl Serialize for Device {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
+    }
+}
 
 /// What is measured.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum, Serialize)]
@@ -48,6 +110,12 @@ pub(crate) enum Contender {
     QsdQcow2,
     /// SPDK's vhost target over a raw file, by Linux AIO
     SpdkAio,
+    /// SPDK's vhost target over a malloc disk: its own memory
+    SpdkMalloc,
+    /// SPDK's vhost target over a thin lvol of 4 MiB clusters on a malloc disk
+    SpdkLvol,
+    /// SPDK's vhost target over a null disk
+    SpdkNull,
     /// A volume of a Bessel store
     Bessel,
     /// No server: fio over a raw file by io_uring, the machine's limit for one core
@@ -62,17 +130,34 @@ impl Contender {
             Self::QsdThreads => "qsd threads",
             Self::QsdQcow2 => "qsd qcow2",
             Self::SpdkAio => "spdk aio",
+            Self::SpdkMalloc => "spdk malloc",
+            Self::SpdkLvol => "spdk lvol",
+            Self::SpdkNull => "spdk null",
             Self::Bessel => "bessel",
             Self::BareUring => "bare io_uring",
         }
     }
 
-    /// What it keeps its disk in. Contenders of the same kind share the file.
+    /// What it keeps its disk in, where that is a directory. Contenders of the same kind share the file.
     pub(crate) fn medium(self) -> Medium {
         match self {
             Self::QsdUring | Self::QsdThreads | Self::SpdkAio | Self::BareUring => Medium::Raw,
             Self::QsdQcow2 => Medium::Qcow2,
+            Self::SpdkMalloc | Self::SpdkLvol | Self::SpdkNull => Medium::NoFile,
             Self::Bessel => Medium::Store,
+        }
+    }
+
+    /// Why its disk cannot be on such a device, if it cannot.
+    pub(crate) fn cannot_be_on(self, device: &Device) -> Option<&'static str> {
+        match (self, device) {
+            (Self::Bessel, _)
+            | (Self::SpdkMalloc | Self::SpdkLvol, Device::Memory)
+            | (Self::SpdkNull, Device::Null) => None,
+            (Self::SpdkMalloc | Self::SpdkLvol, _) => Some("has its disk in memory"),
+            (Self::SpdkNull, _) => Some("drops what is written"),
+            (_, Device::Directory(_)) => None,
+            (_, Device::Memory | Device::Null) => Some("is measured on files"),
         }
     }
 
@@ -80,6 +165,9 @@ impl Contender {
     pub(crate) fn cannot(self, state: State, queues: u16) -> Option<&'static str> {
         if state == State::Snapshotted && self.medium() == Medium::Raw {
             return Some("a raw file has no snapshots");
+        }
+        if state == State::Snapshotted && self == Self::SpdkMalloc {
+            return Some("a malloc disk has no snapshots");
         }
         (self == Self::BareUring && queues > 1).then_some("fio without a server has no queues")
     }
@@ -89,7 +177,7 @@ impl Contender {
         match self {
             Self::QsdUring | Self::QsdThreads => &["qemu-storage-daemon"],
             Self::QsdQcow2 => &["qemu-storage-daemon", "qemu-img"],
-            Self::SpdkAio => &SPDK_PROGRAMS,
+            Self::SpdkAio | Self::SpdkMalloc | Self::SpdkLvol | Self::SpdkNull => &SPDK_PROGRAMS,
             Self::Bessel => &[],
             Self::BareUring => &["fio"],
         }
@@ -102,7 +190,7 @@ impl Contender {
                 Some(program) => program_version(program),
                 None => Err("no --bessel PROGRAM was given".into()),
             },
-            Self::SpdkAio => spdk_program()
+            Self::SpdkAio | Self::SpdkMalloc | Self::SpdkLvol | Self::SpdkNull => spdk_program()
                 .ok_or_else(|| format!("neither of {} is in PATH", SPDK_PROGRAMS.join(", ")))
                 .and_then(|program| program_version(Path::new(program))),
             _ => {
@@ -119,6 +207,8 @@ pub(crate) enum Medium {
     Raw,
     Qcow2,
     Store,
+    /// It has no disks in directories.
+    NoFile,
 }
 
 /// What has happened to a disk before it is measured.
@@ -224,8 +314,9 @@ impl Drop for Scratch {
 
 /// One place of a comparison: where its files are and what its servers have in common.
 pub(crate) struct Site {
-    /// Holds the files that are measured.
-    pub(crate) files: Scratch,
+    pub(crate) device: Device,
+    /// Holds the files that are measured, where the device is a directory.
+    pub(crate) files: Option<Scratch>,
     /// Holds sockets, configuration and logs. Apart, since a socket's path may have 107 bytes.
     pub(crate) run: Scratch,
     /// Bypass the page cache: right for a disk, impossible or pointless on tmpfs.
@@ -244,8 +335,10 @@ impl Site {
             Medium::Raw => "raw",
             Medium::Qcow2 => "qcow2",
             Medium::Store => "store",
+            Medium::NoFile => panic!("{} has no file", contender.name()),
         };
-        self.files.path().join(state.name()).with_extension(extension)
+        let files = self.files.as_ref().expect("only disks in directories are files");
+        files.path().join(state.name()).with_extension(extension)
     }
 
     /// Bessel's store.
@@ -268,6 +361,7 @@ impl Site {
                 finish(command).map(drop)
             }
             Medium::Store => Ok(()),
+            Medium::NoFile => panic!("{} makes its disk itself", contender.name()),
         }
     }
 
@@ -285,7 +379,7 @@ impl Site {
     /// Makes (`-c`) or deletes (`-d`) the snapshot inside a qcow2 file, which no server may have open.
     fn qcow2_snapshot(&self, action: &str) -> Result<(), String> {
         let mut command = Command::new("qemu-img");
-        command.args(["snapshot", "-q", action, QCOW2_SNAPSHOT]);
+        command.args(["snapshot", "-q", action, SNAPSHOT]);
         command.arg(qemu_img_name(&self.disk_file(Contender::QsdQcow2, State::Snapshotted)));
         finish(command).map(drop)
     }
@@ -306,7 +400,10 @@ impl Site {
             Contender::QsdUring => self.qsd(serving, "io_uring"),
             Contender::QsdThreads => self.qsd(serving, "threads"),
             Contender::QsdQcow2 => self.qsd(serving, "io_uring"),
-            Contender::SpdkAio => self.spdk(serving)?,
+            Contender::SpdkAio
+            | Contender::SpdkMalloc
+            | Contender::SpdkLvol
+            | Contender::SpdkNull => self.spdk(serving)?,
             Contender::Bessel => self.bessel(serving)?,
             Contender::BareUring => panic!("fio serves nothing"),
         };
@@ -328,28 +425,71 @@ impl Site {
     pub(crate) fn with_snapshot<T>(
         &self,
         serving: Serving,
-        load: impl FnOnce(&Server) -> Result<T, String>,
+        load: impl FnOnce(&mut Server) -> Result<T, String>,
     ) -> Result<T, String> {
         match serving.contender.medium() {
-            Medium::Raw => panic!("a raw file has no snapshots"),
+            Medium::Raw | Medium::NoFile => panic!("there is no file with snapshots"),
             Medium::Qcow2 => {
                 self.qcow2_snapshot("-c")?;
-                let loaded = load(&self.start(serving)?)?;
+                let loaded = load(&mut self.start(serving)?)?;
                 self.qcow2_snapshot("-d").map(|()| loaded)
             }
             Medium::Store => {
                 let mut server = self.start(serving)?;
-                let api = Api { socket: self.api_socket() };
-                server.wait_for(&api.socket)?;
-                let explain = |error: String| server.explain(&error);
-                let path = "/v1/volumes/bench/snapshots";
-                let snapshot = api.ask("POST", path, &json!({})).map_err(explain)?;
-                let id = snapshot["id"].as_str().ok_or_else(|| format!("{snapshot} has no id"))?;
-                let loaded = load(&server)?;
+                let id = self.snapshot_of_bessel(&mut server)?;
+                let loaded = load(&mut server)?;
                 let path = format!("/v1/snapshots/{id}");
-                api.ask("DELETE", &path, &json!(null)).map_err(explain).map(|_| loaded)
+                let deleted = self.api().ask("DELETE", &path, &json!(null));
+                deleted.map_err(|error| server.explain(&error)).map(|_| loaded)
             }
         }
+    }
+
+    /// Takes a snapshot of a disk that is gone with its server.
+    pub(crate) fn take_snapshot(
+        &self,
+        contender: Contender,
+        server: &mut Server,
+    ) -> Result<(), String> {
+        match contender {
+            Contender::Bessel => self.snapshot_of_bessel(server).map(drop),
+            Contender::SpdkLvol => {
+                let rpc = self.spdk_socket();
+                server.wait_for(&rpc)?;
+                let parameters = json!({ "lvol_name": LVOL, "snapshot_name": SNAPSHOT });
+                ask_spdk(&rpc, "bdev_lvol_snapshot", &parameters)
+                    .map_err(|error| server.explain(&error))
+            }
+            _ => panic!("{} has no snapshots", contender.name()),
+        }
+    }
+
+    /// Takes a snapshot of the volume that is served, and returns its id.
+    fn snapshot_of_bessel(&self, server: &mut Server) -> Result<String, String> {
+        let api = self.api();
+        server.wait_for(&api.socket)?;
+        let snapshot = api.ask("POST", "/v1/volumes/bench/snapshots", &json!({}));
+        let snapshot = snapshot.map_err(|error| server.explain(&error))?;
+        let id = snapshot["id"].as_str().ok_or_else(|| format!("{snapshot} has no id"))?;
+        Ok(id.to_owned())
+    }
+
+    /// Messages that Bessel's reactors have taken until now.
+    pub(crate) fn messages_of_bessel(&self) -> Result<u64, String> {
+        let stats = self.api().ask("GET", "/v1/stats", &json!(null))?;
+        let reactors = stats["reactors"].as_array().map_or(&[][..], Vec::as_slice);
+        // An older daemon does not count them.
+        let taken = reactors.iter().map(|reactor| reactor["messages"].as_u64());
+        taken.sum::<Option<u64>>().ok_or_else(|| "this daemon counts no messages".into())
+    }
+
+    fn api(&self) -> Api {
+        Api { socket: self.api_socket() }
+    }
+
+    /// The socket at which SPDK takes requests.
+    fn spdk_socket(&self) -> PathBuf {
+        self.run.path().join("rpc.sock")
     }
 
     fn qsd(&self, serving: Serving, aio: &str) -> Command {
@@ -374,19 +514,82 @@ impl Site {
         command
     }
 
-    /// SPDK's target: an AIO disk over the file behind a vhost controller, which is named as its socket. The
-    /// controller takes as many queues as its client has.
+    /// SPDK's target: a disk behind a vhost controller, which is named as its socket. The controller takes as many
+    /// queues as its client has.
     fn spdk(&self, serving: Serving) -> Result<Command, String> {
         let program = spdk_program().ok_or("SPDK's vhost target is not in PATH")?;
-        let file = self.disk_file(serving.contender, serving.state);
         let config = self.run.path().join("spdk.json");
-        fs::write(&config, spdk_config(&file).to_string())
+        fs::write(&config, self.spdk_config(serving).to_string())
             .map_err(|error| format!("cannot write {}: {error}", config.display()))?;
         let mut command = Command::new(program);
         command.arg("-m").arg(format!("[{}]", self.server_core));
-        command.arg("-S").arg(self.run.path()).arg("-r").arg(self.run.path().join("rpc.sock"));
-        command.arg("-c").arg(config);
+        command.arg("-S").arg(self.run.path()).arg("-r").arg(self.spdk_socket());
+        // None of the disks is a PCI device. With them, and with huge pages, SPDK addresses memory as such devices do,
+        // which it cannot do with a guest's that is none of its own: it dies as the guest connects.
+        command.arg("--no-pci").arg("-c").arg(config);
+        // What a disk in memory takes is rounded up, and need not lie in one piece.
+        let memory_bytes = SPDK_BYTES + self.malloc_bytes(serving) * 3 / 2;
+        if free_huge_bytes() >= memory_bytes {
+            command.arg("--huge-unlink");
+        } else {
+            command.arg("--no-huge").arg("-s").arg(memory_bytes.div_ceil(1 << 20).to_string());
+        }
         Ok(command)
+    }
+
+    /// Memory that SPDK's disk takes.
+    fn malloc_bytes(&self, serving: Serving) -> u64 {
+        match (serving.contender, serving.state) {
+            (Contender::SpdkMalloc, _) => self.size_bytes,
+            // With a snapshot behind, each cluster may be there twice.
+            (Contender::SpdkLvol, State::Snapshotted) => 2 * self.size_bytes + LVOL_STORE_BYTES,
+            (Contender::SpdkLvol, _) => self.size_bytes + LVOL_STORE_BYTES,
+            _ => 0,
+        }
+    }
+
+    fn spdk_config(&self, serving: Serving) -> serde_json::Value {
+        const BLOCK_BYTES: u64 = 512;
+        let method = |name: &str, params| json!({ "method": name, "params": params });
+        let blocks = |name: &str, bytes: u64| json!({ "name": name, "block_size": BLOCK_BYTES, "num_blocks": bytes / BLOCK_BYTES });
+        let malloc = |name| method("bdev_malloc_create", blocks(name, self.malloc_bytes(serving)));
+        let (disks, served) = match serving.contender {
+            Contender::SpdkMalloc => (vec![malloc("disk")], "disk"),
+            Contender::SpdkNull => {
+                (vec![method("bdev_null_create", blocks("disk", self.size_bytes))], "disk")
+            }
+            Contender::SpdkLvol => {
+                let (store, name) = LVOL.split_once('/').expect("it is a store's");
+                let store_of = json!({
+                    "bdev_name": "base", "lvs_name": store, "cluster_sz": LVOL_CLUSTER_BYTES,
+                    // Memory is zeroed already.
+                    "clear_method": "none",
+                });
+                let lvol = json!({
+                    "lvs_name": store, "lvol_name": name, "thin_provision": true,
+                    "size_in_mib": self.size_bytes.div_ceil(1 << 20),
+                });
+                let disks = vec![
+                    malloc("base"),
+                    method("bdev_lvol_create_lvstore", store_of),
+                    method("bdev_lvol_create", lvol),
+                ];
+                (disks, LVOL)
+            }
+            _ => {
+                let file = self.disk_file(serving.contender, serving.state);
+                let aio = json!({
+                    "name": "disk", "filename": file.to_string_lossy(), "block_size": BLOCK_BYTES
+                });
+                (vec![method("bdev_aio_create", aio)], "disk")
+            }
+        };
+        let controller = json!({ "ctrlr": SOCKET, "dev_name": served });
+        let controllers = vec![method("vhost_create_blk_controller", controller)];
+        json!({ "subsystems": [
+            { "subsystem": "bdev", "config": disks },
+            { "subsystem": "vhost_blk", "config": controllers },
+        ] })
     }
 
     fn bessel(&self, serving: Serving) -> Result<Command, String> {
@@ -412,7 +615,12 @@ impl Site {
              api:\n  socket: {api}\n\
              volumes:\n  - name: bench\n    size: {size}\n    socket: {socket}\n    \
              cache: writeback\n    queues: {queues}\n",
-            device = quoted(&self.disk_file(Contender::Bessel, serving.state)),
+            device = match &self.device {
+                Device::Directory(_) => {
+                    quoted(&self.disk_file(Contender::Bessel, serving.state))
+                }
+                Device::Memory | Device::Null => format!("\"{}\"", self.device),
+            },
             store = size::format(self.store_bytes),
             core = self.server_core,
             api = quoted(&self.api_socket()),
@@ -423,14 +631,42 @@ impl Site {
     }
 }
 
-fn spdk_config(file: &Path) -> serde_json::Value {
-    let disk = json!({ "name": "disk", "filename": file.to_string_lossy(), "block_size": 512 });
-    let controller = json!({ "ctrlr": SOCKET, "dev_name": "disk" });
-    json!({ "subsystems": [
-        { "subsystem": "bdev", "config": [{ "method": "bdev_aio_create", "params": disk }] },
-        { "subsystem": "vhost_blk",
-          "config": [{ "method": "vhost_create_blk_controller", "params": controller }] },
-    ] })
+/// Has SPDK do something, and waits until it has.
+fn ask_spdk(socket: &Path, method: &str, parameters: &serde_json::Value) -> Result<(), String> {
+    let failed = |what: String| format!("{method}: {what}");
+    let exchange = || -> std::io::Result<Option<serde_json::Value>> {
+        let mut stream = UnixStream::connect(socket)?;
+        stream.set_read_timeout(Some(SPDK_TIMEOUT))?;
+        let request = json!({ "jsonrpc": "2.0", "id": 1, "method": method, "params": parameters });
+        stream.write_all(request.to_string().as_bytes())?;
+        // An answer ends where its JSON does; the connection stays open.
+        let answers = serde_json::Deserializer::from_reader(&stream).into_iter().next();
+        Ok(answers.transpose()?)
+    };
+    let answer = exchange().map_err(|error| failed(error.to_string()))?;
+    match answer.as_ref().map(|answer| &answer["error"]) {
+        None => Err(failed("it hung up".into())),
+        Some(error) if !error.is_null() => Err(failed(error.to_string())),
+        Some(_) => Ok(()),
+    }
+}
+
+/// Free huge pages, where they can be used.
+fn free_huge_bytes() -> u64 {
+    let mounts = fs::read_to_string("/proc/mounts").unwrap_or_default();
+    if !mounts.lines().any(|line| line.split(' ').nth(2) == Some("hugetlbfs")) {
+        return 0;
+    }
+    huge_bytes(&fs::read_to_string("/proc/meminfo").unwrap_or_default())
+}
+
+/// Bytes of the free huge pages that `/proc/meminfo` tells of.
+fn huge_bytes(meminfo: &str) -> u64 {
+    let number = |name: &str| {
+        let line = meminfo.lines().find_map(|line| line.strip_prefix(name));
+        line.and_then(|rest| rest.split_whitespace().next()?.parse::<u64>().ok()).unwrap_or(0)
+    };
+    number("HugePages_Free:") * number("Hugepagesize:") * 1024
 }
 
 /// What stands before a colon is a protocol to qemu-img, unless it is said to be a file.
@@ -584,12 +820,13 @@ mod tests {
 
     #[test]
     fn what_a_contender_cannot_do_has_a_reason() {
-        let raw = [Contender::QsdUring, Contender::QsdThreads, Contender::SpdkAio];
+        let raw =
+            [Contender::QsdUring, Contender::QsdThreads, Contender::SpdkAio, Contender::SpdkMalloc];
         for contender in raw {
             assert!(contender.cannot(State::Snapshotted, 1).is_some());
             assert!(contender.cannot(State::Empty, 4).is_none());
         }
-        for contender in [Contender::QsdQcow2, Contender::Bessel] {
+        for contender in [Contender::QsdQcow2, Contender::Bessel, Contender::SpdkLvol] {
             assert!(contender.cannot(State::Snapshotted, 4).is_none());
         }
         assert!(Contender::BareUring.cannot(State::Written, 2).is_some());
@@ -600,6 +837,13 @@ mod tests {
         let missing = program_version(Path::new("/nonexistent/program")).unwrap_err();
         assert!(missing.contains("/nonexistent/program"), "{missing}");
         assert!(Contender::Bessel.version(None).unwrap_err().contains("--bessel"));
+    }
+
+    #[test]
+    fn free_huge_pages_are_told_in_bytes() {
+        let said = "HugePages_Total:    9\nHugePages_Free:        3\nHugepagesize:       2048 kB\n";
+        assert_eq!(huge_bytes(said), 6 << 20);
+        assert_eq!(huge_bytes(""), 0);
     }
 
     #[test]

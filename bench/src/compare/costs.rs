@@ -1,5 +1,5 @@
-//! What a request costs a server that does not depend on neighbours: system calls and instructions, as `perf`
-//! counts them.
+//! What a request costs a server that does not depend on neighbours: system calls, instructions and cycles, as
+//! `perf` counts them, and messages between threads, as Bessel does.
 //!
 //! Each is counted over a load of its own, so that counting slows no measurement down. That load is counted
 //! whole: what the server does while its client connects and leaves is part of it, and is little.
@@ -18,6 +18,7 @@ use crate::server::spawn_on_core;
 
 const SYSTEM_CALLS: &str = "raw_syscalls:sys_enter";
 const INSTRUCTIONS: &str = "instructions:u";
+const CYCLES: &str = "cycles:u";
 
 /// How long perf may take to begin, and to say what it has counted.
 const PERF_TIMEOUT: Duration = Duration::from_secs(10);
@@ -31,6 +32,19 @@ pub(super) struct Costs {
     pub(super) system_calls: Option<f64>,
     /// In user mode.
     pub(super) instructions: Option<f64>,
+    /// In user mode.
+    pub(super) cycles: Option<f64>,
+    /// That reactors have taken.
+    pub(super) messages: Option<f64>,
+}
+
+/// What there is to count a server's costs by.
+pub(super) struct Meter<'a> {
+    pub(super) pid: u32,
+    /// Where perf sleeps most of the time; nothing if it cannot count here.
+    pub(super) perf_core: Option<usize>,
+    /// Messages taken until now, of a server that counts them.
+    pub(super) messages: Option<&'a dyn Fn() -> Result<u64, String>>,
 }
 
 /// Why nothing can be counted here, if so.
@@ -46,24 +60,27 @@ pub(super) fn check() -> Result<(), String> {
     Err(format!("perf cannot count here: {}", first.trim()))
 }
 
-/// Counts what the process does while `load` runs, by a perf on `perf_core`, where it sleeps most of the time.
+/// Counts what the process does while `load` runs.
 pub(super) fn count(
-    pid: u32,
-    perf_core: usize,
+    meter: &Meter<'_>,
     load: impl FnOnce() -> Result<Report, String>,
 ) -> Result<Costs, String> {
-    let mut command = perf();
-    command.arg("-p").arg(pid.to_string());
-    let mut counter = Counter(Some(spawn_on_core(command, perf_core)?));
-    counter.wait_until_it_counts()?;
+    // Asked for before perf counts and after it has: to answer takes system calls.
+    let messages = || meter.messages.map(|messages| messages()).transpose();
+    let before = messages()?;
+    let mut counter = meter.perf_core.map(|core| Counter::start(meter.pid, core)).transpose()?;
     let report = load()?;
-    Ok(parse(&counter.finish()?, report.requests))
+    let said = counter.as_mut().map(Counter::finish).transpose()?.unwrap_or_default();
+    let taken = before.zip(messages()?).map(|(before, after)| after - before);
+    let messages =
+        taken.filter(|_| report.requests > 0).map(|it| it as f64 / report.requests as f64);
+    Ok(Costs { messages, ..parse(&said, report.requests) })
 }
 
 fn perf() -> Command {
     let mut command = Command::new("perf");
     command
-        .args(["stat", "-x,", "-e", SYSTEM_CALLS, "-e", INSTRUCTIONS])
+        .args(["stat", "-x,", "-e", SYSTEM_CALLS, "-e", INSTRUCTIONS, "-e", CYCLES])
         .stdin(Stdio::null())
         .stdout(Stdio::null())
         .stderr(Stdio::piped());
@@ -74,6 +91,15 @@ fn perf() -> Command {
 struct Counter(Option<Child>);
 
 impl Counter {
+    /// Starts one on `core`, and waits until it counts.
+    fn start(pid: u32, core: usize) -> Result<Self, String> {
+        let mut command = perf();
+        command.arg("-p").arg(pid.to_string());
+        let counter = Self(Some(spawn_on_core(command, core)?));
+        counter.wait_until_it_counts()?;
+        Ok(counter)
+    }
+
     fn pid(&self) -> Option<Pid> {
         self.0.as_ref().map(|child| Pid::from_raw(child.id() as i32))
     }
@@ -149,7 +175,12 @@ fn parse(said: &str, requests: u64) -> Costs {
                 .map(|count| count as f64 / requests as f64)
         })
     };
-    Costs { system_calls: counted(SYSTEM_CALLS), instructions: counted(INSTRUCTIONS) }
+    Costs {
+        system_calls: counted(SYSTEM_CALLS),
+        instructions: counted(INSTRUCTIONS),
+        cycles: counted(CYCLES),
+        messages: None,
+    }
 }
 
 #[cfg(test)]
@@ -158,15 +189,21 @@ mod tests {
 
     #[test]
     fn what_perf_says_is_divided_by_the_requests() {
-        let said = "# started\n\n300,,raw_syscalls:sys_enter,1,100.00,,\n9000,,instructions:u,1,100.00,2,insn per cycle\n";
-        let costs = Costs { system_calls: Some(3.0), instructions: Some(90.0) };
+        let said = "# started\n\n300,,raw_syscalls:sys_enter,1,100.00,,\n9000,,instructions:u,1,100.00,2,insn per cycle\n4500,,cycles:u,1,100.00,,\n";
+        let costs = Costs {
+            system_calls: Some(3.0),
+            instructions: Some(90.0),
+            cycles: Some(45.0),
+            messages: None,
+        };
         assert_eq!(parse(said, 100), costs);
     }
 
     #[test]
     fn what_a_machine_does_not_count_is_not_there() {
         let said = "<not counted>,,raw_syscalls:sys_enter,0,0.00,,\n<not supported>,,instructions:u,0,100.00,,\n";
-        let nothing = Costs { system_calls: None, instructions: None };
+        let nothing =
+            Costs { system_calls: None, instructions: None, cycles: None, messages: None };
         assert_eq!(parse(said, 100), nothing);
         assert_eq!(parse("1,,raw_syscalls:sys_enter,1,100,,", 0), nothing);
         assert_eq!(parse("Error: no permission, at all", 1), nothing);

@@ -8,7 +8,6 @@ use std::fs::File;
 use std::io::Read;
 use std::path::Path;
 
-use clap::ValueEnum;
 use serde_json::Value;
 
 use super::plot::{Axis, Line, Plot, Point, escape};
@@ -160,21 +159,21 @@ fn write_circumstances(out: &mut String, results: &Results) -> fmt::Result {
     for (name, value) in entries {
         writeln!(out, "<dt>{name}</dt><dd>{}</dd>", escape(&value))?;
     }
-    let [first, second] = REFERENCES.map(Contender::name);
+    let [first, second, malloc, lvol, null] = REFERENCES.map(Contender::name);
     writeln!(out, "<dt>command</dt><dd><code>{}</code></dd>", escape(&command.join(" ")))?;
     writeln!(
         out,
         "</dl>\n<p>Medians of the rounds. The spread is the lowest and the highest round, and the bar through a \
          point of a rate. The ratio is the rate over that of {first} under the same load, or of {second} where \
-         {first} cannot do it. Disks that are empty, or have a snapshot taken just before, are written from the \
+         {first} cannot do it; in memory over that of {malloc} or else {lvol}, on null over that of {null}. Disks that are empty, or have a snapshot taken just before, are written from the \
          first request on, and half as many blocks as they have: then that state is used up. Point at a point \
          for its figure.</p>"
     )
 }
 
 fn write_place(out: &mut String, results: &Results, place: &Place) -> fmt::Result {
-    let directory = escape(&place.directory.to_string_lossy());
-    writeln!(out, "<h2>{directory} ({})</h2>", place.medium())?;
+    let device = escape(&place.device.to_string());
+    writeln!(out, "<h2>{device} ({})</h2>", place.medium())?;
     if let Some(warning) = warning(place) {
         writeln!(out, "<p class=\"warning\">{}</p>", escape(&warning))?;
     }
@@ -200,7 +199,7 @@ fn write_table(out: &mut String, place: &Place) -> fmt::Result {
         "<div class=\"wide\"><table>\n<thead><tr><th class=\"name\">load</th><th>depth</th>\
          <th class=\"name\">contender</th><th>k IOPS</th><th>spread</th><th>MB/s</th><th>ratio</th>\
          <th>p50 µs</th><th>p99 µs</th><th>p99.9 µs</th><th>max µs</th><th>CPU µs<br/>a request</th><th>system calls<br/>a request</th>\
-         <th>instructions<br/>a request</th></tr></thead>"
+         <th>instructions<br/>a request</th><th>cycles<br/>a request</th><th>messages<br/>a request</th></tr></thead>"
     )?;
     for group in place.cells.chunk_by(|a, b| a.load == b.load) {
         writeln!(out, "<tbody>")?;
@@ -224,14 +223,14 @@ fn write_row(out: &mut String, place: &Place, cell: &Cell) -> fmt::Result {
     let (style, name) = (style_of(cell.contender), cell.contender.name());
     write!(out, "<td class=\"name line-{style}\">{name}</td>")?;
     match Summary::of(place, cell) {
-        None => writeln!(out, "<td colspan=\"11\">not measured</td></tr>"),
+        None => writeln!(out, "<td colspan=\"13\">not measured</td></tr>"),
         Some(summary) => {
             let megabytes = summary.iops * f64::from(cell.load.block_bytes) / 1e6;
             let [low, high] = summary.iops_range;
             writeln!(
                 out,
                 "<td>{}</td><td>{} – {}</td><td>{megabytes:.0}</td><td>{}</td><td>{:.1}</td><td>{:.1}</td>\
-                 <td>{:.1}</td><td>{:.1}</td><td>{}</td><td>{}</td><td>{}</td></tr>",
+                 <td>{:.1}</td><td>{:.1}</td><td>{}</td><td>{}</td><td>{}</td><td>{}</td><td>{}</td></tr>",
                 kilo(summary.iops),
                 kilo(low),
                 kilo(high),
@@ -242,9 +241,9 @@ fn write_row(out: &mut String, place: &Place, cell: &Cell) -> fmt::Result {
                 summary.latency_us("max"),
                 two_decimals(summary.server_cpu_us_per_request),
                 two_decimals(cell.costs.and_then(|costs| costs.system_calls)),
-                cell.costs
-                    .and_then(|costs| costs.instructions)
-                    .map_or("-".into(), |instructions| format!("{instructions:.0}"))
+                whole(cell.costs.and_then(|costs| costs.instructions)),
+                whole(cell.costs.and_then(|costs| costs.cycles)),
+                two_decimals(cell.costs.and_then(|costs| costs.messages))
             )
         }
     }
@@ -408,10 +407,22 @@ impl Plots<'_> {
     }
 }
 
-/// The same for a contender in all plots of all reports.
+/// The same for a contender in all plots of all reports. Those that are never measured on the same device share
+/// one: SPDK's plain disks, and the two formats with snapshots.
 fn style_of(contender: Contender) -> usize {
-    let all = Contender::value_variants();
-    all.iter().position(|it| *it == contender).expect("value_variants has every contender")
+    match contender {
+        Contender::QsdUring => 0,
+        Contender::QsdThreads => 1,
+        Contender::QsdQcow2 | Contender::SpdkLvol => 2,
+        Contender::SpdkAio | Contender::SpdkMalloc | Contender::SpdkNull => 3,
+        Contender::Bessel => 4,
+        Contender::BareUring => 5,
+    }
+}
+
+/// A count that may not be known.
+fn whole(value: Option<f64>) -> String {
+    value.map_or("-".into(), |value| format!("{value:.0}"))
 }
 
 /// A rate in thousands, with a digit behind the point.
@@ -446,6 +457,7 @@ mod tests {
     use super::super::plot::tests::assert_well_formed;
     use super::super::tests::results;
     use super::*;
+    use crate::server::Device;
 
     const SNAPSHOTS: &str = r#"{"machine": "m<1>", "unix_seconds": 0, "rows": [
         {"part": "idle", "figures": {"p50_us": 1.0}},
@@ -464,9 +476,9 @@ mod tests {
         assert_eq!(page.matches("<svg").count(), 4);
         assert!(page.contains("1970-01-01 00:00:00 UTC") && page.contains("m&lt;1&gt;"), "{page}");
         assert!(page.contains("spdk aio: not there"), "{page}");
-        // The rate, the system calls; instructions are not counted everywhere.
+        // The rate, system calls and messages; instructions and cycles are not counted everywhere.
         assert!(page.contains("<td>0.3</td>"), "{page}");
-        assert!(page.contains("<td>0.12</td><td>-</td></tr>"), "{page}");
+        assert!(page.contains("<td>0.12</td><td>-</td><td>-</td><td>0.00</td></tr>"), "{page}");
     }
 
     #[test]
@@ -477,7 +489,7 @@ mod tests {
         results.command.push(hostile.into());
         results.skipped.push(hostile.into());
         results.contenders[0].version = hostile.into();
-        results.places[0].directory = hostile.into();
+        results.places[0].device = Device::Directory(hostile.into());
         results.places[0].left_out.push(hostile.into());
         let page = render(&results, None);
         assert_well_formed(&page);

@@ -7,7 +7,7 @@ use serde::Serialize;
 
 use crate::load::Options;
 use crate::plan::Workload;
-use crate::server::State;
+use crate::server::{Device, State};
 use crate::size;
 
 /// Requests of a guest that is after operations, and of one that is after bandwidth.
@@ -44,6 +44,17 @@ impl Load {
     /// True when the state of the disk is used up by what is written to it.
     fn wears_off(&self) -> bool {
         self.state != State::Written && self.workload.writes()
+    }
+
+    /// Why it is not measured on such a device, if so.
+    pub(super) fn cannot_be_on(&self, device: &Device) -> Option<&'static str> {
+        use Workload::{Mix, RandRead, RandWrite};
+        let asks_for_more = self.state != State::Written
+            || self.queues > 1
+            || self.flush_every > 0
+            || !matches!(self.workload, RandRead | RandWrite | Mix);
+        (*device == Device::Null && asks_for_more)
+            .then_some("what moves no data shows what a random request costs, and no more")
     }
 
     /// How long to load before measuring: not at all where that would use up what is to be measured.
@@ -224,6 +235,19 @@ mod tests {
         assert_eq!(empty.requests_max(4096), Some(1));
         let read = Load { workload: Workload::RandRead, ..empty };
         assert_eq!((read.warmup(warmup), read.requests_max(1 << 20)), (warmup, None));
+    }
+
+    #[test]
+    fn a_null_device_has_random_requests_only() {
+        let on_null = |load: &Load| load.cannot_be_on(&Device::Null).is_none();
+        assert!(Scenario::Random.loads().iter().all(on_null));
+        for scenario in
+            [Scenario::Sequential, Scenario::Empty, Scenario::Snapshotted, Scenario::Flush]
+        {
+            assert!(!scenario.loads().iter().any(on_null), "{scenario:?}");
+        }
+        let loads = Scenario::All.loads();
+        assert!(loads.iter().all(|load| load.cannot_be_on(&Device::Memory).is_none()));
     }
 
     #[test]

@@ -4,8 +4,15 @@ use super::{Cell, Place, Sample};
 use crate::report::WAIT_TOLERATED;
 use crate::server::Contender;
 
-/// What ratios divide by: the first of these that was measured under the same load.
-pub(super) const REFERENCES: [Contender; 2] = [Contender::QsdUring, Contender::QsdQcow2];
+/// What ratios divide by: the first of these that was measured under the same load. The last three are without
+/// files, where the first two are not.
+pub(super) const REFERENCES: [Contender; 5] = [
+    Contender::QsdUring,
+    Contender::QsdQcow2,
+    Contender::SpdkMalloc,
+    Contender::SpdkLvol,
+    Contender::SpdkNull,
+];
 
 /// The medians of a cell.
 pub(super) struct Summary {

@@ -19,7 +19,7 @@ fn render_place(text: &mut String, results: &Results, place: &Place) -> std::fmt
     writeln!(
         text,
         "\n{} ({}): disk of {}, medians of {} x {} s\n",
-        place.directory.display(),
+        place.device,
         place.medium(),
         size::format(results.size_bytes),
         results.rounds,

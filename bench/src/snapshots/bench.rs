@@ -12,7 +12,7 @@ use crate::clock::Clock;
 use crate::load::{self, AfterWrite, Options};
 use crate::plan::Workload;
 use crate::report::Report;
-use crate::server::{Contender, Poll, START_TIMEOUT, Scratch, Server, Serving, Site};
+use crate::server::{Contender, Device, Poll, START_TIMEOUT, Scratch, Server, Serving, Site};
 use crate::{cli, interrupt, process};
 
 /// The volume that is there from the start.
@@ -80,7 +80,8 @@ impl<'a> Bench<'a> {
         let kind = statfs(&plan.dir)
             .map_err(|error| format!("cannot look at {}: {error}", plan.dir.display()))?;
         let site = Site {
-            files: Scratch::new(&plan.dir, "files")?,
+            device: Device::Directory(plan.dir.clone()),
+            files: Some(Scratch::new(&plan.dir, "files")?),
             run: Scratch::new(&std::env::temp_dir(), "run")?,
             direct: kind.filesystem_type() != TMPFS_MAGIC,
             size_bytes: plan.size_bytes,
