@@ -337,6 +337,10 @@ fn empty_cells(
                 Contender::QsdThreads if !tmpfs => {
                     Some(format!("{}: measured on tmpfs only", contender.name()))
                 }
+                _ if load.flush_every > 0 && contender.cannot_flush().is_some() => {
+                    let why = contender.cannot_flush();
+                    why.map(|why| format!("{}, flush: {why}", contender.name()))
+                }
                 _ => contender.cannot(load.state, load.queues).map(|why| {
                     let what = match load.state {
                         State::Snapshotted => load.state.name(),
@@ -390,14 +394,14 @@ fn fill(
     fill_by(comparison, site, &server)
 }
 
-/// Writes all of the disk that a server serves.
+/// Writes all of the disk that a server serves. It need not last where it ends with the server.
 fn fill_by(comparison: &Comparison, site: &Site, server: &Server) -> Result<(), String> {
     let options = Options {
         workload: Workload::Write,
         block_bytes: 256 << 10,
         depth: 8,
         one_pass: true,
-        flush_at_end: true,
+        flush_at_end: site.device.outlives_servers(),
         ..Options::default()
     };
     load_server(comparison, site, server, options).map(drop)
@@ -615,7 +619,8 @@ mod tests {
     #[test]
     fn a_device_without_files_has_the_contenders_that_have_such_disks() {
         let written = Load::new(Workload::RandRead, 4096, 1);
-        let loads = [written, Load { state: State::Snapshotted, ..written }];
+        let flushed = Load { flush_every: 1, ..Load::new(Workload::RandWrite, 4096, 1) };
+        let loads = [written, Load { state: State::Snapshotted, ..written }, flushed];
         let all = <Contender as clap::ValueEnum>::value_variants();
         let found = |device| {
             let (cells, left_out) = empty_cells(&loads, all, device, false);
@@ -629,6 +634,8 @@ mod tests {
             (Contender::Bessel, State::Written),
             (Contender::SpdkLvol, State::Snapshotted),
             (Contender::Bessel, State::Snapshotted),
+            (Contender::SpdkMalloc, State::Written),
+            (Contender::Bessel, State::Written),
         ];
         assert_eq!(cells, expected);
         let said = "spdk malloc, snapshotted: a malloc disk has no snapshots";

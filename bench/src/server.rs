@@ -161,6 +161,11 @@ impl Contender {
         }
     }
 
+    /// Why it offers no FLUSH, if it does not.
+    pub(crate) fn cannot_flush(self) -> Option<&'static str> {
+        (self == Self::SpdkLvol).then_some("an lvol offers no FLUSH")
+    }
+
     /// Why it cannot serve a disk in `state` through so many queues, if it cannot.
     pub(crate) fn cannot(self, state: State, queues: u16) -> Option<&'static str> {
         if state == State::Snapshotted && self.medium() == Medium::Raw {
