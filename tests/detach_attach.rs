@@ -6,10 +6,11 @@
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use bessel_mapping::format::ExtentType;
-use bessel_mapping::request::{IoKind, IoStatus, VolumeId};
+use bessel_mapping::request::{IoKind, IoStatus, Reply, VolumeId};
 use bessel_reactor::device::Device;
 use bessel_reactor::device::sim::{Fault, Keep, OpKind};
 use bessel_reactor::units::ByteCount;
+use bessel_tests::operations::{LEAF, SMALL, block};
 use bessel_tests::workload::Workload;
 use bessel_tests::world::{Action, Outcome, World, WorldConfig};
 
@@ -228,6 +229,55 @@ fn a_killed_process_does_not_bring_back_what_a_failed_flush_has_lost() {
         world.recover();
         done(world.write(volume, 0, 8));
         done(world.flush(volume));
+    }
+}
+
+/// When a snapshot fails, the node that it froze goes with what it has lost, and the tree on the device
+/// still may change what is below that in place. Its shard must not remember a leaf from there: nobody
+/// finds it when the volume moves on, and it would be taken for what the leaf has become elsewhere, by the
+/// volume when it comes back and by a clone.
+#[test]
+fn a_leaf_below_a_node_lost_with_a_snapshot_is_not_remembered() {
+    for seed in 0..20 {
+        let mut world = failing(seed, 2);
+        let volume = world.create(SMALL).unwrap();
+        world.create(SMALL).unwrap(); // So that the clone is made where the volume was.
+        let home = world.home(volume);
+        done(world.write(volume, 0, block(8)));
+        done(world.write(volume, LEAF, 8));
+        done(world.flush(volume));
+        world.idle().unwrap();
+        done(world.read(volume, 0, block(8)));
+        // A new leaf changes the node above both.
+        done(world.write(volume, 2 * LEAF, 8));
+        fail_next(&world, OpKind::Flush);
+        let reply = world.ask(Action::Snapshot { volume, label: None }).unwrap();
+        assert!(matches!(reply, Reply::Failed(_)), "seed {seed}: {reply:?}");
+        assert!(world.detach(volume).unwrap().is_some(), "seed {seed}");
+        // What is below the root is not looked for here, and so not found when the volume goes.
+        world.attach_unread(volume).unwrap().unwrap();
+        assert!(world.model.snapshots(volume).is_empty(), "seed {seed}: the snapshot is durable");
+        world.move_on(volume).unwrap();
+        // No snapshot has the first leaf, so it changes where it is.
+        done(world.io(volume, IoKind::Discard, 0, block(4)));
+        done(world.write(volume, block(1), 8));
+        done(world.write(volume, block(8), block(2)));
+        let snapshot = world.snapshot(volume).unwrap();
+        world.idle().unwrap();
+        let reader = if seed % 2 == 0 {
+            world.clone_of(snapshot, "clone").unwrap().unwrap()
+        } else {
+            world.move_on(volume).unwrap();
+            volume
+        };
+        assert_eq!(world.home(reader), home, "seed {seed}");
+        done(world.read(reader, 0, block(12)));
+        done(world.write(reader, 0, block(12)));
+        done(world.flush(reader));
+        world.read_everything().unwrap();
+        world.verify_snapshots().unwrap();
+        world.crash(Keep::Nothing);
+        world.recover();
     }
 }
 

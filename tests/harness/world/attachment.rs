@@ -60,6 +60,15 @@ impl World {
     /// Attaches a detached volume and looks at everything in it. An error of the device, or
     /// another volume that has failed, leaves it detached.
     pub fn attach(&mut self, id: VolumeId) -> Result<Result<(), CommandError>, PowerCut> {
+        let attached = self.attach_unread(id)?;
+        if attached.is_ok() && self.volumes.contains_key(&id) {
+            self.observe(id);
+        }
+        Ok(attached)
+    }
+
+    /// The same without a look at what it holds: of its nodes its shard reads the root alone.
+    pub fn attach_unread(&mut self, id: VolumeId) -> Result<Result<(), CommandError>, PowerCut> {
         let shard = self.detached[&id];
         // Each front-end of the device hears of a failure once, and the first time that may be an old
         // one. All of them flush after the last failure, and know what it puts in doubt.
@@ -109,7 +118,6 @@ impl World {
         self.model.recover_volume(&info, &snapshots);
         self.model.set_writethrough(id, info.cache == CacheMode::Writethrough);
         self.settle()?;
-        self.observe(id);
         Ok(Ok(()))
     }
 }
