@@ -116,6 +116,19 @@ struct Served {
     server: Option<ServerHandle>,
 }
 
+impl Served {
+    /// How it is to be served when it is open again.
+    fn into_service(self) -> Service {
+        Service {
+            socket: self.socket,
+            queues: self.queues,
+            cache: self.cache,
+            schedule: self.schedule.map(|scheduled| scheduled.schedule),
+            limits: self.limited.limits,
+        }
+    }
+}
+
 /// See the module's documentation.
 pub(crate) struct ControlPlane {
     directory: Directory,

@@ -57,13 +57,7 @@ impl ControlPlane {
             None => "an operator detached it".to_owned(),
         };
         tracing::info!(volume = name, "detached: {reason}");
-        let service = Service {
-            socket: served.socket,
-            queues: served.queues,
-            cache: served.cache,
-            schedule: served.schedule.map(|scheduled| scheduled.schedule),
-            limits: served.limited.limits,
-        };
+        let service = served.into_service();
         let cache = info.cache;
         let current = Some(info.current).filter(|_| well);
         self.detached.insert(id, Detached { home, service, cache, current, reason });

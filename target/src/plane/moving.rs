@@ -7,7 +7,6 @@
 //! What fails leaves the volume where it was. One that can be opened nowhere any more is detached.
 
 use super::attachment::Detached;
-use super::open::Service;
 use super::{Answered, ControlPlane, Served, refuse_command};
 use crate::api::types::VolumeView;
 use crate::api::{Refusal, RefusalKind};
@@ -176,15 +175,10 @@ impl ControlPlane {
         drop(served.server.take());
         let reason = format!("it could not be moved: {}", refused.map_or("", |it| &it.message));
         tracing::error!(volume = handed.record.name, "detached: {reason}");
-        let service = Service {
-            socket: served.socket,
-            queues: served.queues,
-            cache: served.cache,
-            schedule: served.schedule.map(|scheduled| scheduled.schedule),
-            limits: served.limited.limits,
-        };
+        let home = served.home;
+        let service = served.into_service();
         let (cache, current) = (handed.record.cache, Some(handed.current()));
-        self.detached.insert(id, Detached { home: served.home, service, cache, current, reason });
+        self.detached.insert(id, Detached { home, service, cache, current, reason });
         self.kept.insert(id, Box::new(handed.log));
     }
 
