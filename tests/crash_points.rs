@@ -36,20 +36,22 @@ struct Setting {
     cache: CacheMode,
     schedule: Schedule,
     shards: usize,
+    /// Requests come in on every shard.
+    visits: bool,
     pace: Pace,
 }
 
 const SETTINGS: [Setting; 6] = {
     use CacheMode::{Writeback, Writethrough};
     const fn setting(volatile_cache: bool, cache: CacheMode, schedule: Schedule) -> Setting {
-        Setting { volatile_cache, cache, schedule, shards: 1, pace: Pace::InTurn }
+        Setting { volatile_cache, cache, schedule, shards: 1, visits: false, pace: Pace::InTurn }
     }
     [
         setting(true, Writeback, Schedule::Fifo),
         Setting { pace: Pace::AtOnce, ..setting(true, Writethrough, Schedule::Fifo) },
         setting(false, Writeback, Schedule::Fifo),
         setting(false, Writethrough, Schedule::Fifo),
-        Setting { shards: 2, ..setting(true, Writeback, Schedule::Random) },
+        Setting { shards: 2, visits: true, ..setting(true, Writeback, Schedule::Random) },
         setting(true, Writethrough, Schedule::AtOnce),
     ]
 };
@@ -157,6 +159,7 @@ impl Case {
             volatile_cache: self.setting.volatile_cache,
             schedule: self.setting.schedule,
             shards: self.setting.shards,
+            visits: self.setting.visits,
             ..WorldConfig::new(self.after)
         });
         // The preparation is not what is tested: let it be quick.
@@ -165,6 +168,9 @@ impl Case {
         for volume in world.volumes() {
             let action = Action::SetCache { volume, cache: self.setting.cache };
             world.perform(action).expect("the power is on");
+        }
+        if self.setting.visits {
+            world.visit_everywhere().expect("the power is on");
         }
         world.idle().expect("the power is on");
         world.disk.set_schedule(self.setting.schedule);

@@ -666,6 +666,7 @@ impl<D: Device> Shard<D> {
                 name = volume.name
             );
             volume.latched = Some(why.to_owned());
+            volume.freeze_for_visitors();
             self.failures += 1;
             if !self.have_failed.contains(&volume.record.id) {
                 self.have_failed.push(volume.record.id);
@@ -717,6 +718,8 @@ impl<D: Device> Shard<D> {
         assert!(volume.active_head == NO_REQUEST && volume.flight.is_none());
         assert!(!volume.log_loading, "a block of its log is being read");
         assert!(volume.sealed.is_empty() && volume.committing.is_empty());
+        assert!(volume.oldest_visitor().is_none(), "a volume is closed under visitors' requests");
+        self.shared.retain(|shared| *shared != handle);
         self.first_round = self.first_round.max(volume.next_round);
         self.cache.unpin(volume.root);
         self.dirty_nodes -= volume.dirty.len();
@@ -733,7 +736,8 @@ impl<D: Device> Shard<D> {
         }
         self.retire_changes();
         self.released = true;
-        let Volume { slot, record, log, counters, .. } = volume;
+        let counters = volume.all_counters();
+        let Volume { slot, record, log, .. } = volume;
         HandedOver { slot, record, log, counters }
     }
 

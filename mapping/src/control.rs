@@ -11,11 +11,13 @@
 //! | `snapshots.rs` | snapshot, label, delete, rollback                 |
 //! | `restore.rs`   | changes that a killed process had made            |
 //! | `reclaim.rs`   | blocks that a deleted snapshot alone held         |
+//! | `sharing.rs`   | what other shards see of a volume                 |
 //! | `sealing.rs`   | (what all of them hand to a round)                |
 
 mod reclaim;
 mod restore;
 mod sealing;
+mod sharing;
 mod snapshots;
 mod volumes;
 
@@ -47,11 +49,11 @@ pub(crate) struct Pending {
 }
 
 /// What trying a command came to.
-type Tried = Result<(), NotNow>;
+pub(crate) type Tried = Result<(), NotNow>;
 
 /// Why a command did nothing.
 #[derive(Debug)]
-enum NotNow {
+pub(crate) enum NotNow {
     /// Try again when something was released; later commands of the volume wait behind it.
     Wait,
     /// Try again when more of the volume's log has been read. Others do not wait for that.
@@ -202,6 +204,9 @@ impl<D: Device> Shard<D> {
             Command::Close { volume } => self.close(ticket, *volume),
             Command::HandOver { volume } => self.hand_over(ticket, *volume),
             Command::TakeOver(volume) => self.take_over(ticket, volume),
+            Command::Share { volume, shards } => self.share(ticket, *volume, *shards),
+            Command::Visit(volume) => self.begin_visit(ticket, volume),
+            Command::EndVisit { visit } => self.end_visit(ticket, *visit),
             Command::Barrier => {
                 self.set_barrier(ticket, false);
                 Ok(())
@@ -280,7 +285,8 @@ impl<D: Device> Shard<D> {
     fn shutdown(&mut self, ticket: u64) -> Tried {
         let open: Vec<VolumeHandle> = self.open_volumes().collect();
         let logs_at_rest = self.log_loads.stop();
-        let mut quiet = logs_at_rest && self.requests.is_empty() && !self.claims.is_claiming();
+        let no_requests = self.requests.is_empty() && self.visits.are_idle();
+        let mut quiet = logs_at_rest && no_requests && !self.claims.is_claiming();
         for handle in open {
             let volume = self.volume(handle);
             if volume.latched.is_none() && !volume.is_quiet() {
@@ -319,6 +325,9 @@ impl<D: Device> Shard<D> {
                 let volume = self.volume_mut(handle);
                 let limit = ByteCount::from_blocks(tree_blocks(volume.record.height));
                 volume.sectors = volume.record.size.min(limit).sectors();
+                if let Some(shared) = &volume.shared {
+                    shared.volume.set_sectors(volume.sectors);
+                }
                 self.reply(ticket, Reply::Done);
             }
             After::Rename { ticket, name } => {
@@ -388,7 +397,7 @@ impl<D: Device> Shard<D> {
             claimed_data: self.claims.free(BlockKind::Data),
             claimed_metadata: self.claims.free(BlockKind::Metadata),
             space,
-            volumes: open.map(|volume| (volume.record.id, volume.counters)).collect(),
+            volumes: open.map(|volume| (volume.record.id, volume.all_counters())).collect(),
             ..self.counters.clone()
         }
     }
@@ -401,6 +410,8 @@ impl Command {
             | Self::CreateUnpublished(_)
             | Self::Open(_)
             | Self::TakeOver(_)
+            | Self::Visit(_)
+            | Self::EndVisit { .. }
             | Self::Barrier
             | Self::Checkpoint
             | Self::EndCheckpoint
@@ -422,6 +433,7 @@ impl Command {
             | Self::Delete { volume }
             | Self::Close { volume }
             | Self::HandOver { volume }
+            | Self::Share { volume, .. }
             | Self::SetCache { volume, .. }
             | Self::Page { volume, .. }
             | Self::Find { volume, .. }
@@ -450,7 +462,11 @@ impl Command {
     fn changes_the_device(&self) -> bool {
         let looks = matches!(
             self,
-            Self::Show { .. } | Self::Page { .. } | Self::Find { .. } | Self::FindAt { .. }
+            Self::Show { .. }
+                | Self::Share { .. }
+                | Self::Page { .. }
+                | Self::Find { .. }
+                | Self::FindAt { .. }
         );
         !looks && !matches!(self, Self::Close { .. } | Self::SetCache { .. })
     }

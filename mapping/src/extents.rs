@@ -156,7 +156,7 @@ impl Authority {
                 }
                 self.jobs.push_back(Job::Return { runs });
             }
-            Message::Granted { .. } => unreachable!("grants go to shards, not to the authority"),
+            message => unreachable!("{message:?} goes to a shard, not to the authority"),
         }
     }
 

@@ -133,6 +133,11 @@ impl Flusher {
         self.waiters.iter().any(|(_, other)| *other == waiter)
     }
 
+    /// How many flushes have failed, whoever started them.
+    pub(crate) fn failures(&self) -> u64 {
+        self.shared.failures.load(Ordering::SeqCst)
+    }
+
     /// True when a flush has failed that this shard has not taken note of: volumes that it concerns are
     /// latched by the next flush here.
     pub(crate) fn is_in_doubt(&self) -> bool {

@@ -1,7 +1,10 @@
-//! Messages between shards. Only blocks change hands, by the hundred or thousand, off the write
-//! path; volumes never do.
+//! Messages between shards. Blocks change hands by the hundred or thousand, off the write path; and a
+//! shard that serves queues of another one's volume sends what it cannot do itself to the home.
 
-use bessel_reactor::units::BlockAddr;
+use bessel_reactor::buffer::Segment;
+use bessel_reactor::units::{BlockAddr, Sector};
+
+use crate::request::{IoKind, IoStatus, VolumeHandle, VolumeId};
 
 /// What blocks are used for. Data and metadata never share an extent (Parallax 3.4.1).
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -37,8 +40,27 @@ pub struct BlockRun {
     pub count: u32,
 }
 
+/// A guest's request, on its way to the home of its volume.
+#[derive(Debug)]
+pub struct Forwarded {
+    /// The shard that has it, and what it is called there.
+    pub from: (usize, u32),
+    /// The volume, as its home calls it.
+    pub volume: VolumeHandle,
+    /// Which one that is to be.
+    pub id: VolumeId,
+    /// What to do.
+    pub kind: IoKind,
+    /// First sector.
+    pub sector: Sector,
+    /// How many.
+    pub sectors: u64,
+    /// Guest memory. Some list comes back with the answer.
+    pub segments: Vec<Segment>,
+}
+
 /// From one shard to another.
-#[derive(Clone, PartialEq, Eq, Debug)]
+#[derive(Debug)]
 pub enum Message {
     /// To the authority (shard 0): wants blocks.
     Claim {
@@ -60,5 +82,16 @@ pub enum Message {
     Return {
         /// The runs, of either kind.
         runs: Vec<BlockRun>,
+    },
+    /// To a volume's home: do this.
+    Forward(Forwarded),
+    /// From a volume's home: a request that was sent there has ended.
+    Ended {
+        /// What it is called where it came from.
+        request: u32,
+        /// How.
+        status: IoStatus,
+        /// An empty list, in the place of the one that came with it.
+        segments: Vec<Segment>,
     },
 }

@@ -265,6 +265,17 @@ bugs! {
     RollbackNotJournaled,
     /// Changes made again are not committed before the journal that holds them is void.
     RestoreNotCommitted,
+    // Volumes that several shards serve queues of.
+    /// A snapshot does not stop writes in place on other shards.
+    VisitorsMissCut,
+    /// Other shards do not see that a mapping has changed.
+    VisitorsMissChange,
+    /// Blocks are used again while another shard may read or write them.
+    VisitorsForgotten,
+    /// A block is merged while another shard may be writing to it.
+    MergeUnderVisitors,
+    /// A flush does not know of writes in place on other shards.
+    VisitorsWritesUnflushed,
 }
 
 /// Whether this bug is active: never, in a build that is not for `make planted`.

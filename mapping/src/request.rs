@@ -11,6 +11,20 @@ use crate::snapshot_log::SnapshotLog;
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub struct VolumeHandle(pub u32);
 
+/// Set in the handle of a volume that is open on another shard, and visited from this one.
+const VISIT: u32 = 1 << 31;
+
+impl VolumeHandle {
+    pub(crate) const fn of_visit(index: u32) -> Self {
+        Self(VISIT | index)
+    }
+
+    /// Which visit it is, if it is one.
+    pub(crate) const fn visit(self) -> Option<u32> {
+        if self.0 & VISIT == 0 { None } else { Some(self.0 & !VISIT) }
+    }
+}
+
 /// Identifies a volume for ever; never reused within a store.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 pub struct VolumeId(pub u64);
@@ -316,6 +330,22 @@ pub enum Command {
     },
     /// Opens a volume that a shard has handed over, as it was. When that is refused it comes back.
     TakeOver(Box<HandedOver>),
+    /// Lets other shards serve queues of the volume, for as long as it is open here. Needs a shard that was
+    /// made with [`crate::shard::ShardConfig::shared_leaves`].
+    Share {
+        /// Which volume.
+        volume: VolumeHandle,
+        /// How many shards there are.
+        shards: usize,
+    },
+    /// Makes ready to serve queues of a volume that is open on another shard. The answer is what it is
+    /// called here.
+    Visit(std::sync::Arc<crate::shared::SharedVolume>),
+    /// Ends that, once none of its requests is in flight here. Before its home closes the volume.
+    EndVisit {
+        /// What it is called here.
+        visit: VolumeHandle,
+    },
     /// Answered when every guest request that is active now has ended, and every round that is sealed or
     /// has begun is durable. Who then sees that no tree on the device leads to a block any more, and
     /// has seen it before this, may free that block.
@@ -411,6 +441,8 @@ impl HandedOver {
 pub enum Reply {
     /// Done, nothing to tell.
     Done,
+    /// The volume, as other shards see it.
+    Shared(std::sync::Arc<crate::shared::SharedVolume>),
     /// The volume is open.
     Opened(VolumeHandle),
     /// The volume is closed.
@@ -488,6 +520,8 @@ pub struct ShardStats {
     pub node_errors: u64,
     /// Times the store was found full.
     pub store_full: u64,
+    /// Requests of volumes that are open elsewhere, sent to their homes.
+    pub forwarded: u64,
     /// The node cache.
     pub cache: crate::nodes::cache::CacheCounters,
     /// Blocks claimed or freed and ready for use by this shard.

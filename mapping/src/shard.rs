@@ -23,13 +23,15 @@ use crate::flusher::{FlushWaiter, Flusher};
 use crate::format::{ExtentMap, Geometry, TagKey};
 use crate::journal::{Change, Entry as JournalEntry, Journal};
 use crate::log_loads::{LOG_LOADS_MAX, LogLoads};
-use crate::message::{BlockKind, Message};
+use crate::message::{BlockKind, Forwarded, Message};
 use crate::nodes::cache::{FrameId, NodeCache};
 use crate::pipeline::{BOUNCE_BYTES, Piece, Request, WaitingOnNode, Work};
 use crate::planted::{self, Bug};
 use crate::request::{CommandError, IoCompletion, Reply, ShardStats, VolumeHandle, VolumeId};
+use crate::shared::LeafTable;
 use crate::slab::Slab;
 use crate::store::OpenedStore;
+use crate::visits::Visits;
 use crate::volume::Volume;
 
 /// How long a change may wait in writeback mode before a round takes it to the device.
@@ -43,6 +45,10 @@ const LOG_INTERVAL: Duration = Duration::from_secs(1);
 const LOADS_MAX: usize = 64;
 /// Image buffers for what commands seal: three for a snapshot, so about 80 of those in flight.
 const SEALED_IMAGES: usize = 256;
+/// Requests of other shards' volumes at once: some deep queues. More wait in their rings.
+const VISITS_MAX: usize = 1024;
+/// Device operations that each of those has at most.
+pub(crate) const PIECES_OF_A_VISIT: usize = 2;
 /// Most bounce buffers: unaligned or partial pieces in flight.
 const BOUNCES: usize = 64;
 /// Segments of a request for which room is made at start.
@@ -57,6 +63,8 @@ pub struct ShardConfig {
     pub node_cache: ByteCount,
     /// Most guest requests at once; more are refused as busy.
     pub requests_max: usize,
+    /// Leaves of 4 KiB whose copies other shards can see; none, when they serve no queues of its volumes.
+    pub shared_leaves: usize,
 }
 
 impl ShardConfig {
@@ -64,7 +72,13 @@ impl ShardConfig {
     pub fn device_depth(&self) -> usize {
         let images = images_for(self.node_cache);
         // Pieces, node and log loads, images of rounds and of commands, the authority, a flush.
-        self.pieces_max() + LOADS_MAX + LOG_LOADS_MAX + images + SEALED_IMAGES + 2
+        let own = self.pieces_max() + LOADS_MAX + LOG_LOADS_MAX + images + SEALED_IMAGES + 2;
+        own + self.visits_max() * PIECES_OF_A_VISIT
+    }
+
+    /// Requests of other shards' volumes at once.
+    fn visits_max(&self) -> usize {
+        if self.shared_leaves == 0 { 0 } else { self.requests_max.min(VISITS_MAX) }
     }
 
     /// Most images of nodes that are written in a turn: a seventh of the largest round, or 73 with a
@@ -106,11 +120,20 @@ pub(crate) enum TokenKind {
     Authority,
     /// The read of a block of a snapshot log.
     Log,
+    /// A guest's request of a volume that is open on another shard, or a part of it.
+    Visit,
 }
 
 impl TokenKind {
-    const ALL: [Self; 6] =
-        [Self::Piece, Self::Node, Self::Image, Self::Flush, Self::Authority, Self::Log];
+    const ALL: [Self; 7] = [
+        Self::Piece,
+        Self::Node,
+        Self::Image,
+        Self::Flush,
+        Self::Authority,
+        Self::Log,
+        Self::Visit,
+    ];
 
     pub(crate) const fn token(self, index: u32) -> Token {
         Token((self as u64) << 32 | index as u64)
@@ -123,7 +146,7 @@ impl TokenKind {
 
 /// Whether a shard's device operation moves a volume's data, and not what maps it.
 pub fn is_data(token: Token) -> bool {
-    TokenKind::of(token).0 == TokenKind::Piece
+    matches!(TokenKind::of(token).0, TokenKind::Piece | TokenKind::Visit)
 }
 
 /// See the module's documentation.
@@ -207,9 +230,20 @@ pub struct Shard<D: Device> {
     /// Barriers that have not been passed, oldest first.
     pub(crate) barriers: Vec<Barrier>,
 
+    /// What other shards see of the volumes that are shared.
+    pub(crate) shared_leaves: Option<Arc<LeafTable>>,
+    pub(crate) shared: Vec<VolumeHandle>,
+    /// Since when something has been waiting for requests of visitors.
+    pub(crate) visitors_awaited_since: Option<Instant>,
+    /// Requests that visitors have sent and that have no slot yet.
+    pub(crate) forwarded: VecDeque<Forwarded>,
+    /// Empty lists, to go back with answers.
+    pub(crate) spare_segments: Vec<Vec<Segment>>,
+    pub(crate) visits: Visits,
+
     pub(crate) done: VecDeque<IoCompletion>,
     pub(crate) replies: VecDeque<(u64, Reply)>,
-    outbox: VecDeque<(usize, Message)>,
+    pub(crate) outbox: VecDeque<(usize, Message)>,
     completions: Vec<Completion>,
     pub(crate) counters: ShardStats,
     logged_at: Option<Instant>,
@@ -285,9 +319,16 @@ impl<D: Device> Shard<D> {
             have_failed: Vec::new(),
             failures: 0,
             barriers: Vec::new(),
-            done: VecDeque::with_capacity(config.requests_max),
+            shared_leaves: (config.shared_leaves > 0)
+                .then(|| Arc::new(LeafTable::new(config.shared_leaves))),
+            shared: Vec::new(),
+            visitors_awaited_since: None,
+            forwarded: VecDeque::with_capacity(VISITS_MAX),
+            spare_segments: Vec::with_capacity(config.requests_max),
+            visits: Visits::new(config.visits_max()),
+            done: VecDeque::with_capacity(config.requests_max + config.visits_max()),
             replies: VecDeque::new(),
-            outbox: VecDeque::new(),
+            outbox: VecDeque::with_capacity(VISITS_MAX),
             completions: Vec::with_capacity(config.device_depth()),
             counters: ShardStats::default(),
             logged_at: None,
@@ -316,6 +357,11 @@ impl<D: Device> Shard<D> {
     pub fn poll(&mut self, now: Instant) -> bool {
         self.now = now;
         let mut progress = self.take_completions();
+        if !self.shared.is_empty() {
+            self.look_at_visitors();
+            progress |= self.admit_forwarded();
+        }
+        progress |= self.run_visits();
         if self.flusher.is_held() {
             self.judge_flush();
         }
@@ -361,7 +407,11 @@ impl<D: Device> Shard<D> {
             let [least, most] = HELD_FLUSH_LOOK;
             self.now.after(self.now.since(self.flush_ended).clamp(least, most))
         });
-        held.into_iter().chain(self.background_at).min()
+        let visitors = self.visitors_awaited_since.map(|since| {
+            let [least, most] = HELD_FLUSH_LOOK;
+            self.now.after(self.now.since(since).clamp(least, most))
+        });
+        held.into_iter().chain(self.background_at).chain(visitors).min()
     }
 
     /// A guest request that has ended.
@@ -395,6 +445,10 @@ impl<D: Device> Shard<D> {
                     }
                 }
                 self.released = true;
+            }
+            Message::Forward(forwarded) => self.forwarded.push_back(forwarded),
+            Message::Ended { request, status, segments } => {
+                self.forwarded_ended(request, status, segments);
             }
             request => {
                 let authority = self.authority.as_mut();
@@ -454,6 +508,7 @@ impl<D: Device> Shard<D> {
             TokenKind::Image => self.image_written(index, result),
             TokenKind::Flush => self.flush_completed(result),
             TokenKind::Log => self.log_loaded(index, result),
+            TokenKind::Visit => self.visit_completed(index, result),
             TokenKind::Authority => {
                 let authority = self.authority.as_mut().expect("it submitted the I/O");
                 let step = authority.completed(result, &mut self.device);
@@ -486,6 +541,9 @@ impl<D: Device> Shard<D> {
             self.counters.flush_failures += u64::from(this_one.is_err());
             if let Some(authority) = &mut self.authority {
                 authority.doubt();
+            }
+            for at in 0..self.shared.len() {
+                self.note_visitors_writes(self.shared[at]);
             }
             let flusher = &self.flusher;
             let unsure = self

@@ -3,6 +3,7 @@
 //! Owned by its home shard; nobody else changes its mapping (DESIGN §7).
 
 use std::collections::VecDeque;
+use std::sync::Arc;
 
 use bessel_reactor::clock::Instant;
 use bessel_reactor::units::{BlockAddr, VolumeBlock};
@@ -14,6 +15,7 @@ use crate::nodes::cache::FrameId;
 use crate::planted::{self, Bug};
 use crate::radix::KnownLeaf;
 use crate::request::{CacheMode, CurrentTree, VolumeHandle};
+use crate::shared::{SharedVolume, Written};
 use crate::snapshot_log::SnapshotLog;
 
 /// "No request" in the list of active ones.
@@ -63,6 +65,20 @@ pub struct VolumeCounters {
     pub data_allocated: u64,
     /// Nodes given to it, snapshots' roots included.
     pub nodes_allocated: u64,
+}
+
+/// What the home keeps of a volume that others serve queues of.
+#[derive(Debug)]
+pub(crate) struct Shared {
+    pub(crate) volume: Arc<SharedVolume>,
+    /// Requests that forbid visitors to write in place, and wait until none does.
+    pub(crate) bars: u32,
+    /// Something waits for the requests of visitors up to this stamp.
+    pub(crate) awaited: Option<u64>,
+    /// The stamp that is shown was given to something: the next is to be shown.
+    pub(crate) stamp_used: bool,
+    /// What visitors had written when it was asked last.
+    pub(crate) written: Written,
 }
 
 #[derive(Debug)]
@@ -126,6 +142,8 @@ pub(crate) struct Volume {
     pub(crate) lost: Vec<FrameId>,
     pub(crate) closing: bool,
     pub(crate) counters: VolumeCounters,
+    /// Other shards may serve queues of it.
+    pub(crate) shared: Option<Box<Shared>>,
 }
 
 impl Volume {
@@ -178,6 +196,54 @@ impl Volume {
             lost: Vec::new(),
             closing: false,
             counters: VolumeCounters::default(),
+            shared: None,
+        }
+    }
+
+    /// A stamp that no request shows which comes from now on, and every one that is there, or an older one.
+    pub(crate) fn stamp_now(&mut self) -> u64 {
+        if let Some(shared) = &mut self.shared {
+            shared.stamp_used = true;
+            self.last_stamp = self.last_stamp.max(shared.volume.stamp());
+        }
+        self.last_stamp
+    }
+
+    /// The stamp of the oldest request that visitors have in flight.
+    pub(crate) fn oldest_visitor(&self) -> Option<u64> {
+        self.shared.as_ref().and_then(|shared| shared.volume.oldest())
+    }
+
+    /// True when it has requests in flight, here or elsewhere.
+    pub(crate) fn has_requests(&self) -> bool {
+        self.active_head != NO_REQUEST || self.oldest_visitor().is_some()
+    }
+
+    /// What guests did, wherever their queues are.
+    pub(crate) fn all_counters(&self) -> VolumeCounters {
+        let mut all = self.counters;
+        if let Some(shared) = &self.shared {
+            let elsewhere = shared.volume.counters();
+            all.reads += elsewhere.reads;
+            all.read_bytes += elsewhere.read_bytes;
+            all.writes += elsewhere.writes;
+            all.write_bytes += elsewhere.write_bytes;
+            all.errors += elsewhere.errors;
+        }
+        all
+    }
+
+    /// Whether visitors may write in place at all.
+    pub(crate) fn lets_visitors_write(&self) -> bool {
+        self.latched.is_none()
+            && self.cache == CacheMode::Writeback
+            && self.shared.as_ref().is_some_and(|shared| shared.bars == 0)
+    }
+
+    /// Forbids visitors to write in place what they have been shown.
+    pub(crate) fn freeze_for_visitors(&self) {
+        if let Some(shared) = &self.shared {
+            shared.volume.freeze();
         }
     }
 
@@ -209,7 +275,7 @@ impl Volume {
     pub(crate) fn unlink(&mut self, kind: BlockKind, run: BlockRun) {
         let freed = u64::from(run.count);
         self.record.blocks_allocated = self.record.blocks_allocated.saturating_sub(freed);
-        let (round, stamp) = (self.next_round, self.last_stamp);
+        let (round, stamp) = (self.next_round, self.stamp_now());
         if let Some(last) = self.unlinked.back_mut()
             && (last.round, last.stamp, last.kind) == (round, stamp, kind)
             && last.run.start.add(u64::from(last.run.count)) == run.start
@@ -263,7 +329,7 @@ impl Volume {
 
     /// True when nothing is under way: no request, no round, nothing to commit.
     pub(crate) fn is_quiet(&self) -> bool {
-        self.active_head == NO_REQUEST
+        !self.has_requests()
             && self.flight.is_none()
             && self.sealed.is_empty()
             && self.dirty.is_empty()

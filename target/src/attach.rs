@@ -20,7 +20,7 @@ mod port;
 
 pub(crate) use self::core::{Core, CoreSeat};
 pub(crate) use counters::CoreCounters;
-pub(crate) use host::VolumeHost;
+pub(crate) use host::{VolumeHost, Way};
 pub(crate) use limiter::{Limiter, Throttled};
 pub(crate) use orders::{Order, OrderMemory};
 pub(crate) use port::{Answer, CoreMessage, CorePort};

@@ -133,6 +133,8 @@ pub(crate) struct ReactorsConfig {
     pub(crate) poll: Poll,
     /// Whether volumes are moved from a reactor that has much to do.
     pub(crate) balance: Balance,
+    /// Whether the queues of one volume are polled on several reactors.
+    pub(crate) spread: Spread,
     /// Whether guests' memory is registered with the device.
     pub(crate) pin_guest_memory: bool,
 }
@@ -156,6 +158,17 @@ pub(crate) enum Balance {
     #[default]
     On,
     /// None.
+    Off,
+}
+
+/// Whether the queues of one volume are polled on several reactors.
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum Spread {
+    /// Those of volumes that have more than one queue, and no limits.
+    #[default]
+    On,
+    /// All at their volume's home.
     Off,
 }
 
@@ -294,6 +307,8 @@ struct RawReactors {
     poll: Poll,
     #[serde(default)]
     balance: Balance,
+    #[serde(default)]
+    spread: Spread,
     #[serde(default)]
     pin_guest_memory: bool,
 }
@@ -803,8 +818,8 @@ fn checked_reactors(raw: RawReactors, source: &Source) -> Result<ReactorsConfig,
             }
         }
     }
-    let RawReactors { cores, poll, balance, pin_guest_memory } = raw;
-    Ok(ReactorsConfig { cores, poll, balance, pin_guest_memory })
+    let RawReactors { cores, poll, balance, spread, pin_guest_memory } = raw;
+    Ok(ReactorsConfig { cores, poll, balance, spread, pin_guest_memory })
 }
 
 fn checked_api(raw: RawApi, source: &Source) -> Result<ApiConfig, ConfigError> {
@@ -992,6 +1007,9 @@ gc: { every: 1d, low_space: 5%, rate: 64MiB }
         assert_eq!(config.reactors.poll, Poll::Adaptive);
         assert!(!config.reactors.pin_guest_memory);
         assert_eq!(config.reactors.balance, Balance::On);
+        assert_eq!(config.reactors.spread, Spread::On);
+        let off = WHOLE.replace("poll: adaptive", "spread: off");
+        assert_eq!(parse(&off).unwrap().reactors.spread, Spread::Off);
         let off = WHOLE.replace("poll: adaptive", "balance: off");
         assert_eq!(parse(&off).unwrap().reactors.balance, Balance::Off);
         assert_eq!(config.api.socket, Path::new("/run/bessel/api.sock"));

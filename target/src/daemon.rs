@@ -20,7 +20,7 @@
 use crate::api::{ApiServer, RefusalKind};
 use crate::attach::{Core, CoreCounters, CoreMessage, CorePort, CoreSeat};
 use crate::cli::{Outcome, output};
-use crate::config::{Config, ConfigError, Medium, Poll, QUEUES_DEFAULT};
+use crate::config::{Config, ConfigError, Medium, Poll, Spread, QUEUES_DEFAULT};
 use crate::control::Control;
 use crate::journals::Journals;
 use crate::plane::{ControlPlane, Home, Service, StoreFacts, Upkeep};
@@ -54,8 +54,12 @@ pub(crate) use rehearsal::Rehearsal;
 
 /// Guest requests in a shard at once. Some deep queues' worth; more wait in their rings.
 const REQUESTS_PER_SHARD: usize = 1024;
-/// Messages an inbox holds. A volume's control thread has one on its way at most, a shard a few.
-const INBOX_MESSAGES: usize = 256;
+/// Messages an inbox holds. A volume's control thread has one on its way at most, a shard a few, or one for
+/// each request that it cannot do itself of a volume that is open elsewhere. More wait where they are.
+const INBOX_MESSAGES: usize = 1024;
+/// Of the memory for radix nodes, one part in so many more is taken for what reactors show each other of
+/// volumes whose queues they share: a leaf of those is in both.
+const SHARED_PART: u64 = 4;
 
 /// Serves what the configuration says until SIGTERM or SIGINT.
 pub(crate) fn serve(file: &Path) -> Outcome {
@@ -144,7 +148,8 @@ fn control_plane(
         opened: Arc::clone(store),
     };
     let api = config.api.socket.clone();
-    let upkeep = Upkeep { gc: config.gc, balance: config.reactors.balance };
+    let (balance, spread) = (config.reactors.balance, config.reactors.spread);
+    let upkeep = Upkeep { gc: config.gc, balance, spread };
     ControlPlane::new(store.directory.clone(), homes, schedules, facts, upkeep, api, life.clock)
 }
 
@@ -433,10 +438,13 @@ fn start_reactor(
         stats: Arc::clone(&seat.counters.reactor),
         clock: seat.clock,
     };
+    let node_cache = ByteCount::new(config.store.node_cache.get() / cores as u64);
+    let spreads = cores > 1 && config.reactors.spread == Spread::On;
     let shard = ShardConfig {
         index,
-        node_cache: ByteCount::new(config.store.node_cache.get() / cores as u64),
+        node_cache,
         requests_max: REQUESTS_PER_SHARD,
+        shared_leaves: if spreads { (node_cache.blocks_floor() / SHARED_PART) as usize } else { 0 },
     };
     let (path, store) = (config.store.device.clone(), Arc::clone(store));
     let drops = (config.store.medium == Medium::Null).then_some(is_data as fn(Token) -> bool);

@@ -14,6 +14,7 @@ mod logs;
 mod moving;
 mod open;
 mod schedule;
+mod spread;
 mod tree;
 mod view;
 mod walks;
@@ -24,7 +25,7 @@ use crate::api::types::{
 };
 use crate::api::{Refusal, RefusalKind};
 use crate::attach::{CoreCounters, CoreMessage, CorePort, VolumeHost};
-use crate::config::{Balance, GcConfig};
+use crate::config::{Balance, GcConfig, Spread};
 use crate::jobs::Jobs;
 use crate::placement::Placement;
 use crate::reclaimer::{Reclaimer, Stopper};
@@ -61,6 +62,7 @@ pub(crate) use logs::Needed;
 use moving::Balancing;
 pub(crate) use open::Service;
 use schedule::Scheduled;
+use spread::Visitor;
 pub(crate) use view::uuid;
 use walks::Pins;
 pub(crate) use walks::{ExportPlan, Gone};
@@ -94,6 +96,7 @@ pub(crate) struct StoreFacts {
 pub(crate) struct Upkeep {
     pub(crate) gc: GcConfig,
     pub(crate) balance: Balance,
+    pub(crate) spread: Spread,
 }
 
 /// A volume that is open on its home reactor.
@@ -110,6 +113,8 @@ struct Served {
     schedule: Option<Scheduled>,
     limited: Limited,
     host: Arc<VolumeHost>,
+    /// Other reactors that serve queues of it.
+    visitors: Vec<Visitor>,
     /// An operator has moved it: it stays.
     placed_by_hand: bool,
     /// None only while an operation keeps front-ends away, or when the socket could not be bound.
@@ -135,6 +140,7 @@ pub(crate) struct ControlPlane {
     homes: Vec<Home>,
     placement: Placement,
     balancing: Balancing,
+    spread: Spread,
     schedules: Schedules,
     served: BTreeMap<VolumeId, Served>,
     /// Volumes that are open on a reactor and not served yet.
@@ -187,6 +193,7 @@ impl ControlPlane {
             directory,
             placement: Placement::new(homes.len()),
             balancing: Balancing::new(upkeep.balance),
+            spread: upkeep.spread,
             reclaimer: Some(reclaimer),
             collections: Collections::new(upkeep.gc, store.opened.was_clean),
             pins: Pins::default(),
@@ -343,8 +350,9 @@ impl ControlPlane {
                     return Err(refusal);
                 }
             };
-            let served = plane.served.remove(&id).expect("it was found above");
+            let mut served = plane.served.remove(&id).expect("it was found above");
             plane.end_limits(&served);
+            plane.end_visits(std::mem::take(&mut served.visitors));
             plane.placement.remove(served.home, served.queues);
             plane.directory.removed(id);
             plane.kept.insert(id, log);
@@ -719,11 +727,8 @@ impl ControlPlane {
         id: VolumeId,
         operation: impl FnOnce(&mut Self) -> Answered<T>,
     ) -> Answered<T> {
-        let served = &self.served[&id];
-        let (home, volume) = (served.home, served.handle);
-        self.homes[home].port.ask(|answer| CoreMessage::Hold { volume, answer });
-        let done = operation(self);
-        self.homes[home].port.send(CoreMessage::Release { volume });
+        let host = Arc::clone(&self.served[&id].host);
+        let done = host.hold(|| operation(self));
         if done.is_ok()
             && let Some(server) = &self.served[&id].server
         {

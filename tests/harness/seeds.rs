@@ -72,6 +72,10 @@ pub struct Tally {
     pub imports: u64,
     /// Volumes that moved to another shard.
     pub moves: u64,
+    /// Requests that came in elsewhere than at the home of their volume.
+    pub visiting: u64,
+    /// Those of them that were sent there.
+    pub forwarded: u64,
 }
 
 impl Tally {
@@ -102,6 +106,8 @@ impl AddAssign for Tally {
         self.diffs += other.diffs;
         self.imports += other.imports;
         self.moves += other.moves;
+        self.visiting += other.visiting;
+        self.forwarded += other.forwarded;
     }
 }
 
@@ -128,6 +134,8 @@ pub fn config(seed: u64) -> WorldConfig {
         // Full all the time, or never.
         journal_entries: *random.pick(&[50, 1000]),
         // Every eighth on a disk that goes wrong.
+        visits: seed % 3 == 2,
+        shared_leaves: [1, 2, 64][(seed / 3 % 3) as usize],
         faults: (seed % 8 == 5).then(|| Faults::of_seed(&mut random)),
         ..WorldConfig::new(seed)
     }
@@ -164,6 +172,9 @@ pub fn run(seed: u64, effort: &Effort) -> Tally {
     run.tally.diffs += run.world.diffs();
     run.tally.imports += run.world.imports();
     run.tally.moves += run.world.moves();
+    let [visiting, forwarded] = run.world.visiting_requests();
+    run.tally.visiting += visiting;
+    run.tally.forwarded += forwarded;
     run.tally
 }
 

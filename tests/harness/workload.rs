@@ -49,6 +49,7 @@ impl Workload {
         }
         world.run_schedules();
         world.collect_sometimes(1, 60);
+        world.visit_sometimes();
         if world.move_sometimes(1, 40).is_err() || world.volumes().is_empty() {
             return;
         }
@@ -74,6 +75,14 @@ impl Workload {
         let volumes = world.volumes();
         let volume = *world.random.pick(&volumes);
         let sectors = world.size(volume).sectors();
+        if world.has_visits() && world.random.chance(1, 2) {
+            // Often the same few blocks: what visitors do by themselves has been there before.
+            let kind = *world.random.pick(&[IoKind::Write, IoKind::Read]);
+            let block = world.random.below(12);
+            let count = 1 + world.random.below(3);
+            world.start_io(volume, kind, block * SECTORS_PER_BLOCK, count * SECTORS_PER_BLOCK);
+            return;
+        }
         let kind = match world.random.below(100) {
             0..55 => IoKind::Write,
             55..80 => IoKind::Read,

@@ -35,6 +35,7 @@ mod observer;
 mod reclaims;
 mod recovery;
 mod schedules;
+mod visits;
 
 pub use faulty::Faults;
 use memory::{JournalMemory, Memory};
@@ -73,6 +74,10 @@ pub struct WorldConfig {
     pub faults: Option<Faults>,
     /// Entries in each shard's journal.
     pub journal_entries: usize,
+    /// Requests come in on other shards too than their volumes' homes.
+    pub visits: bool,
+    /// Leaves that each shard shows to others.
+    pub shared_leaves: usize,
 }
 
 impl WorldConfig {
@@ -92,6 +97,8 @@ impl WorldConfig {
             may_fail: false,
             faults: None,
             journal_entries: 1000,
+            visits: false,
+            shared_leaves: 16,
         }
     }
 }
@@ -193,7 +200,9 @@ struct OpenVolume {
 
 struct Request {
     op: u64,
-    shard: usize,
+    home: usize,
+    /// Where it comes in, and what its volume is called there.
+    entrance: (usize, VolumeHandle),
     /// Faults of the disk before it.
     strikes: usize,
     volume: VolumeId,
@@ -225,6 +234,15 @@ enum Pending {
     HandOver {
         volume: VolumeId,
         target: usize,
+    },
+    Share {
+        volume: VolumeId,
+        visitor: usize,
+    },
+    Visit {
+        volume: VolumeId,
+        shard: usize,
+        open: OpenVolume,
     },
     TakeOver {
         volume: VolumeId,
@@ -293,6 +311,7 @@ pub struct World {
     /// Volumes that were detached, with the shard that had them.
     detached: BTreeMap<VolumeId, usize>,
     moves: moves::Moves,
+    visits: visits::Visits,
     requests: BTreeMap<Ticket, Request>,
     /// Requests that a full shard has refused for now.
     waiting: VecDeque<Ticket>,
@@ -358,6 +377,7 @@ impl World {
             schedules: BTreeMap::new(),
             detached: BTreeMap::new(),
             moves: moves::Moves::new(config.seed),
+            visits: visits::Visits::new(config.seed),
             requests: BTreeMap::new(),
             waiting: VecDeque::new(),
             commands: BTreeMap::new(),
@@ -380,8 +400,9 @@ impl World {
         let faults = &self.store.faults;
         let excused = self.metadata_is_damaged();
         assert!(faults.is_empty() || excused, "volumes that do not open: {faults:?}");
-        let WorldConfig { shards, node_cache, requests, .. } = self.config;
-        let config = |index| ShardConfig { index, node_cache, requests_max: requests };
+        let WorldConfig { shards, node_cache, requests, shared_leaves, .. } = self.config;
+        let config =
+            |index| ShardConfig { index, node_cache, requests_max: requests, shared_leaves };
         let devices: Vec<SimDevice> = (0..shards).map(|_| self.disk.connect()).collect();
         self.fronts = devices.iter().map(SimDevice::front).collect();
         self.life_strikes = self.disk.strikes();
@@ -433,6 +454,7 @@ impl World {
             progress = true;
         }
         while let Some((to, message)) = self.shards[index].pop_message() {
+            self.visits.forwarded += u64::from(matches!(message, Message::Forward(_)));
             self.mail.entry((index, to)).or_default().push_back(message);
             progress = true;
         }
@@ -548,7 +570,12 @@ impl World {
         let ticket = self.ticket();
         let op = self.model.begin(id, kind, sector, sectors);
         let memory = matches!(kind, IoKind::Read | IoKind::Write).then(|| {
-            let mut memory = Memory::new((sectors * SECTOR_SIZE) as usize, &mut self.random);
+            let length = (sectors * SECTOR_SIZE) as usize;
+            // Other memory is the home's, and few requests would be done anywhere else.
+            let mut memory = match self.config.visits && self.random.chance(7, 8) {
+                true => Memory::of_sectors(length, &mut self.random),
+                false => Memory::new(length, &mut self.random),
+            };
             match kind {
                 IoKind::Write => memory.fill(op, sector),
                 _ => memory.spoil(),
@@ -556,8 +583,10 @@ impl World {
             memory
         });
         self.tell(format_args!("{ticket}: {kind:?} {sector}+{sectors} of {id}, value {op}"));
-        let (shard, strikes) = (self.volumes[&id].shard, self.disk.strikes());
-        let request = Request { op, shard, strikes, volume: id, kind, sector, sectors, memory };
+        let (home, strikes) = (self.volumes[&id].shard, self.disk.strikes());
+        let entrance = self.entrance(id);
+        let request =
+            Request { op, home, entrance, strikes, volume: id, kind, sector, sectors, memory };
         self.requests.insert(ticket, request);
         if !self.submit(ticket) {
             self.waiting.push_back(ticket);
@@ -567,11 +596,11 @@ impl World {
 
     fn submit(&mut self, ticket: Ticket) -> bool {
         let request = &self.requests[&ticket];
-        let open = self.volumes[&request.volume];
+        let (shard, volume) = request.entrance;
         let segments = request.memory.as_ref().map_or(&[][..], |memory| &memory.segments);
-        let result = self.shards[open.shard].submit(&IoRequest {
+        let result = self.shards[shard].submit(&IoRequest {
             tag: ticket,
-            volume: open.handle,
+            volume,
             kind: request.kind,
             sector: Sector::new(request.sector),
             sectors: request.sectors,
@@ -598,9 +627,10 @@ impl World {
             IoStatus::Done => true,
             IoStatus::NoSpace => self.config.may_fill || self.may_fail() && self.claims_may_fail(),
             IoStatus::Failed => {
-                let Request { volume, shard, strikes, kind, .. } = request;
+                let Request { volume, home, entrance, strikes, kind, .. } = request;
                 self.may_fail()
-                    && (self.is_to_blame(shard, strikes, kind)
+                    && (self.is_to_blame(home, strikes, kind)
+                        || self.is_to_blame(entrance.0, strikes, kind)
                         || kind != IoKind::Read && self.is_latched(volume))
             }
             IoStatus::Refused => false,
@@ -677,6 +707,11 @@ impl World {
     /// From here on, whether the device fails: see [`WorldConfig::may_fail`].
     pub fn expect_failures(&mut self, may_fail: bool) {
         self.config.may_fail = may_fail;
+    }
+
+    /// Requests come in on other shards too than the homes of their volumes.
+    pub fn has_visits(&self) -> bool {
+        self.config.visits
     }
 
     /// The size of a volume.
@@ -783,6 +818,7 @@ impl World {
             }
         };
         if matches!(action, Action::Delete { .. }) {
+            self.end_visits(id);
             let open = self.volumes.remove(&id).expect("it was just looked at");
             self.deleting.insert(id, open);
             self.collects.volume_deleted = true;
@@ -803,7 +839,8 @@ impl World {
             return self.collection_answered(ticket, reply);
         }
         if let Reply::Failed(error) = &reply {
-            if !matches!(pending, Pending::Show) {
+            // What is visited may have moved or gone meanwhile.
+            if !matches!(pending, Pending::Show | Pending::Share { .. }) {
                 self.failed(&pending, error);
             }
             if let Pending::HandOver { volume, .. } = pending {
@@ -834,6 +871,10 @@ impl World {
             | (Pending::OfDevice | Pending::Shutdown | Pending::Restore, Reply::Done) => {}
             (Pending::HandOver { volume, target }, Reply::HandedOver(handed)) => {
                 self.handed_over(volume, target, handed.clone());
+            }
+            (Pending::Share { volume, visitor }, reply) => self.shared(volume, visitor, reply),
+            (Pending::Visit { volume, shard, open }, Reply::Opened(handle)) => {
+                self.visited((volume, shard), open, *handle);
             }
             (Pending::TakeOver { volume, target, .. }, Reply::Opened(handle)) => {
                 self.taken_over(volume, target, *handle);
@@ -994,6 +1035,11 @@ impl World {
             Reply::Snapshot(info) => Ok(info.id),
             reply => panic!("a snapshot was answered with {reply:?}"),
         }
+    }
+
+    /// Takes a snapshot, which may fail.
+    pub fn snapshot_or_not(&mut self, volume: VolumeId) -> Result<Reply, PowerCut> {
+        self.ask(Action::Snapshot { volume, label: None })
     }
 
     /// What a volume says of itself.

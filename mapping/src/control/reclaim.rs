@@ -42,11 +42,11 @@ struct Waiting {
 
 impl<D: Device> Shard<D> {
     pub(super) fn set_barrier(&mut self, ticket: u64, commits: bool) {
-        let open = self.volumes.iter().flatten();
+        let open = self.volumes.iter_mut().flatten();
         let waiting = open.map(|volume| Waiting {
             handle: volume.handle,
             id: volume.record.id,
-            stamp: volume.last_stamp,
+            stamp: volume.stamp_now(),
             rounds: volume.rounds_under_way(),
             round: 0,
         });

@@ -88,7 +88,7 @@ impl<D: Device> Shard<D> {
         for at in 0..count {
             let place = slot + at as usize;
             if !is_made(&self.cache.entries(leaf)[place], at) {
-                self.set_entry(handle, leaf, place, Entry::data(home.add(at)));
+                self.set_entry(handle, leaf, first.add(at), Entry::data(home.add(at)));
             }
         }
         Ok(count)
@@ -112,7 +112,7 @@ impl<D: Device> Shard<D> {
             }
             Cover::Shared { level } => {
                 let node = self.writable_for_restore(ticket, handle, first, level)?;
-                self.set_entry(handle, node, slot_at(first, level), hole);
+                self.set_entry(handle, node, first, hole);
                 Ok(slot_span(level))
             }
             Cover::Leaf => {
@@ -121,7 +121,7 @@ impl<D: Device> Shard<D> {
                 let leaf = self.writable_for_restore(ticket, handle, first, 1)?;
                 for place in slot..slot + count as usize {
                     if !self.cache.entries(leaf)[place].is_hole() {
-                        self.set_entry(handle, leaf, place, hole);
+                        self.set_entry(handle, leaf, first.add((place - slot) as u64), hole);
                     }
                 }
                 Ok(count)

@@ -17,7 +17,6 @@ use crate::request::{
     CloneOrigin, CommandError, DELETED_BLOCKS_MAX, Reply, SnapshotId, SnapshotInfo, VolumeHandle,
 };
 use crate::shard::Shard;
-use crate::volume::NO_REQUEST;
 
 impl<D: Device> Shard<D> {
     /// Takes a snapshot: the new root is a copy of the old one whose links are all read-only.
@@ -91,8 +90,11 @@ impl<D: Device> Shard<D> {
         volume.record.log_tail = Some(volume.log.block_of(sequence));
         volume.record.parent = Parent::Snapshot(derived_from.unwrap_or(sequence));
         volume.record.blocks_allocated = 1 + u64::from(log_block.is_some());
-        if volume.active_head != NO_REQUEST {
-            volume.settling.push_back((volume.last_stamp, sequence));
+        // Before anything is answered that comes after it.
+        volume.freeze_for_visitors();
+        let stamp = volume.stamp_now();
+        if volume.has_requests() {
+            volume.settling.push_back((stamp, sequence));
         }
         let log = self.log_image(handle, sequence);
         self.seal_root(handle, root, Some(log), After::Snapshot { ticket, sequence });
@@ -201,7 +203,7 @@ impl<D: Device> Shard<D> {
     ) -> Tried {
         self.check_label_free(handle, label)?;
         let volume = self.volume(handle);
-        if volume.active_head != NO_REQUEST && !planted::is(Bug::RollbackUnderRequests) {
+        if volume.has_requests() && !planted::is(Bug::RollbackUnderRequests) {
             return Err(CommandError::InUse.into());
         }
         if volume.is_settling(sequence) {
@@ -234,6 +236,9 @@ impl<D: Device> Shard<D> {
         self.needs_for_cut(handle)?;
         let root = self.make_root(height, Some(&origin), source)?;
         self.cut(ticket, handle, root, label, time, Some(sequence));
+        if let Some(shared) = &self.volume(handle).shared {
+            shared.volume.forget_all();
+        }
         let round = self.volume(handle).next_round - 1;
         if let Some(journal) = &mut self.journal
             && !planted::is(Bug::RollbackNotJournaled)

@@ -141,7 +141,7 @@ impl<D: Device> Shard<D> {
             ))
             .into());
         }
-        if volume.active_head != NO_REQUEST {
+        if volume.has_requests() {
             return Err(CommandError::InUse.into());
         }
         if !volume.is_quiet() && !planted::is(Bug::PublishedUncommitted) {
@@ -325,6 +325,10 @@ impl<D: Device> Shard<D> {
             self.reply(ticket, Reply::Done);
             return Ok(());
         }
+        if let Some(shared) = &volume.shared {
+            shared.volume.set_writethrough(cache == CacheMode::Writethrough);
+            shared.volume.freeze();
+        }
         volume.cache = cache;
         if cache == CacheMode::Writethrough {
             self.want_commit(handle);
@@ -407,8 +411,12 @@ impl<D: Device> Shard<D> {
 
     /// Lets what is under way of a volume that is closing end, and makes it durable unless it is latched.
     fn rest(&mut self, handle: VolumeHandle) -> Tried {
+        self.volume_mut(handle).closing = true;
+        if !self.visitors_are_idle(handle) {
+            return Err(NotNow::Wait);
+        }
+        self.note_visitors_writes(handle);
         let volume = self.volume_mut(handle);
-        volume.closing = true;
         let (failed, write_mark) = (volume.latched.is_some(), volume.write_mark);
         if volume.active_head != NO_REQUEST || volume.flight.is_some() || volume.log_loading {
             return Err(NotNow::Wait);
@@ -468,7 +476,7 @@ impl<D: Device> Shard<D> {
 
     pub(super) fn delete(&mut self, ticket: u64, handle: VolumeHandle) -> Tried {
         let volume = self.volume_mut(handle);
-        if volume.active_head != NO_REQUEST {
+        if volume.has_requests() {
             return Err(CommandError::InUse.into());
         }
         volume.closing = true;

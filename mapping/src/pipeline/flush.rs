@@ -10,6 +10,7 @@ impl<D: Device> Shard<D> {
     /// Fixes, on arrival, what a FLUSH must wait for: everything completed before it.
     pub(super) fn note_what_a_flush_covers(&mut self, index: u32) {
         let handle = self.requests[index].volume;
+        self.note_visitors_writes(handle);
         let volume = self.volume(handle);
         let (round, mark) = (volume.newest_change_round(), volume.write_mark);
         let request = &mut self.requests[index];

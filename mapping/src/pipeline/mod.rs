@@ -22,6 +22,7 @@ use bessel_reactor::buffer::{Buffer, Segment};
 use bessel_reactor::device::{Device, DeviceError, SEGMENTS_MAX};
 use bessel_reactor::units::{BLOCK_SIZE, BlockAddr, SECTOR_SIZE, Sector, VolumeBlock};
 
+use crate::message::{Forwarded, Message};
 use crate::nodes::cache::{FrameId, FrameState};
 use crate::planted::{self, Bug};
 use crate::radix::{KnownLeaf, Located};
@@ -51,6 +52,8 @@ pub(crate) enum Work {
 #[derive(Debug)]
 pub(crate) struct Request {
     tag: u64,
+    /// The shard that has it from its guest, and what it is called there, if that is not this one.
+    asker: Option<(usize, u32)>,
     pub(crate) volume: VolumeHandle,
     kind: IoKind,
     first: Sector,
@@ -72,11 +75,15 @@ pub(crate) struct Request {
     pub(crate) commit_round: u64,
     /// And once a flush covers this mark.
     flush_mark: Option<u64>,
+    /// A merge of what lies here waits for the writes in place of visitors up to this stamp.
+    pub(crate) awaits_visitors: Option<(BlockAddr, u64)>,
+    /// It forbids visitors to write in place.
+    pub(crate) bars: bool,
 }
 
 /// A position in a request's guest memory.
 #[derive(Clone, Copy, Default, Debug)]
-struct GuestPlace {
+pub(crate) struct GuestPlace {
     segment: usize,
     offset: usize,
 }
@@ -153,6 +160,20 @@ impl Request {
     fn dispatched(&self) -> bool {
         self.started == self.sectors || self.status != IoStatus::Done
     }
+
+    /// What it asks for, for which shard, if another has it from its guest.
+    pub(crate) fn kind(&self) -> IoKind {
+        self.kind
+    }
+
+    pub(crate) fn status(&self) -> IoStatus {
+        self.status
+    }
+
+    /// Its first and its last block. It has sectors.
+    pub(crate) fn blocks(&self) -> (VolumeBlock, VolumeBlock) {
+        (self.first.block(), self.first.add(self.sectors - 1).block())
+    }
 }
 
 impl<D: Device> Shard<D> {
@@ -162,13 +183,49 @@ impl<D: Device> Shard<D> {
     /// # Errors
     /// [`Busy`] when every context is in use; nothing was taken.
     pub fn submit(&mut self, request: &IoRequest<'_>) -> Result<(), Busy> {
+        if let Some(visit) = request.volume.visit() {
+            return self.submit_visit(visit, request);
+        }
         if self.requests.is_full() {
             return Err(Busy);
         }
-        if let Err(status) = self.check(request) {
-            self.done.push_back(IoCompletion { tag: request.tag, status });
-            return Ok(());
+        match self.check(request) {
+            Ok(()) => self.admit(request, None),
+            Err(status) => self.done.push_back(IoCompletion { tag: request.tag, status }),
         }
+        Ok(())
+    }
+
+    /// Takes the requests that visitors have sent, as far as there is room.
+    pub(crate) fn admit_forwarded(&mut self) -> bool {
+        let mut progress = false;
+        while !self.requests.is_full() {
+            let Some(forwarded) = self.forwarded.pop_front() else { break };
+            progress = true;
+            let Forwarded { from, volume, id, kind, sector, sectors, mut segments } = forwarded;
+            let request =
+                IoRequest { tag: 0, volume, kind, sector, sectors, segments: &segments };
+            let found = self.volumes.get(volume.0 as usize).and_then(Option::as_ref);
+            let same = found.is_some_and(|volume| volume.record.id == id);
+            let checked = if same { self.check(&request) } else { Err(IoStatus::Refused) };
+            match checked {
+                Ok(()) => {
+                    self.admit(&request, Some(from));
+                    segments.clear();
+                    self.spare_segments.push(segments);
+                }
+                Err(status) => {
+                    segments.clear();
+                    let (shard, request) = from;
+                    self.outbox.push_back((shard, Message::Ended { request, status, segments }));
+                }
+            }
+        }
+        progress
+    }
+
+    /// Puts a request that was checked into a slot.
+    fn admit(&mut self, request: &IoRequest<'_>, asker: Option<(usize, u32)>) {
         // What it needs is on its way to the processor's cache while those before it are run.
         let leaf = match request.kind {
             IoKind::Read | IoKind::Write => self.look_ahead(request.volume, request.sector.block()),
@@ -179,6 +236,7 @@ impl<D: Device> Shard<D> {
         let is_flush = request.kind == IoKind::Flush;
         let index = self.requests.insert(Request {
             tag: request.tag,
+            asker,
             volume: request.volume,
             kind: request.kind,
             first: request.sector,
@@ -194,6 +252,8 @@ impl<D: Device> Shard<D> {
             next: NO_REQUEST,
             commit_round: 0,
             flush_mark: None,
+            awaits_visitors: None,
+            bars: false,
         });
         match volume.active_tail {
             NO_REQUEST => volume.active_head = index,
@@ -207,7 +267,6 @@ impl<D: Device> Shard<D> {
             self.note_what_a_flush_covers(index);
         }
         self.runnable.push_back(Work::Request(index));
-        Ok(())
     }
 
     /// Checks what the submitter vouches for only in part: places and lengths come from a guest.
@@ -318,7 +377,21 @@ impl<D: Device> Shard<D> {
 
     fn complete(&mut self, index: u32) {
         let request = self.requests.remove(index);
-        self.done.push_back(IoCompletion { tag: request.tag, status: request.status });
+        match request.asker {
+            None => {
+                self.done.push_back(IoCompletion { tag: request.tag, status: request.status });
+            }
+            Some((shard, asked)) => {
+                self.show_to_visitors(&request);
+                let segments = self.spare_segments.pop().unwrap_or_default();
+                let answer = Message::Ended { request: asked, status: request.status, segments };
+                self.outbox.push_back((shard, answer));
+            }
+        }
+        if request.bars {
+            let shared = self.volume_mut(request.volume).shared.as_mut();
+            shared.expect("only what is shared is barred").bars -= 1;
+        }
         match request.previous {
             NO_REQUEST => self.volume_mut(request.volume).active_head = request.next,
             previous => self.requests[previous].next = request.next,
@@ -328,7 +401,6 @@ impl<D: Device> Shard<D> {
             next => self.requests[next].previous = request.previous,
         }
         self.released = true;
-        let oldest = self.oldest_stamp(request.volume);
         let volume = self.volume_mut(request.volume);
         let counters = &mut volume.counters;
         let bytes = request.sectors * SECTOR_SIZE;
@@ -345,22 +417,34 @@ impl<D: Device> Shard<D> {
             (IoStatus::Done, _) => counters.unmaps += 1,
             _ => counters.errors += 1,
         }
+        if !(volume.settling.is_empty() && volume.unlinked.is_empty()) {
+            self.requests_ended(request.volume);
+        }
+    }
+
+    /// Does what waits until the oldest requests of a volume have ended.
+    pub(crate) fn requests_ended(&mut self, handle: VolumeHandle) {
+        let oldest = self.oldest_stamp(handle);
+        let volume = self.volume_mut(handle);
         while let Some((stamp, _)) = volume.settling.front().copied()
             && oldest.is_none_or(|oldest| oldest > stamp)
         {
             volume.settling.pop_front();
         }
         if !volume.unlinked.is_empty() {
-            self.release_unlinked(request.volume);
+            self.release_unlinked(handle);
         }
     }
 
-    /// Stamp of the volume's oldest request that is not complete.
+    /// Stamp of the volume's oldest request that is not complete, here or on other shards.
     pub(crate) fn oldest_stamp(&self, handle: VolumeHandle) -> Option<u64> {
-        match self.volume(handle).active_head {
+        let volume = self.volume(handle);
+        let here = match volume.active_head {
             NO_REQUEST => None,
             head => Some(self.requests[head].stamp),
-        }
+        };
+        let elsewhere = volume.oldest_visitor().filter(|_| !planted::is(Bug::VisitorsForgotten));
+        here.into_iter().chain(elsewhere).min()
     }
 
     /// Ends a piece and gives back what it held. Returns its request, which may be complete now.
@@ -562,50 +646,10 @@ impl<D: Device> Shard<D> {
     }
 
     /// Collects up to `wanted` bytes of the request's guest memory into `scratch`, from where it
-    /// stands, for an I/O that starts `offset` bytes into a block. Returns how many bytes, always up
-    /// to the end of a block or of what was wanted; `None` when the memory needs a bounce buffer.
+    /// stands: see [`gather`].
     fn gather(&mut self, index: u32, wanted: usize, offset: usize) -> Option<usize> {
-        let segments = &self.segments[index as usize];
-        let place = self.requests[index].place;
-        self.scratch.clear();
-        let mut total = 0;
-        let mut skip = place.offset;
-        for segment in &segments[place.segment..] {
-            if total == wanted || self.scratch.len() == SEGMENTS_MAX {
-                break;
-            }
-            let part = segment.part(skip, (segment.len() - skip).min(wanted - total));
-            skip = 0;
-            if part.is_empty() {
-                continue;
-            }
-            if !part.is_aligned(self.memory_alignment) {
-                return None;
-            }
-            total += part.len();
-            self.scratch.push(part);
-        }
-        if total < wanted {
-            let surplus = (offset + total) % BLOCK_SIZE as usize;
-            if surplus >= total {
-                return None;
-            }
-            self.trim(surplus);
-            total -= surplus;
-        }
-        Some(total)
-    }
-
-    /// Takes `bytes` off the end of what was gathered.
-    fn trim(&mut self, mut bytes: usize) {
-        while bytes > 0 {
-            let last = self.scratch.pop().expect("no more is trimmed than was gathered");
-            if last.len() > bytes {
-                self.scratch.push(last.part(0, last.len() - bytes));
-                return;
-            }
-            bytes -= last.len();
-        }
+        let (segments, place) = (&self.segments[index as usize], self.requests[index].place);
+        gather(segments, place, wanted, offset, self.memory_alignment, &mut self.scratch)
     }
 
     /// Notes that the next `bytes` of the request are being taken care of.
@@ -638,8 +682,60 @@ impl<D: Device> Shard<D> {
     }
 }
 
+/// Collects up to `wanted` bytes of guest memory into `target`, from `place` on, for an I/O that starts
+/// `offset` bytes into a block. Returns how many bytes, always up to the end of a block or of what was
+/// wanted; `None` when the memory needs a bounce buffer.
+pub(crate) fn gather(
+    segments: &[Segment],
+    place: GuestPlace,
+    wanted: usize,
+    offset: usize,
+    alignment: usize,
+    target: &mut Vec<Segment>,
+) -> Option<usize> {
+    target.clear();
+    let mut total = 0;
+    let mut skip = place.offset;
+    for segment in &segments[place.segment..] {
+        if total == wanted || target.len() == SEGMENTS_MAX {
+            break;
+        }
+        let part = segment.part(skip, (segment.len() - skip).min(wanted - total));
+        skip = 0;
+        if part.is_empty() {
+            continue;
+        }
+        if !part.is_aligned(alignment) {
+            return None;
+        }
+        total += part.len();
+        target.push(part);
+    }
+    if total < wanted {
+        let surplus = (offset + total) % BLOCK_SIZE as usize;
+        if surplus >= total {
+            return None;
+        }
+        trim(target, surplus);
+        total -= surplus;
+    }
+    Some(total)
+}
+
+/// Takes `bytes` off the end of what was gathered.
+fn trim(gathered: &mut Vec<Segment>, mut bytes: usize) {
+    while bytes > 0 {
+        let last = gathered.pop().expect("no more is trimmed than was gathered");
+        if last.len() > bytes {
+            gathered.push(last.part(0, last.len() - bytes));
+            return;
+        }
+        bytes -= last.len();
+    }
+}
+
 /// The place `bytes` further on.
-fn advance_place(segments: &[Segment], mut place: GuestPlace, mut bytes: u64) -> GuestPlace {
+pub(crate) fn advance_place(segments: &[Segment], mut place: GuestPlace, mut bytes: u64) -> GuestPlace {
     while bytes > 0 {
         let room = (segments[place.segment].len() - place.offset) as u64;
         if bytes < room {
@@ -653,7 +749,7 @@ fn advance_place(segments: &[Segment], mut place: GuestPlace, mut bytes: u64) ->
 }
 
 /// Calls `each` with the parts of guest memory that make up `bytes` from `place` on.
-fn for_each_part(
+pub(crate) fn for_each_part(
     segments: &[Segment],
     mut place: GuestPlace,
     mut bytes: usize,

@@ -43,7 +43,7 @@ impl<D: Device> Shard<D> {
                 && !self.volume(handle).is_locked(block, 1)
                 && let Path::Writable(leaf) = self.make_writable(handle, block, 1)
             {
-                self.set_entry(handle, leaf, slot_at(block, 1), Entry::sparse());
+                self.set_entry(handle, leaf, block, Entry::sparse());
             }
             // A discard is a hint; part of a block cannot be given back.
             self.consume(index, left.min(BLOCK_SIZE - offset as u64));
@@ -127,7 +127,7 @@ impl<D: Device> Shard<D> {
             Err(step) => return step,
         };
         let hole = self.hole(index);
-        self.set_entry(handle, node, slot_at(block, level), hole);
+        self.set_entry(handle, node, block, hole);
         self.unmapped(index, blocks);
         Step::On
     }
@@ -147,13 +147,13 @@ impl<D: Device> Shard<D> {
         let hole = self.hole(index);
         for at in slot..slot + count as usize {
             if !self.cache.entries(leaf)[at].is_hole() {
-                self.set_entry(handle, leaf, at, hole);
+                self.set_entry(handle, leaf, block.add((at - slot) as u64), hole);
             }
         }
         if count == NODE_ENTRIES as u64
             && let Path::Writable(parent) = self.make_writable(handle, block, 2)
         {
-            self.set_entry(handle, parent, slot_at(block, 2), hole);
+            self.set_entry(handle, parent, block, hole);
             self.drop_leaf(handle, leaf);
         }
         self.unmapped(index, count);

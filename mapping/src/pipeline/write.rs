@@ -210,8 +210,7 @@ impl<D: Device> Shard<D> {
             let handle = self.requests[index].volume;
             if let Path::Writable(leaf) = self.make_writable(handle, target.block, 1) {
                 for at in 0..u64::from(count) {
-                    let slot = slot_at(target.block, 1) + at as usize;
-                    self.set_entry(handle, leaf, slot, Entry::data(home.add(at)));
+                    self.set_entry(handle, leaf, target.block.add(at), Entry::data(home.add(at)));
                 }
             }
         }
@@ -260,6 +259,11 @@ impl<D: Device> Shard<D> {
         if self.overwrites_in_flight(index, target.block) {
             return self.park(index);
         }
+        if let Some(old) = old
+            && !self.visitors_have_left(index, old)
+        {
+            return self.park(index);
+        }
         if self.bounces.available() == 0 {
             return self.park(index);
         }
@@ -276,6 +280,9 @@ impl<D: Device> Shard<D> {
     /// Writes part of a block in place on a device that writes whole blocks only.
     fn merge_in_place(&mut self, index: u32, target: Target, home: BlockAddr) -> Step {
         if self.overwrites_in_flight(index, target.block) || self.bounces.available() == 0 {
+            return self.park(index);
+        }
+        if !self.bar_visitors(index, home) {
             return self.park(index);
         }
         self.start_merge(index, target, MergeTarget::SameHome, Some(home));
@@ -401,7 +408,7 @@ impl<D: Device> Shard<D> {
             {
                 continue;
             }
-            self.set_entry(handle, leaf, slot + at, entry);
+            self.set_entry(handle, leaf, first.add(at as u64), entry);
         }
         let before = u64::from(planted::is(Bug::InstalledInRoundBefore));
         let round = self.volume(handle).next_round - before;

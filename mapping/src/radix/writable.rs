@@ -4,7 +4,7 @@ use bessel_reactor::device::Device;
 use bessel_reactor::units::{BlockAddr, VolumeBlock};
 
 use super::lookup::Missing;
-use super::slot_at;
+use super::{slot_at, slot_span};
 use crate::claims::Taken;
 use crate::format::{Entry, EntryKind};
 use crate::message::{BlockKind, BlockRun};
@@ -50,14 +50,14 @@ impl<D: Device> Shard<D> {
             at -= 1;
             let step = match entry.kind() {
                 EntryKind::Node(_) => match self.cache.find_present(entry.block(), at) {
-                    Some(child) if entry.read_only() => self.copy_node(handle, frame, slot, child),
+                    Some(child) if entry.read_only() => self.copy_node(handle, frame, block, child),
                     Some(child) if self.cache.may_belong_to(child, frame) => Path::Writable(child),
                     _ => {
                         let addr = entry.block();
                         return Path::Absent(Missing { addr, level: at, parent: Some(frame) });
                     }
                 },
-                _ => self.new_node(handle, frame, slot, at, entry.untagged()),
+                _ => self.new_node(handle, frame, block, at, entry.untagged()),
             };
             match step {
                 Path::Writable(child) => {
@@ -83,13 +83,13 @@ impl<D: Device> Shard<D> {
         true
     }
 
-    /// Copies read-only `child` and links the copy, writable, into `slot` of `parent`. All links of
-    /// the copy are read-only: what they lead to is shared (Parallax 3.3.2).
+    /// Copies read-only `child` and links the copy, writable, into `parent`, where that leads to `block`.
+    /// All links of the copy are read-only: what they lead to is shared (Parallax 3.3.2).
     fn copy_node(
         &mut self,
         handle: VolumeHandle,
         parent: FrameId,
-        slot: usize,
+        block: VolumeBlock,
         child: FrameId,
     ) -> Path {
         let level = self.cache.frame(child).level;
@@ -98,7 +98,7 @@ impl<D: Device> Shard<D> {
         self.cache.unpin(child);
         let Path::Writable(copy) = made else { return made };
         self.fill_read_only(copy, child);
-        self.link_fresh(handle, parent, slot, copy);
+        self.link_fresh(handle, parent, block, copy);
         Path::Writable(copy)
     }
 
@@ -120,12 +120,12 @@ impl<D: Device> Shard<D> {
         key.copy_read_only(source, from, target, to);
     }
 
-    /// Makes a node of holes and links it into `slot` of `parent`.
+    /// Makes a node of holes and links it into `parent`, where that leads to `block`.
     fn new_node(
         &mut self,
         handle: VolumeHandle,
         parent: FrameId,
-        slot: usize,
+        block: VolumeBlock,
         level: u8,
         hole: Entry,
     ) -> Path {
@@ -133,7 +133,7 @@ impl<D: Device> Shard<D> {
         let made = self.new_frame(level, Some(parent));
         let Path::Writable(node) = made else { return made };
         self.fill_with(node, hole);
-        self.link_fresh(handle, parent, slot, node);
+        self.link_fresh(handle, parent, block, node);
         made
     }
 
@@ -171,7 +171,13 @@ impl<D: Device> Shard<D> {
         Path::Writable(frame)
     }
 
-    fn link_fresh(&mut self, handle: VolumeHandle, parent: FrameId, slot: usize, child: FrameId) {
+    fn link_fresh(
+        &mut self,
+        handle: VolumeHandle,
+        parent: FrameId,
+        block: VolumeBlock,
+        child: FrameId,
+    ) {
         let (level, addr) = (self.cache.frame(child).level, self.cache.frame(child).addr);
         let volume = self.volume_mut(handle);
         volume.counters.nodes_allocated += 1;
@@ -179,20 +185,31 @@ impl<D: Device> Shard<D> {
         if !planted::is(Bug::FreshNodeNotDirty) {
             self.mark_dirty(handle, child);
         }
-        self.set_entry(handle, parent, slot, Entry::node(level, addr));
+        self.set_entry(handle, parent, block, Entry::node(level, addr));
     }
 
-    /// Changes one entry of a writable node. Data that only this volume reached is unlinked.
+    /// Changes the entry of a writable node that leads to `block`. Data that only this volume reached is
+    /// unlinked.
     pub(crate) fn set_entry(
         &mut self,
         handle: VolumeHandle,
         frame: FrameId,
-        slot: usize,
+        block: VolumeBlock,
         entry: Entry,
     ) {
-        let addr = self.cache.frame(frame).addr;
+        let (addr, level) = (self.cache.frame(frame).addr, self.cache.frame(frame).level);
+        let slot = slot_at(block, level);
         let sealed = self.key.seal(entry, addr, slot);
         let old = std::mem::replace(&mut self.cache.entries_mut(frame)[slot], sealed);
+        // Visitors see it before what was there comes free.
+        if let Some(shared) = &self.volume(handle).shared {
+            if level == 1 {
+                shared.volume.set(block, entry);
+            } else if entry.is_hole() {
+                let span = slot_span(level);
+                shared.volume.forget(VolumeBlock::new(block.get() / span * span), span);
+            }
+        }
         if old.kind() == EntryKind::Data && (!old.read_only() || planted::is(Bug::FreesSharedData))
         {
             self.volume_mut(handle).unlink_block(BlockKind::Data, old.block());

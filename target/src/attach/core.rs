@@ -43,8 +43,10 @@ const ADMITTED_PER_TURN: [u32; 2] = [8, 32];
 /// Bytes after which no more requests are admitted from a queue in a turn: a copy of them takes some
 /// hundred microseconds, for which all other queues wait.
 const BYTES_PER_TURN: u64 = 1 << 20;
-/// Most messages taken in a turn. Data first.
+/// Most messages of the control path taken in a turn. Data first.
 const MESSAGES_PER_TURN: u32 = 4;
+/// Most messages of other shards taken in a turn: guests' requests are among them.
+const REQUESTS_PER_TURN: u32 = 64;
 /// The watch on the inbox; queues have the numbers after it.
 const INBOX_WATCH: WatchId = WatchId(0);
 
@@ -141,8 +143,10 @@ impl Core {
     }
 
     fn take_messages(&mut self, now: Instant) -> bool {
-        let mut taken = 0;
-        for _ in 0..MESSAGES_PER_TURN {
+        let (mut taken, mut of_shards) = (0, 0);
+        while taken - of_shards < u64::from(MESSAGES_PER_TURN)
+            && of_shards < u64::from(REQUESTS_PER_TURN)
+        {
             let Some(message) = self.inbox.pop() else { break };
             taken += 1;
             match message {
@@ -166,7 +170,10 @@ impl Core {
                 }
                 CoreMessage::PutLimits { volume, limiter } => self.limiters.put(volume, *limiter),
                 CoreMessage::Order(order) => self.orders.push(order),
-                CoreMessage::Shard(message) => self.shard.deliver(message),
+                CoreMessage::Shard(message) => {
+                    of_shards += 1;
+                    self.shard.deliver(message);
+                }
                 CoreMessage::Finish => self.finished = true,
             }
         }

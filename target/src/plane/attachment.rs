@@ -49,8 +49,9 @@ impl ControlPlane {
             Reply::Closed { failed, log } => (failed, log),
             reply => unreachable!("closing a volume was answered with {reply:?}"),
         };
-        let served = self.served.remove(&id).expect("it was found above");
+        let mut served = self.served.remove(&id).expect("it was found above");
         self.end_limits(&served);
+        self.end_visits(std::mem::take(&mut served.visitors));
         let well = failed.is_none();
         let reason = match failed {
             Some(why) => format!("an operator detached it after it had failed ({why})"),

@@ -37,6 +37,7 @@ impl ControlPlane {
         let (id, ..) = self.find_served(name)?;
         let served = self.served.get_mut(&id).expect("it was found above");
         served.limited.limits = limits;
+        self.spread_anew(id);
         self.begin_limits(id);
         self.show_volume(name)
     }

@@ -81,14 +81,19 @@ impl ControlPlane {
         self.schedules.hold(id);
         let paused = self.clock.now();
         let taken = host.take_queues();
+        let visitors = std::mem::take(&mut self.served_mut(id).visitors);
+        self.end_visits(visitors);
         let Attempt { now, refused } = self.pass_on(id, (home, handle), target);
         match now {
             Now::At { home: new, handle } => {
+                let limited = self.served[&id].limited.limits.is_some();
+                let visitors = self.begin_visits((new, handle), queues, limited);
+                let ways = self.ways((new, handle), &visitors);
                 self.placement.remove(if new == target { home } else { target }, queues);
                 let served = self.served.get_mut(&id).expect("it is served");
-                (served.home, served.handle) = (new, handle);
+                (served.home, served.handle, served.visitors) = (new, handle, visitors);
                 let port = self.homes[new].port.clone();
-                taken.settle(handle, port.clone());
+                taken.settle(ways);
                 self.schedules.go_on(id, handle, port);
             }
             Now::Nowhere(handed) => {
@@ -215,7 +220,9 @@ impl ControlPlane {
         for home in 0..self.homes.len() {
             for (volume, counters) in self.shard_stats(home).ok()?.volumes {
                 let served = self.served.get(&volume);
-                let movable = served.is_some_and(|served| !served.placed_by_hand);
+                // One that several serve has what others could give it.
+                let movable = served
+                    .is_some_and(|served| !served.placed_by_hand && served.visitors.is_empty());
                 all.push(Counted { volume, home, cost: cost(&counters), movable });
             }
         }

@@ -310,8 +310,10 @@ impl ControlPlane {
         let schedule = schedule.map(Scheduled::new);
         let limited = Limited::new(limits);
         let name = &self.directory.get(id).expect("what is open is in the directory").name;
-        let port = self.homes[home].port.clone();
-        let host = Arc::new(VolumeHost::new(name, handle, port, queues));
+        let name = name.clone();
+        let visitors = self.begin_visits((home, handle), queues, limits.is_some());
+        let ways = self.ways((home, handle), &visitors);
+        let host = Arc::new(VolumeHost::new(&name, ways, queues));
         let place = places::normal(&socket);
         let served = Served {
             handle,
@@ -323,6 +325,7 @@ impl ControlPlane {
             schedule,
             limited,
             host,
+            visitors,
             placed_by_hand: false,
             server: None,
         };

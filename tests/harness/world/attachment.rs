@@ -29,6 +29,7 @@ impl World {
                 && !world.commands.values().any(of_it)
         })?;
         let open = self.volumes[&id];
+        self.end_visits(id);
         let ticket = self.ticket();
         self.commands.insert(ticket, Pending::Close);
         self.shards[open.shard].control(ticket, Command::Close { volume: open.handle });

@@ -33,7 +33,16 @@ pub(super) struct Memory {
 impl Memory {
     /// Guest memory for `length` bytes, in pieces of any size that start anywhere.
     pub(super) fn new(length: usize, random: &mut Random) -> Self {
-        let start = match random.below(3) {
+        Self::made(length, random, 3, &[length, 4096, 512, 1000])
+    }
+
+    /// The same, of whole sectors, as devices like it.
+    pub(super) fn of_sectors(length: usize, random: &mut Random) -> Self {
+        Self::made(length, random, 2, &[length, 4096, 4096, 512])
+    }
+
+    fn made(length: usize, random: &mut Random, starts: u64, pieces: &[usize]) -> Self {
+        let start = match random.below(starts) {
             0 => 0,
             1 => SECTOR_SIZE as usize * random.below(8) as usize,
             _ => random.below(BLOCK_SIZE) as usize,
@@ -42,17 +51,17 @@ impl Memory {
         let mut pool = BufferPool::new(1, (start + length).div_ceil(page) * page);
         let buffer = pool.take();
         let mut memory = Self { pool, buffer, start, length, segments: Vec::new() };
-        memory.segments = memory.split(random);
+        memory.segments = memory.split(random, pieces);
         memory
     }
 
-    fn split(&mut self, random: &mut Random) -> Vec<Segment> {
+    fn split(&mut self, random: &mut Random, pieces: &[usize]) -> Vec<Segment> {
         let buffer = self.buffer.as_ref().expect("taken in `new`");
         let whole = self.pool.lend(buffer).part(self.start, self.length);
         self.pool.returned(buffer);
         let mut segments = Vec::new();
         let mut at = 0;
-        let piece = *random.pick(&[self.length, 4096, 512, 1000]);
+        let piece = *random.pick(pieces);
         while at < self.length {
             let left = self.length - at;
             // At most 32 pieces, as a front-end with a sensible SEG_MAX gives.

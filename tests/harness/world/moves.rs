@@ -86,6 +86,7 @@ impl World {
                 && (frozen || !asked)
         })?;
         let ticket = self.ticket();
+        self.end_visits(id);
         let Some(open) = self.volumes.remove(&id) else {
             // What was under way has taken it away.
             let refused = Reply::Failed(CommandError::InUse);

@@ -20,6 +20,7 @@ use super::collects::Collects;
 use super::diffs::Diffs;
 use super::memory::Memory;
 use super::moves::Moves;
+use super::visits::Visits;
 use super::observer::Progress;
 use super::reclaims::Reclaims;
 use super::{Action, OpenVolume, Outcome, Pending, PowerCut, STEPS_MAX, World, WorldConfig, open};
@@ -130,6 +131,7 @@ impl World {
         self.schedules.clear();
         self.detached.clear();
         self.moves.clear();
+        self.visits.clear();
     }
 
     /// Closes the store in order, and cuts the power afterwards to see that all was durable.
@@ -486,6 +488,7 @@ impl Outage {
             deleting: BTreeMap::new(),
             detached: BTreeMap::new(),
             moves: Moves::new(seed),
+            visits: Visits::new(seed),
             requests: BTreeMap::new(),
             waiting: VecDeque::new(),
             commands: BTreeMap::new(),

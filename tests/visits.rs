@@ -1,0 +1,297 @@
+//! Queues of one volume on several shards: what each rule of it is for (docs/decisions/0019). The seeded work and the
+//! loops over power cuts come by all of it too; here each stands alone, at the instant where it counts.
+//!
+//! Volume 1 is at home on one shard of two. Requests come in *here*, at home, or *there*, on the other one.
+
+use bessel_mapping::format::ExtentType;
+use bessel_mapping::request::{CacheMode, IoKind, IoStatus, VolumeId};
+use bessel_reactor::device::sim::{Fault, Keep, OpKind, Schedule};
+use bessel_reactor::units::ByteCount;
+use bessel_tests::operations::{LEAF, SMALL, block};
+use bessel_tests::world::{Action, Outcome, Ticket, World, WorldConfig};
+
+const ON: &str = "the power is on";
+
+struct Two {
+    world: World,
+    volume: VolumeId,
+    here: usize,
+    there: usize,
+}
+
+impl Two {
+    fn new(seed: u64) -> Self {
+        Self::on(WorldConfig::new(seed))
+    }
+
+    /// A volume whose first blocks are written, flushed, and shown to the other shard.
+    fn on(config: WorldConfig) -> Self {
+        let config =
+            WorldConfig { shards: 2, visits: true, schedule: Schedule::AtOnce, ..config };
+        let mut world = World::new(config);
+        let volume = world.create(SMALL).expect(ON);
+        let here = world.home(volume);
+        let mut two = Self { world, volume, here, there: 1 - here };
+        two.world.visit_everywhere().expect(ON);
+        two.at(two.here);
+        two.write(0, 64);
+        two.flush();
+        two.show();
+        two.world.idle().expect(ON);
+        two
+    }
+
+    /// Requests come in on this shard from now on.
+    fn at(&mut self, shard: usize) {
+        self.world.enter_at(shard);
+    }
+
+    fn io(&mut self, kind: IoKind, sector: u64, sectors: u64) {
+        let status = self.world.io(self.volume, kind, sector, sectors).expect(ON);
+        assert_eq!(status, IoStatus::Done, "{kind:?} {sector}+{sectors}");
+    }
+
+    fn write(&mut self, sector: u64, sectors: u64) {
+        self.io(IoKind::Write, sector, sectors);
+    }
+
+    fn read(&mut self, sector: u64, sectors: u64) {
+        self.io(IoKind::Read, sector, sectors);
+    }
+
+    fn flush(&mut self) {
+        self.io(IoKind::Flush, 0, 0);
+    }
+
+    /// Writes from there until nothing of it needs the home: it may be written in place from there.
+    fn show(&mut self) {
+        self.at(self.there);
+        for _ in 0..100 {
+            let before = self.forwarded();
+            self.write(0, 64);
+            if self.forwarded() == before {
+                return;
+            }
+        }
+        panic!("a hundred writes were sent to the home");
+    }
+
+    fn forwarded(&self) -> u64 {
+        self.world.visiting_requests()[1]
+    }
+
+    fn steps(&mut self, count: usize) {
+        for _ in 0..count {
+            self.world.step();
+        }
+    }
+
+    /// I/O of this kind to data stays in flight.
+    fn hold(&mut self, held: OpKind) {
+        let extents = self.world.extents();
+        self.world.disk.hold(move |op, at| op == held && extents.holds(at, ExtentType::Data));
+    }
+
+    fn end(&mut self, tickets: &[Ticket]) {
+        self.world.disk.release();
+        for ticket in tickets {
+            assert_eq!(self.world.wait(*ticket).expect(ON), Outcome::Io(IoStatus::Done));
+        }
+    }
+
+    /// The power goes, and takes all that is not durable.
+    fn crash(mut self) {
+        self.world.crash(Keep::Nothing);
+        self.world.recover();
+    }
+}
+
+/// Enough seeds that memory suits: the dice also give memory that only the home can serve.
+const SEEDS: std::ops::Range<u64> = 0..12;
+
+#[test]
+fn reads_and_writes_in_place_need_no_home() {
+    let mut two = Two::new(1);
+    let before = two.world.visiting_requests();
+    for _ in 0..50 {
+        two.write(0, 64);
+        two.read(0, 64);
+    }
+    let after = two.world.visiting_requests();
+    assert_eq!(after[0] - before[0], 100);
+    // Of every eight some have memory that needs a bounce buffer.
+    assert!(after[1] - before[1] < 40, "{before:?} {after:?}");
+}
+
+#[test]
+fn what_is_written_after_a_cut_is_not_in_the_snapshot() {
+    for seed in SEEDS {
+        let mut two = Two::new(seed);
+        two.world.snapshot(two.volume).expect(ON);
+        two.write(0, 64);
+        two.write(0, 64);
+        two.world.verify_snapshots().expect(ON);
+        two.at(two.here);
+        two.read(0, 64);
+        two.flush();
+        two.crash();
+    }
+}
+
+#[test]
+fn what_the_home_changes_is_seen_there() {
+    for seed in SEEDS {
+        let mut two = Two::new(seed);
+        // Moved, by a snapshot.
+        two.world.snapshot(two.volume).expect(ON);
+        two.at(two.here);
+        two.write(0, 64);
+        two.at(two.there);
+        two.read(0, 64);
+        // Taken away, block by block, and as a whole leaf.
+        two.show();
+        two.at(two.here);
+        two.io(IoKind::Discard, block(2), block(2));
+        two.at(two.there);
+        two.read(0, 64);
+        two.at(two.here);
+        two.io(IoKind::WriteZeroes, 0, LEAF);
+        two.at(two.there);
+        two.read(0, 64);
+        // Another tree.
+        two.show();
+        let snapshot = two.world.snapshot(two.volume).expect(ON);
+        two.write(0, 64);
+        two.world.settle().expect(ON);
+        two.world.perform(Action::Rollback { snapshot }).expect(ON);
+        two.read(0, 64);
+        two.world.read_everything().expect(ON);
+    }
+}
+
+#[test]
+fn a_block_is_not_used_again_under_a_read_there() {
+    for seed in SEEDS {
+        let mut two = Two::new(seed);
+        two.hold(OpKind::Read);
+        let Some(read) = two.started(IoKind::Read, 0, 64) else { continue };
+        two.at(two.here);
+        two.io(IoKind::Discard, 0, 64);
+        two.flush();
+        // All that is free has been somebody's: the read would bring that.
+        two.write(0, 64);
+        two.write(block(64), 256);
+        two.end(&[read]);
+        two.world.idle().expect(ON);
+        two.world.read_everything().expect(ON);
+    }
+}
+
+#[test]
+fn a_merge_waits_for_a_write_there_that_it_must_not_miss() {
+    for alignment in [512, 4096] {
+        for seed in SEEDS {
+            let config = WorldConfig { offset_alignment: alignment, ..WorldConfig::new(seed) };
+            let mut two = Two::on(config);
+            two.hold(OpKind::Write);
+            let Some(whole) = two.started(IoKind::Write, 0, 8) else { continue };
+            if alignment == 512 {
+                two.world.snapshot(two.volume).expect(ON);
+            }
+            two.at(two.here);
+            let part = two.world.start_io(two.volume, IoKind::Write, 3, 2);
+            two.steps(20);
+            two.end(&[whole, part]);
+            two.read(0, 8);
+            two.flush();
+            two.crash();
+        }
+    }
+}
+
+#[test]
+fn a_flush_makes_what_was_written_there_durable() {
+    for seed in SEEDS {
+        for everywhere in [false, true] {
+            let mut two = Two::new(seed);
+            two.write(0, 64);
+            if !everywhere {
+                two.at(two.here);
+            }
+            two.flush();
+            two.crash();
+        }
+    }
+}
+
+#[test]
+fn a_volume_that_is_closed_keeps_what_was_written_there() {
+    for seed in SEEDS {
+        let mut two = Two::new(seed);
+        two.write(0, 64);
+        two.world.detach(two.volume).expect(ON);
+        two.crash();
+    }
+}
+
+#[test]
+fn a_write_that_meets_the_switch_to_writethrough_is_durable_when_it_ends() {
+    for seed in SEEDS {
+        let mut two = Two::new(seed);
+        two.hold(OpKind::Write);
+        let Some(write) = two.started(IoKind::Write, 0, 64) else { continue };
+        let (volume, cache) = (two.volume, CacheMode::Writethrough);
+        two.world.perform(Action::SetCache { volume, cache }).expect(ON);
+        two.end(&[write]);
+        two.write(64, 8);
+        two.crash();
+    }
+}
+
+/// Nobody knows then what the device has of it: the next flush must say so.
+#[test]
+fn a_flush_that_fails_spoils_what_was_written_there() {
+    for seed in SEEDS {
+        for in_flight in [false, true] {
+            let mut two = Two::on(WorldConfig { may_fail: true, ..WorldConfig::new(seed) });
+            let other = two.world.create(ByteCount::new(1 << 20)).expect(ON);
+            two.world.idle().expect(ON);
+            let mut write = None;
+            if in_flight {
+                two.hold(OpKind::Write);
+                write = two.started(IoKind::Write, 0, 8);
+                if write.is_none() {
+                    continue;
+                }
+            } else {
+                two.write(0, 8);
+            }
+            // Another volume's flush, wherever that is at home, and whoever hears of it first.
+            let fault = Fault { kind: Some(OpKind::Flush), after: 0, lasting: false };
+            two.at(two.world.home(other));
+            if !in_flight {
+                two.world.write(other, 0, 8).expect(ON);
+            }
+            two.world.disk.inject(fault);
+            let _ = two.world.snapshot_or_not(other);
+            two.end(&write.into_iter().collect::<Vec<_>>());
+            two.at(two.here);
+            let status = two.world.flush(two.volume).expect(ON);
+            assert_eq!(status, IoStatus::Failed, "seed {seed}, in flight: {in_flight}");
+        }
+    }
+}
+
+impl Two {
+    /// Begins something there. None when its memory is of the kind that only the home serves.
+    fn started(&mut self, kind: IoKind, sector: u64, sectors: u64) -> Option<Ticket> {
+        let before = self.forwarded();
+        let ticket = self.world.start_io(self.volume, kind, sector, sectors);
+        self.steps(5);
+        if self.forwarded() == before {
+            return Some(ticket);
+        }
+        self.end(&[ticket]);
+        None
+    }
+}
