@@ -169,6 +169,8 @@ impl Soak {
             diffs,
             imports,
             moves,
+            visiting,
+            forwarded,
         } = self.total;
         let (crashes, violations) = (self.total.crashes(), self.failed.len());
         let (seconds, rate) = (self.started.elapsed().as_secs_f64(), self.rate());
@@ -206,6 +208,8 @@ impl Soak {
              | diffs of snapshots compared | {diffs} |\n\
              | imports | {imports} |\n\
              | volumes moved to another shard | {moves} |\n\
+             | requests of volumes that were at home on another shard | {visiting} |\n\
+             | of these: sent to the home | {forwarded} |\n\
              | **violations** | **{violations}** |\n"
         );
         for seed in &self.failed {

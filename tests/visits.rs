@@ -214,6 +214,8 @@ fn a_flush_makes_what_was_written_there_durable() {
     for seed in SEEDS {
         for everywhere in [false, true] {
             let mut two = Two::new(seed);
+            // Nothing else is to be flushed.
+            two.flush();
             two.write(0, 64);
             if !everywhere {
                 two.at(two.here);
@@ -228,6 +230,7 @@ fn a_flush_makes_what_was_written_there_durable() {
 fn a_volume_that_is_closed_keeps_what_was_written_there() {
     for seed in SEEDS {
         let mut two = Two::new(seed);
+        two.flush();
         two.write(0, 64);
         two.world.detach(two.volume).expect(ON);
         two.crash();

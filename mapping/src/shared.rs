@@ -55,6 +55,9 @@ const DATA: u64 = 1;
 const IN_PLACE: u64 = 2;
 const FLAG_BITS: u32 = 2;
 
+/// Words of a copy. A model checker, which tries every order of every one, gets by with two.
+const WORDS: usize = if cfg!(loom) { 2 } else { NODE_ENTRIES };
+
 /// Where a block is, as far as the home shows it.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum Place {
@@ -92,7 +95,7 @@ impl LeafTable {
         let leaves = leaves.max(1).next_power_of_two();
         Self {
             headers: (0..leaves).map(|_| Header::default()).collect(),
-            words: (0..leaves * NODE_ENTRIES).map(|_| AtomicU64::new(0)).collect(),
+            words: (0..leaves * WORDS).map(|_| AtomicU64::new(0)).collect(),
             names: AtomicU64::new(1),
         }
     }
@@ -272,7 +275,7 @@ impl SharedVolume {
         if self.table.headers[place].key.load(Ordering::Relaxed) == key
             && !planted::is(Bug::VisitorsMissChange)
         {
-            let at = place * NODE_ENTRIES + slot_of(block);
+            let at = place * WORDS + slot_of(block);
             self.table.words[at].store(word(entry), Ordering::Release);
         }
     }
@@ -343,7 +346,7 @@ impl SharedVolume {
             return Place::Unknown;
         }
         let copied_at = header.cut.load(Ordering::Relaxed);
-        let word = &self.table.words[place * NODE_ENTRIES + slot_of(block)];
+        let word = &self.table.words[place * WORDS + slot_of(block)];
         let word = word.load(Ordering::Acquire);
         // After the word: who reads one from after a cut sees that cut.
         let cut = self.cut.load(Ordering::Acquire);
@@ -364,9 +367,7 @@ impl SharedVolume {
         let key = self.key.load(Ordering::Relaxed) | leaf_of(block);
         let place = self.table.place(key);
         bessel_reactor::prefetch(&raw const self.table.headers[place]);
-        bessel_reactor::prefetch(
-            &raw const self.table.words[place * NODE_ENTRIES + slot_of(block)],
-        );
+        bessel_reactor::prefetch(&raw const self.table.words[place * WORDS + slot_of(block)]);
     }
 
     /// Notes the end of a write in place of `visitor`, before its guest is told. `doubtful` is asked after
@@ -410,7 +411,7 @@ impl LeafTable {
         fence(Ordering::Release);
         header.key.store(key, Ordering::Relaxed);
         header.cut.store(cut, Ordering::Relaxed);
-        let words = &self.words[place * NODE_ENTRIES..(place + 1) * NODE_ENTRIES];
+        let words = &self.words[place * WORDS..(place + 1) * WORDS];
         for (slot, target) in words.iter().enumerate() {
             target.store(word(slot), Ordering::Relaxed);
         }
@@ -453,5 +454,223 @@ fn word(entry: Entry) -> u64 {
             entry.block().get() << FLAG_BITS | in_place | DATA
         }
         _ => 0,
+    }
+}
+
+#[cfg(test)]
+#[cfg(not(loom))] // What they make is not the model's.
+mod tests {
+    use super::*;
+
+    fn volume(leaves: usize) -> (Arc<LeafTable>, SharedVolume) {
+        let table = Arc::new(LeafTable::new(leaves));
+        let at = (0, VolumeHandle(3));
+        let volume = SharedVolume::new(VolumeId(7), "v", at, (1 << 30, 1), 2, &table);
+        (table, volume)
+    }
+
+    fn leaf(first: u64) -> [Entry; NODE_ENTRIES] {
+        std::array::from_fn(|slot| Entry::data(BlockAddr::new(first + slot as u64)))
+    }
+
+    fn block(leaf: u64, slot: u64) -> VolumeBlock {
+        VolumeBlock::new(leaf * NODE_ENTRIES as u64 + slot)
+    }
+
+    fn at(home: u64, in_place: bool) -> Place {
+        Place::Data { home: BlockAddr::new(home), in_place }
+    }
+
+    #[test]
+    fn a_leaf_that_is_shown_is_found_until_another_takes_its_place() {
+        let (_, volume) = volume(4);
+        assert_eq!(volume.look_up(block(1, 5)), Place::Unknown);
+        for number in 0..4 {
+            volume.show(block(number, 0), Some(&leaf(1000 * (number + 1))), true);
+        }
+        for number in 0..4 {
+            assert_eq!(volume.look_up(block(number, 5)), at(1000 * (number + 1) + 5, true));
+        }
+        volume.show(block(5, 0), None, false);
+        assert_eq!(volume.look_up(block(5, 511)), Place::Hole);
+        let lost = (0..4).filter(|leaf| volume.look_up(block(*leaf, 0)) == Place::Unknown);
+        assert_eq!(lost.count(), 1);
+    }
+
+    #[test]
+    fn a_cut_freezes_what_was_shown_and_not_what_is_shown_after_it() {
+        let (_, volume) = volume(4);
+        volume.show(block(0, 0), Some(&leaf(1000)), true);
+        volume.show(block(1, 0), Some(&leaf(2000)), false);
+        assert!(volume.shows(block(0, 0), true) && !volume.shows(block(1, 0), true));
+        assert_eq!(volume.look_up(block(1, 1)), at(2001, false));
+        volume.freeze();
+        assert_eq!(volume.look_up(block(0, 1)), at(1001, false));
+        // The home gives it a new place; until it shows the leaf again, that is no other's to write to.
+        volume.set(block(0, 1), Entry::data(BlockAddr::new(5000)));
+        assert_eq!(volume.look_up(block(0, 1)), at(5000, false));
+        assert!(volume.shows(block(0, 1), false) && !volume.shows(block(0, 1), true));
+        let mut entries = leaf(1000).map(|entry| entry.to_read_only());
+        entries[1] = Entry::data(BlockAddr::new(5000));
+        volume.show(block(0, 0), Some(&entries), true);
+        assert_eq!(volume.look_up(block(0, 1)), at(5000, true));
+        assert_eq!(volume.look_up(block(0, 2)), at(1002, false));
+    }
+
+    #[test]
+    fn what_is_forgotten_is_not_found_and_nothing_else_goes() {
+        let (table, volume) = volume(8);
+        let other =
+            SharedVolume::new(VolumeId(8), "o", (0, VolumeHandle(4)), (1 << 30, 1), 2, &table);
+        let shown = |volume: &SharedVolume, number| volume.look_up(block(number, 0));
+        for number in 0..4 {
+            volume.show(block(number, 0), Some(&leaf(1000)), true);
+        }
+        volume.forget(block(1, 0), 2 * NODE_ENTRIES as u64);
+        let found = [0, 1, 2, 3].map(|number| shown(&volume, number) != Place::Unknown);
+        assert_eq!(found, [true, false, false, true]);
+        // More leaves than there are places.
+        volume.forget(block(0, 0), 100 * NODE_ENTRIES as u64);
+        assert_eq!([0, 3].map(|number| shown(&volume, number)), [Place::Unknown; 2]);
+        other.show(block(0, 0), Some(&leaf(3000)), true);
+        volume.show(block(0, 0), Some(&leaf(1000)), true);
+        let both = [shown(&volume, 0), shown(&other, 0)];
+        assert!(both == [at(1000, true), at(3000, true)] || both[1] == Place::Unknown, "{both:?}");
+        volume.forget_all();
+        assert_eq!(shown(&volume, 0), Place::Unknown);
+    }
+
+    #[test]
+    fn the_home_sees_the_oldest_of_all_visitors() {
+        let (_, volume) = volume(1);
+        assert_eq!(volume.oldest(), None);
+        volume.enter(0, 5);
+        volume.enter(1, 3);
+        assert_eq!(volume.oldest(), Some(3));
+        volume.leave(1, Some(9));
+        assert_eq!(volume.oldest(), Some(5));
+        volume.leave(0, None);
+        volume.leave(1, None);
+        assert_eq!(volume.oldest(), None);
+    }
+}
+
+#[cfg(all(test, loom))]
+mod models {
+    use super::*;
+    use loom::cell::UnsafeCell;
+    use loom::thread;
+
+    const OLD: BlockAddr = BlockAddr::new(1000);
+    const BLOCK: VolumeBlock = VolumeBlock::new(0);
+
+    fn shown() -> Arc<SharedVolume> {
+        let table = Arc::new(LeafTable::new(1));
+        let at = (0, VolumeHandle(3));
+        let volume = SharedVolume::new(VolumeId(7), "v", at, (1 << 30, 1), 1, &table);
+        volume.show(BLOCK, Some(&[Entry::data(OLD); NODE_ENTRIES]), true);
+        Arc::new(volume)
+    }
+
+    /// The home takes a block out of the mapping, and uses it for something else once it may, while a
+    /// visitor that enters by `enter` reads it.
+    fn reuse(enter: fn(&SharedVolume, u64)) {
+        let volume = shown();
+        let contents = Arc::new(UnsafeCell::new(()));
+        let visitor = {
+            let (volume, contents) = (Arc::clone(&volume), Arc::clone(&contents));
+            thread::spawn(move || {
+                enter(&volume, volume.stamp());
+                if volume.look_up(BLOCK) != Place::Hole {
+                    contents.with(|_| ());
+                }
+                volume.leave(0, None);
+            })
+        };
+        volume.set(BLOCK, Entry::sparse());
+        let stamp = volume.stamp();
+        volume.set_stamp(stamp + 1);
+        if volume.oldest().is_none_or(|oldest| oldest > stamp) {
+            contents.with_mut(|_| ());
+        }
+        visitor.join().expect("it does not panic");
+    }
+
+    #[test]
+    fn a_block_is_used_again_when_no_visitor_can_be_reading_it() {
+        loom::model(|| reuse(|volume, stamp| volume.enter(0, stamp)));
+    }
+
+    #[test]
+    #[should_panic(expected = "Causality violation")]
+    fn without_the_fence_a_visitor_reads_what_is_used_again() {
+        loom::model(|| {
+            reuse(|volume, stamp| volume.seats[0].oldest.store(stamp, Ordering::Release));
+        });
+    }
+
+    /// The home cuts, gives the block a new place and answers; who has seen the answer must not write to
+    /// the old one.
+    #[test]
+    fn who_has_seen_an_answer_from_after_a_cut_writes_nothing_into_the_snapshot() {
+        loom::model(|| {
+            let volume = shown();
+            let answered = Arc::new(AtomicU64::new(0));
+            let home = {
+                let (volume, answered) = (Arc::clone(&volume), Arc::clone(&answered));
+                thread::spawn(move || {
+                    volume.freeze();
+                    answered.store(1, Ordering::Release);
+                    let moved = Entry::data(BlockAddr::new(2000));
+                    volume.set(BLOCK, moved);
+                    volume.show(BLOCK, Some(&[moved; NODE_ENTRIES]), true);
+                })
+            };
+            let told = answered.load(Ordering::Acquire) == 1;
+            let place = volume.look_up(BLOCK);
+            if told {
+                assert_ne!(place, Place::Data { home: OLD, in_place: true });
+            }
+            home.join().expect("it does not panic");
+        });
+    }
+
+    /// The one place there is gets another leaf's copy, and this one's back, while a visitor looks up by
+    /// `look_up`.
+    fn replaced(look_up: fn(&SharedVolume) -> Place) {
+        let volume = shown();
+        let home = {
+            let volume = Arc::clone(&volume);
+            thread::spawn(move || {
+                let other = VolumeBlock::new(NODE_ENTRIES as u64);
+                let elsewhere = Entry::data(BlockAddr::new(7000));
+                volume.show(other, Some(&[elsewhere; NODE_ENTRIES]), true);
+                volume.show(BLOCK, Some(&[Entry::data(OLD); NODE_ENTRIES]), true);
+            })
+        };
+        let place = look_up(&volume);
+        let right = Place::Data { home: OLD, in_place: true };
+        assert!(place == right || place == Place::Unknown, "a visitor reads {place:?}");
+        home.join().expect("it does not panic");
+    }
+
+    #[test]
+    fn a_copy_that_is_replaced_is_not_taken_for_another() {
+        loom::model(|| replaced(|volume| volume.look_up(BLOCK)));
+    }
+
+    #[test]
+    #[should_panic(expected = "a visitor reads")]
+    fn without_the_version_it_is() {
+        loom::model(|| {
+            replaced(|volume| {
+                let header = &volume.table.headers[0];
+                if header.key.load(Ordering::Acquire) != volume.key.load(Ordering::Relaxed) {
+                    return Place::Unknown;
+                }
+                let word = volume.table.words[0].load(Ordering::Acquire);
+                Place::Data { home: BlockAddr::new(word >> FLAG_BITS), in_place: true }
+            });
+        });
     }
 }
