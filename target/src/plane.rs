@@ -743,8 +743,10 @@ impl ControlPlane {
                 let info = self.info(volume.id)?;
                 let latched = info.latched.as_deref();
                 let condition = self.condition_of_open(volume.id, &volume.name, latched);
-                let core = self.homes[served.home].core;
-                Ok(view::volume(&info, served, core, condition))
+                let visitors = served.visitors.iter().map(|visitor| visitor.home);
+                let homes = std::iter::once(served.home).chain(visitors);
+                let cores = homes.map(|home| self.homes[home].core).collect();
+                Ok(view::volume(&info, served, cores, condition))
             }
             None => {
                 let condition = self.condition_of_closed(volume.id, &volume.name);

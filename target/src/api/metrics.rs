@@ -146,6 +146,11 @@ pub(super) fn prometheus(stats: &StatsView) -> String {
         it.node_cache_misses as f64
     });
     by_reactor("bessel_commits_total", "Commit rounds begun.", |it| it.commits as f64);
+    by_reactor(
+        "bessel_forwarded_total",
+        "Guests' requests sent to the home of their volume.",
+        |it| it.forwarded as f64,
+    );
     by_reactor("bessel_metadata_writes_total", "Nodes, log blocks and records written.", |it| {
         it.metadata_writes as f64
     });

@@ -249,6 +249,9 @@ pub(crate) struct VolumeView {
     /// The core that reactor is pinned to.
     #[serde(default)]
     pub(crate) core: usize,
+    /// The cores that its queues are polled on, in turn: the first queue on the first.
+    #[serde(default)]
+    pub(crate) queue_cores: Vec<usize>,
     /// A front-end is connected.
     pub(crate) connected: bool,
     /// Id of the snapshot it was cloned from.
@@ -643,6 +646,8 @@ pub(crate) struct ReactorView {
     pub(crate) asleep_ns: u64,
     /// Messages taken from other reactors and from the control plane. Asking for these figures is one.
     pub(crate) messages: u64,
+    /// Guests' requests sent to the home of their volume: what is not mapped, or cannot be written in place.
+    pub(crate) forwarded: u64,
     /// Nodes found in the cache.
     pub(crate) node_cache_hits: u64,
     /// Nodes loaded from the device.

@@ -385,7 +385,7 @@ fn show(volume: &VolumeView) -> String {
         ("id", volume.id.to_string()),
         ("size", ByteCount::new(volume.size_bytes).human()),
         ("cache", cache_name(volume.cache).to_owned()),
-        ("queues", volume.queues.to_string()),
+        ("queues", queues_text(volume)),
         ("socket", volume.socket.clone()),
         ("reactor", format!("{}, on core {}", volume.reactor, volume.core)),
         ("state", state_name(volume.state).to_owned()),
@@ -419,6 +419,16 @@ fn show(volume: &VolumeView) -> String {
         }
     }
     table.render()
+}
+
+/// How many queues, and where they are polled, if that is not at home alone.
+fn queues_text(volume: &VolumeView) -> String {
+    let VolumeView { queues, queue_cores, .. } = volume;
+    if queue_cores.len() < 2 {
+        return queues.to_string();
+    }
+    let cores: Vec<String> = queue_cores.iter().map(usize::to_string).collect();
+    format!("{queues}, on cores {} in turn", cores.join(", "))
 }
 
 /// How many snapshots: of those that are known, as long as some are not.

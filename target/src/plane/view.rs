@@ -21,7 +21,7 @@ use bessel_reactor::units::{BLOCK_SIZE, ByteCount};
 pub(super) fn volume(
     info: &VolumeInfo,
     served: &Served,
-    core: usize,
+    queue_cores: Vec<usize>,
     condition: Condition,
 ) -> VolumeView {
     let Condition { state, reason, remedy } = condition;
@@ -33,7 +33,8 @@ pub(super) fn volume(
         queues: served.queues,
         socket: served.socket.display().to_string(),
         reactor: served.home,
-        core,
+        core: queue_cores[0],
+        queue_cores,
         connected: served.host.is_connected(),
         origin: info.origin.map(|origin| origin.to_string()),
         created: rfc3339(info.created),
@@ -91,6 +92,7 @@ pub(super) fn closed_volume(volume: &VolumeSummary, condition: Condition) -> Vol
         socket: String::new(),
         reactor: 0,
         core: 0,
+        queue_cores: Vec::new(),
         connected: false,
         origin: volume.origin.map(|origin| origin.to_string()),
         created: rfc3339(volume.created),
@@ -192,6 +194,7 @@ pub(super) fn reactor(
         node_cache_hits: shard.cache.hits,
         node_cache_misses: shard.cache.misses,
         commits: shard.rounds,
+        forwarded: shard.forwarded,
         metadata_writes: shard.metadata_writes,
         device_flushes: shard.flushes,
         device_flush_failures: shard.flush_failures,

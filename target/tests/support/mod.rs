@@ -3,6 +3,7 @@
 #![allow(dead_code, reason = "each test program uses its part")]
 
 pub(crate) mod device;
+pub(crate) mod load;
 
 use serde_json::Value;
 use std::io::{BufRead, BufReader, Read, Write};
