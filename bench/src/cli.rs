@@ -94,6 +94,9 @@ struct LoadArguments {
     /// Queues to use
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=64))]
     queues: u16,
+    /// The first of them: some servers poll each queue on another core
+    #[arg(long, default_value_t = 0, value_parser = clap::value_parser!(u16).range(0..=63))]
+    first_queue: u16,
     /// Share of reads in a mixed load
     #[arg(long, default_value_t = 70, value_parser = clap::value_parser!(u8).range(0..=100))]
     read_percent: u8,
@@ -355,6 +358,7 @@ impl LoadArguments {
             rate: self.rate,
             warmup: Duration::from_secs_f64(self.warmup),
             queues: self.queues,
+            first_queue: self.first_queue,
             read_percent: self.read_percent,
             flush_every: self.flush_every,
             event_index: !self.no_event_index,

@@ -36,6 +36,8 @@ const CONFIG_BYTES: usize = 60;
 pub(crate) struct Wanted {
     /// Number of queues to start.
     pub(crate) queues: u16,
+    /// Number of the first of them.
+    pub(crate) first_queue: u16,
     /// Use the event index when it is offered.
     pub(crate) event_index: bool,
     /// Use indirect descriptors; the server must offer them.
@@ -60,6 +62,7 @@ pub(crate) struct Frontend {
     channel: Channel,
     features: u64,
     disk: Disk,
+    first_queue: u32,
     queues_started: u32,
 }
 
@@ -89,7 +92,8 @@ impl Frontend {
             flush: has(features, VIRTIO_BLK_F_FLUSH),
             event_index: has(features, VIRTIO_RING_F_EVENT_IDX),
         };
-        Ok(Self { channel, features, disk, queues_started: 0 })
+        let first_queue = wanted.first_queue.into();
+        Ok(Self { channel, features, disk, first_queue, queues_started: 0 })
     }
 
     /// The disk behind the session.
@@ -115,7 +119,8 @@ impl Frontend {
         table.extend(payload_u64(&region));
         self.channel.tell(Request::SetMemTable, &table, &[memory.file()])?;
         for (index, queue) in queues.iter().enumerate() {
-            self.start_queue(index as u32, queue)?;
+            self.start_queue(self.first_queue + index as u32, queue)?;
+            self.queues_started = index as u32 + 1;
         }
         Ok(())
     }
@@ -132,7 +137,6 @@ impl Frontend {
         let which = payload_u64(&[u64::from(index)]);
         channel.tell(Request::SetVringCall, &which, &[queue.call().as_fd()])?;
         channel.tell(Request::SetVringKick, &which, &[queue.kick().as_fd()])?;
-        self.queues_started = index + 1;
         if has(self.features, F_PROTOCOL_FEATURES) {
             channel.tell(Request::SetVringEnable, &payload_u32(&[index, 1]), &[])?;
         }
@@ -141,7 +145,8 @@ impl Frontend {
 
     /// Stops every queue that was started; the server has then let go of guest memory.
     pub(crate) fn stop(&mut self) -> Result<(), String> {
-        for index in 0..std::mem::take(&mut self.queues_started) {
+        let started = std::mem::take(&mut self.queues_started);
+        for index in self.first_queue..self.first_queue + started {
             self.channel.ask(Request::GetVringBase, &payload_u32(&[index, 0]))?;
         }
         Ok(())
@@ -194,7 +199,7 @@ fn choose_features(offered: u64, wanted: Wanted) -> Result<u64, String> {
     let required = [
         (true, VIRTIO_F_VERSION_1, "VERSION_1"),
         (true, F_PROTOCOL_FEATURES, "PROTOCOL_FEATURES, which carries the size of the disk"),
-        (wanted.queues > 1, VIRTIO_BLK_F_MQ, "MQ; use --queues 1"),
+        (wanted.first_queue + wanted.queues > 1, VIRTIO_BLK_F_MQ, "MQ; use --queues 1"),
         (wanted.indirect, VIRTIO_RING_F_INDIRECT_DESC, "INDIRECT_DESC; leave out --indirect"),
     ];
     for (needed, bit, name) in required {
@@ -218,8 +223,9 @@ fn agree_on_protocol(channel: &mut Channel, wanted: Wanted) -> Result<(), String
     channel.acknowledged = has(features, PROTOCOL_REPLY_ACK);
     if has(features, PROTOCOL_MQ) {
         let queues_max = channel.ask_u64(Request::GetQueueNum)?;
-        if u64::from(wanted.queues) > queues_max {
-            return Err(format!("the server has {queues_max} queues, not {}", wanted.queues));
+        let needed = wanted.first_queue + wanted.queues;
+        if u64::from(needed) > queues_max {
+            return Err(format!("the server has {queues_max} queues, not {needed}"));
         }
     }
     Ok(())
@@ -249,7 +255,7 @@ fn capacity_bytes(config: &[u8]) -> Result<u64, String> {
 mod tests {
     use super::*;
 
-    const ONE: Wanted = Wanted { queues: 1, event_index: true, indirect: false };
+    const ONE: Wanted = Wanted { queues: 1, first_queue: 0, event_index: true, indirect: false };
 
     #[test]
     fn features_are_never_more_than_offered() {

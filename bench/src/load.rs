@@ -57,6 +57,8 @@ pub(crate) struct Options {
     /// Requests in flight on each queue.
     pub(crate) depth: u16,
     pub(crate) queues: u16,
+    /// The number of the first of them.
+    pub(crate) first_queue: u16,
     /// Measure for this long, unless `requests` are done before.
     pub(crate) duration: Option<Duration>,
     /// Stop after this many requests.
@@ -98,6 +100,7 @@ impl Default for Options {
             block_bytes: 4096,
             depth: 32,
             queues: 1,
+            first_queue: 0,
             duration: None,
             requests: None,
             rate: None,
@@ -132,6 +135,7 @@ pub(crate) fn run_with(
 ) -> Result<Report, String> {
     let wanted = Wanted {
         queues: options.queues,
+        first_queue: options.first_queue,
         event_index: options.event_index,
         indirect: options.indirect,
     };
