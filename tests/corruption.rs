@@ -246,7 +246,12 @@ impl Served {
     fn start(disk: &SimDisk) -> Result<Self, OpenError> {
         disk.set_schedule(Schedule::AtOnce);
         let store = store::open(&mut disk.connect(), OpenMode::ReadWrite { time: NOW })?;
-        let config = ShardConfig { index: 0, node_cache: ByteCount::new(1 << 20), requests_max: 8, shared_leaves: 0 };
+        let config = ShardConfig {
+            index: 0,
+            node_cache: ByteCount::new(1 << 20),
+            requests_max: 8,
+            shared_leaves: 0,
+        };
         let shard = Shard::new(&config, disk.connect(), &store);
         let (open, refused) = (BTreeMap::new(), BTreeMap::new());
         let disk = disk.clone();

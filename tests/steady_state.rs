@@ -68,8 +68,12 @@ struct Bench {
 
 impl Bench {
     fn new(cache: CacheMode, capacity: ByteCount) -> Self {
-        let config =
-            ShardConfig { index: 0, node_cache: ByteCount::new(4 << 20), requests_max: 64, shared_leaves: 0 };
+        let config = ShardConfig {
+            index: 0,
+            node_cache: ByteCount::new(4 << 20),
+            requests_max: 64,
+            shared_leaves: 0,
+        };
         let mut device = MemoryDevice::new(capacity, config.device_depth() as u32 + 64);
         let options = FormatOptions {
             extent_size: Some(ByteCount::new(4 << 20)),

@@ -4,7 +4,7 @@
 //! Volume 1 is at home on one shard of two. Requests come in *here*, at home, or *there*, on the other one.
 
 use bessel_mapping::format::ExtentType;
-use bessel_mapping::request::{CacheMode, IoKind, IoStatus, VolumeId};
+use bessel_mapping::request::{CacheMode, CommandError, IoKind, IoStatus, Reply, VolumeId};
 use bessel_reactor::device::sim::{Fault, Keep, OpKind, Schedule};
 use bessel_reactor::units::ByteCount;
 use bessel_tests::operations::{LEAF, SMALL, block};
@@ -26,17 +26,23 @@ impl Two {
 
     /// A volume whose first blocks are written, flushed, and shown to the other shard.
     fn on(config: WorldConfig) -> Self {
-        let config =
-            WorldConfig { shards: 2, visits: true, schedule: Schedule::AtOnce, ..config };
+        let mut two = Self::unshared(config);
+        two.world.visit_everywhere().expect(ON);
+        two.show();
+        two.world.idle().expect(ON);
+        two
+    }
+
+    /// The same, served at home alone.
+    fn unshared(config: WorldConfig) -> Self {
+        let config = WorldConfig { shards: 2, visits: true, schedule: Schedule::AtOnce, ..config };
         let mut world = World::new(config);
         let volume = world.create(SMALL).expect(ON);
         let here = world.home(volume);
         let mut two = Self { world, volume, here, there: 1 - here };
-        two.world.visit_everywhere().expect(ON);
         two.at(two.here);
         two.write(0, 64);
         two.flush();
-        two.show();
         two.world.idle().expect(ON);
         two
     }
@@ -209,6 +215,76 @@ fn a_merge_waits_for_a_write_there_that_it_must_not_miss() {
     }
 }
 
+/// The merge reads and writes its block as a whole, on a device that knows no less; what is written there
+/// meanwhile would be undone.
+#[test]
+fn a_merge_that_is_under_way_when_a_volume_is_shared_is_left_alone() {
+    let mut met = 0;
+    for seed in SEEDS {
+        let config = WorldConfig { offset_alignment: 4096, ..WorldConfig::new(seed) };
+        let mut two = Two::unshared(config);
+        two.hold(OpKind::Write);
+        let part = two.world.start_io(two.volume, IoKind::Write, 3, 2);
+        two.steps(5);
+        let merged = two.world.disk.flying()[0].block;
+        two.world.disk.hold(move |op, at| op == OpKind::Write && at == merged);
+        two.world.start_visit(two.volume, two.there);
+        two.steps(20);
+        // Another block of the leaf, so that it is shown.
+        two.at(two.there);
+        for _ in 0..10 {
+            two.write(block(4), 8);
+        }
+        let whole = two.world.start_io(two.volume, IoKind::Write, 0, 8);
+        two.steps(20);
+        met += u32::from(!two.world.has_ended(whole));
+        two.end(&[part, whole]);
+        two.read(0, 8);
+    }
+    assert!(met > 0, "none had to wait");
+}
+
+#[test]
+fn a_shard_visits_a_volume_once() {
+    for seed in SEEDS {
+        let mut two = Two::new(seed);
+        two.hold(OpKind::Read);
+        let Some(read) = two.started(IoKind::Read, 0, 64) else { continue };
+        two.world.visit_again(two.volume, two.there);
+        two.steps(30);
+        let write = two.world.start_io(two.volume, IoKind::Write, 0, 8);
+        two.steps(20);
+        two.at(two.here);
+        two.io(IoKind::Discard, 0, 64);
+        two.flush();
+        two.write(0, 64);
+        two.end(&[read, write]);
+        two.world.idle().expect(ON);
+        two.world.read_everything().expect(ON);
+    }
+}
+
+/// What a visitor has in flight at the cut may still land in the snapshot.
+#[test]
+fn a_snapshot_settles_when_what_was_in_flight_there_has_landed() {
+    for seed in SEEDS {
+        let mut two = Two::new(seed);
+        two.hold(OpKind::Write);
+        let Some(write) = two.started(IoKind::Write, 0, 64) else { continue };
+        let snapshot = two.world.snapshot(two.volume).expect(ON);
+        assert!(two.world.snapshots(two.volume).expect(ON)[0].settling, "seed {seed}");
+        let refused = two.world.ask(Action::Rollback { snapshot }).expect(ON);
+        assert_eq!(refused, Reply::Failed(CommandError::InUse));
+        two.end(&[write]);
+        // Nobody asks for anything any more, and it settles all the same.
+        two.world.idle().expect(ON);
+        assert!(!two.world.snapshots(two.volume).expect(ON)[0].settling, "seed {seed}");
+        let clone = two.world.clone_of(snapshot, "clone").expect(ON).expect("it has settled");
+        two.world.read(clone, 0, 64).expect(ON);
+        two.world.verify_snapshots().expect(ON);
+    }
+}
+
 #[test]
 fn a_flush_makes_what_was_written_there_durable() {
     for seed in SEEDS {
@@ -244,8 +320,11 @@ fn a_write_that_meets_the_switch_to_writethrough_is_durable_when_it_ends() {
         two.hold(OpKind::Write);
         let Some(write) = two.started(IoKind::Write, 0, 64) else { continue };
         let (volume, cache) = (two.volume, CacheMode::Writethrough);
-        two.world.perform(Action::SetCache { volume, cache }).expect(ON);
+        let switch = two.world.start(Action::SetCache { volume, cache });
+        two.steps(20);
         two.end(&[write]);
+        let switched = two.world.wait(switch).expect(ON);
+        assert_eq!(switched, Outcome::Reply(Reply::Done));
         two.write(64, 8);
         two.crash();
     }

@@ -720,6 +720,7 @@ impl<D: Device> Shard<D> {
         assert!(volume.sealed.is_empty() && volume.committing.is_empty());
         assert!(volume.oldest_visitor().is_none(), "a volume is closed under visitors' requests");
         self.shared.retain(|shared| *shared != handle);
+        self.watched.retain(|watched| *watched != handle);
         self.first_round = self.first_round.max(volume.next_round);
         self.cache.unpin(volume.root);
         self.dirty_nodes -= volume.dirty.len();

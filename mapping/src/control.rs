@@ -156,6 +156,9 @@ impl<D: Device> Shard<D> {
 
     fn try_command(&mut self, ticket: u64, command: &mut Command) -> Tried {
         if let Some(volume) = command.volume() {
+            if command.changes_the_device() && self.volume_if_open(volume).is_some() {
+                self.note_visitors_writes(volume); // It may have to be latched.
+            }
             let volume = self.volume_if_open(volume).ok_or_else(|| {
                 CommandError::Limit("the volume is not open here any more".to_owned())
             })?;
@@ -285,7 +288,8 @@ impl<D: Device> Shard<D> {
     fn shutdown(&mut self, ticket: u64) -> Tried {
         let open: Vec<VolumeHandle> = self.open_volumes().collect();
         let logs_at_rest = self.log_loads.stop();
-        let no_requests = self.requests.is_empty() && self.visits.are_idle();
+        let no_requests =
+            self.requests.is_empty() && self.visits.are_idle() && self.forwarded.is_empty();
         let mut quiet = logs_at_rest && no_requests && !self.claims.is_claiming();
         for handle in open {
             let volume = self.volume(handle);

@@ -233,6 +233,8 @@ pub struct Shard<D: Device> {
     /// What other shards see of the volumes that are shared.
     pub(crate) shared_leaves: Option<Arc<LeafTable>>,
     pub(crate) shared: Vec<VolumeHandle>,
+    /// Those of them of which something waits for visitors.
+    pub(crate) watched: Vec<VolumeHandle>,
     /// Since when something has been waiting for requests of visitors.
     pub(crate) visitors_awaited_since: Option<Instant>,
     /// Requests that visitors have sent and that have no slot yet.
@@ -322,6 +324,7 @@ impl<D: Device> Shard<D> {
             shared_leaves: (config.shared_leaves > 0)
                 .then(|| Arc::new(LeafTable::new(config.shared_leaves))),
             shared: Vec::new(),
+            watched: Vec::new(),
             visitors_awaited_since: None,
             forwarded: VecDeque::with_capacity(VISITS_MAX),
             spare_segments: Vec::with_capacity(config.requests_max),
@@ -356,9 +359,12 @@ impl<D: Device> Shard<D> {
     /// One turn. True when anything was done, or is left to do without waiting for the device.
     pub fn poll(&mut self, now: Instant) -> bool {
         self.now = now;
-        let mut progress = self.take_completions();
-        if !self.shared.is_empty() {
+        let mut progress = self.leave_visits();
+        progress |= self.take_completions();
+        if !self.watched.is_empty() {
             self.look_at_visitors();
+        }
+        if !self.forwarded.is_empty() {
             progress |= self.admit_forwarded();
         }
         progress |= self.run_visits();
@@ -674,9 +680,13 @@ impl<D: Device> Shard<D> {
     pub(crate) fn rounds_free_blocks(&mut self) -> bool {
         let mut found = false;
         for index in 0..self.volumes.len() {
-            if self.volumes[index].as_ref().is_some_and(Volume::frees_with_a_round) {
+            let Some(volume) = &self.volumes[index] else { continue };
+            if volume.frees_with_a_round() {
                 found = true;
                 self.want_commit(VolumeHandle(index as u32));
+            } else if volume.shared.is_some() {
+                let here = self.oldest_here(VolumeHandle(index as u32));
+                found |= self.volume(VolumeHandle(index as u32)).frees_with_visitors(here);
             }
         }
         found

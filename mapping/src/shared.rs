@@ -54,6 +54,8 @@ const DATA: u64 = 1;
 /// It may be written in place, as far as the leaf's copy goes.
 const IN_PLACE: u64 = 2;
 const FLAG_BITS: u32 = 2;
+/// The home is to be asked.
+const UNKNOWN: u64 = IN_PLACE;
 
 /// Words of a copy. A model checker, which tries every order of every one, gets by with two.
 const WORDS: usize = if cfg!(loom) { 2 } else { NODE_ENTRIES };
@@ -326,7 +328,7 @@ impl SharedVolume {
     /// Shows that shard `visitor`, which had nothing in flight, has something from `stamp` on. Before it
     /// looks up.
     pub(crate) fn enter(&self, visitor: usize, stamp: u64) {
-        self.seats[visitor].oldest.store(stamp, Ordering::SeqCst);
+        self.seats[visitor].oldest.store(stamp, Ordering::Relaxed);
         fence(Ordering::SeqCst);
     }
 
@@ -355,7 +357,7 @@ impl SharedVolume {
             return Place::Unknown;
         }
         if word & DATA == 0 {
-            return Place::Hole;
+            return if word == 0 { Place::Hole } else { Place::Unknown };
         }
         let in_place = word & IN_PLACE != 0 && copied_at == cut;
         Place::Data { home: BlockAddr::new(word >> FLAG_BITS), in_place }
@@ -453,7 +455,9 @@ fn word(entry: Entry) -> u64 {
             let in_place = if entry.read_only() { 0 } else { IN_PLACE };
             entry.block().get() << FLAG_BITS | in_place | DATA
         }
-        _ => 0,
+        EntryKind::Sparse | EntryKind::Zeroed => 0,
+        // Nothing that a leaf has today.
+        _ => UNKNOWN,
     }
 }
 

@@ -19,6 +19,14 @@ impl<T> Slab<T> {
         self.free.is_empty()
     }
 
+    pub(crate) fn capacity(&self) -> usize {
+        self.slots.len()
+    }
+
+    pub(crate) fn available(&self) -> usize {
+        self.free.len()
+    }
+
     pub(crate) fn is_empty(&self) -> bool {
         self.free.len() == self.slots.len()
     }

@@ -33,6 +33,8 @@ pub(crate) struct Visits {
     /// Guest memory of each request, by its slot.
     segments: Vec<Vec<Segment>>,
     runnable: VecDeque<u32>,
+    /// Visits and stamps of requests that have ended in this turn.
+    ended: Vec<(u32, u64)>,
     /// Parts of the request that is being looked up.
     parts: Vec<Part>,
     /// Device operations that may still be begun.
@@ -83,6 +85,7 @@ impl Visits {
             requests: Slab::new(requests_max),
             segments: (0..requests_max).map(|_| segments()).collect(),
             runnable: VecDeque::with_capacity(requests_max),
+            ended: Vec::with_capacity(requests_max),
             parts: Vec::with_capacity(SEGMENTS_EXPECTED),
             pieces_left: requests_max * PIECES_OF_A_VISIT,
         }
@@ -90,7 +93,7 @@ impl Visits {
 
     /// True while nothing is in hand.
     pub(crate) fn are_idle(&self) -> bool {
-        self.requests.is_empty()
+        self.requests.is_empty() && self.ended.is_empty()
     }
 
     fn visit(&mut self, index: u32) -> &mut Visit {
@@ -118,13 +121,11 @@ impl Visit {
     fn leave(&mut self, shard: usize, stamp: u64) {
         let at = self.in_flight.partition_point(|(other, _)| *other < stamp);
         self.in_flight[at].1 -= 1;
-        let mut oldest_ended = false;
-        while self.in_flight.front().is_some_and(|(_, count)| *count == 0) {
-            self.in_flight.pop_front();
-            oldest_ended = true;
-        }
-        if oldest_ended {
-            self.volume.leave(shard, self.in_flight.front().map(|(stamp, _)| *stamp));
+        if self.in_flight[at].1 == 0 {
+            self.in_flight.remove(at);
+            if at == 0 {
+                self.volume.leave(shard, self.in_flight.front().map(|(stamp, _)| *stamp));
+            }
         }
     }
 }
@@ -138,6 +139,10 @@ impl<D: Device> Shard<D> {
             return Err(CommandError::Limit(what.to_owned()).into());
         }
         let open = &mut self.visits.open;
+        if open.iter().flatten().any(|visit| Arc::ptr_eq(&visit.volume, volume)) {
+            let what = "the volume is visited from here already";
+            return Err(CommandError::Limit(what.to_owned()).into());
+        }
         let index = open.iter().position(Option::is_none).unwrap_or_else(|| {
             open.push(None);
             open.len() - 1
@@ -195,6 +200,17 @@ impl<D: Device> Shard<D> {
         segments.extend_from_slice(request.segments);
         self.visits.runnable.push_back(slot);
         Ok(())
+    }
+
+    /// Shows that the requests of the last turn have ended: who waits for them waits until their guests have
+    /// been answered, which is done between turns. True when there were any.
+    pub(crate) fn leave_visits(&mut self) -> bool {
+        let some = !self.visits.ended.is_empty();
+        while let Some((visit, stamp)) = self.visits.ended.pop() {
+            self.visits.visit(visit).leave(self.index, stamp);
+            self.visit_request_gone(visit);
+        }
+        some
     }
 
     /// Starts what has come. True when something had.
@@ -353,23 +369,23 @@ impl<D: Device> Shard<D> {
         if failed {
             volume.failed(shard);
         }
-        let has_to_last = kind == IoKind::Write && !failed && volume.is_writethrough();
-        self.visits.visit(visit).leave(shard, stamp);
-        if has_to_last {
+        if kind == IoKind::Write && !failed && volume.is_writethrough() {
             // It was looked up before its guest chose writethrough.
             self.visits.requests[slot].kind = IoKind::Flush;
+            self.visits.visit(visit).leave(shard, stamp);
             return self.forward(slot);
         }
-        self.end_visit_request(slot, if failed { IoStatus::Failed } else { IoStatus::Done });
+        self.visits.ended.push((visit, stamp));
+        let request = self.visits.requests.remove(slot);
+        let status = if failed { IoStatus::Failed } else { IoStatus::Done };
+        self.done.push_back(IoCompletion { tag: request.tag, status });
     }
 
-    fn end_visit_request(&mut self, slot: u32, status: IoStatus) {
-        let request = self.visits.requests.remove(slot);
-        let visit = self.visits.visit(request.visit);
+    /// One request less belongs to a visit, which a command may wait for.
+    fn visit_request_gone(&mut self, visit: u32) {
+        let visit = self.visits.visit(visit);
         visit.requests -= 1;
-        // A command may wait for that.
         self.commands_ready |= visit.requests == 0 && !self.commands.is_empty();
-        self.done.push_back(IoCompletion { tag: request.tag, status });
     }
 
     /// Sends a request to its volume's home.
@@ -397,7 +413,9 @@ impl<D: Device> Shard<D> {
     /// The home has done a request that was sent there.
     pub(crate) fn forwarded_ended(&mut self, slot: u32, status: IoStatus, segments: Vec<Segment>) {
         self.visits.segments[slot as usize] = segments;
-        self.end_visit_request(slot, status);
+        let request = self.visits.requests.remove(slot);
+        self.visit_request_gone(request.visit);
+        self.done.push_back(IoCompletion { tag: request.tag, status });
     }
 }
 

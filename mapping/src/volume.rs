@@ -77,6 +77,10 @@ pub(crate) struct Shared {
     pub(crate) awaited: Option<u64>,
     /// The stamp that is shown was given to something: the next is to be shown.
     pub(crate) stamp_used: bool,
+    /// It is in the shard's list of volumes whose visitors are to be looked at.
+    pub(crate) watched: bool,
+    /// The volume became writethrough: visitors' requests up to this stamp may not know it.
+    pub(crate) switching: Option<u64>,
     /// What visitors had written when it was asked last.
     pub(crate) written: Written,
 }
@@ -200,7 +204,10 @@ impl Volume {
         }
     }
 
-    /// A stamp that no request shows which comes from now on, and every one that is there, or an older one.
+    /// A stamp that no request shows which comes from now on, and every one that is there, or an older one. If
+    /// others serve queues of the volume it is to be watched from here on ([`Shard::watch_visitors`]).
+    ///
+    /// [`Shard::watch_visitors`]: crate::shard::Shard::watch_visitors
     pub(crate) fn stamp_now(&mut self) -> u64 {
         if let Some(shared) = &mut self.shared {
             shared.stamp_used = true;
@@ -231,6 +238,27 @@ impl Volume {
             all.errors += elsewhere.errors;
         }
         all
+    }
+
+    /// Something waits for requests to end that were there before it.
+    pub(crate) fn awaits_requests(&self) -> bool {
+        !(self.settling.is_empty() && self.unlinked.is_empty())
+    }
+
+    /// Something waits for nothing else.
+    pub(crate) fn awaits_only_requests(&self) -> bool {
+        let unlinked = self.unlinked.front();
+        !self.settling.is_empty() || unlinked.is_some_and(|it| it.round <= self.durable_round)
+    }
+
+    /// True when blocks come free with requests of visitors, which wait for nothing but the device.
+    /// `oldest_here` is the stamp of the oldest request at home.
+    pub(crate) fn frees_with_visitors(&self, oldest_here: Option<u64>) -> bool {
+        self.shared.is_some()
+            && self.unlinked.front().is_some_and(|unlinked| {
+                unlinked.round <= self.durable_round
+                    && oldest_here.is_none_or(|oldest| oldest > unlinked.stamp)
+            })
     }
 
     /// Whether visitors may write in place at all.

@@ -20,7 +20,7 @@
 use crate::api::{ApiServer, RefusalKind};
 use crate::attach::{Core, CoreCounters, CoreMessage, CorePort, CoreSeat};
 use crate::cli::{Outcome, output};
-use crate::config::{Config, ConfigError, Medium, Poll, Spread, QUEUES_DEFAULT};
+use crate::config::{Config, ConfigError, Medium, Poll, QUEUES_DEFAULT, Spread};
 use crate::control::Control;
 use crate::journals::Journals;
 use crate::plane::{ControlPlane, Home, Service, StoreFacts, Upkeep};

@@ -77,7 +77,10 @@ fn what_is_mapped_is_read_and_written_without_a_word_to_the_home() {
     load.settle();
     let taken = messages(&world) - before - of_figures;
     // The figures are asked for by messages, some of them in between.
-    assert!(taken <= 4 * of_figures, "{taken} messages for 4000 requests, {of_figures} for figures");
+    assert!(
+        taken <= 4 * of_figures,
+        "{taken} messages for 4000 requests, {of_figures} for figures"
+    );
     assert_eq!(forwarded(&world), sent);
     load.verify(|| world.log());
     let stats = world.json("stats");
@@ -91,7 +94,9 @@ fn what_is_mapped_is_read_and_written_without_a_word_to_the_home() {
 /// Snapshots without end, and everything else that changes what others were shown.
 #[test]
 fn what_an_operator_does_meets_requests_on_both_reactors() {
-    let Some(cores) = cores("what_an_operator_does_meets_requests_on_both_reactors") else { return };
+    let Some(cores) = cores("what_an_operator_does_meets_requests_on_both_reactors") else {
+        return;
+    };
     let mut world = roomy("spread-operator");
     world.serve(&configuration(cores, ""));
     let names = ["vm1", "vm2"];

@@ -311,6 +311,8 @@ pub struct World {
     /// Volumes that were detached, with the shard that had them.
     detached: BTreeMap<VolumeId, usize>,
     moves: moves::Moves,
+    /// Shards that had something to do when they were polled last, or have got something since.
+    awake: Vec<bool>,
     visits: visits::Visits,
     requests: BTreeMap<Ticket, Request>,
     /// Requests that a full shard has refused for now.
@@ -377,6 +379,7 @@ impl World {
             schedules: BTreeMap::new(),
             detached: BTreeMap::new(),
             moves: moves::Moves::new(config.seed),
+            awake: Vec::new(),
             visits: visits::Visits::new(config.seed),
             requests: BTreeMap::new(),
             waiting: VecDeque::new(),
@@ -408,6 +411,7 @@ impl World {
         self.life_strikes = self.disk.strikes();
         let shard = |(index, device)| Shard::new(&config(index), device, &self.store);
         self.shards = devices.into_iter().enumerate().map(shard).collect();
+        self.awake = vec![true; shards];
         self.life = self.random.next_u64().to_le_bytes().repeat(2).try_into().expect("16 bytes");
         let identity = self.identity(self.life);
         for shard in &mut self.shards {
@@ -430,7 +434,11 @@ impl World {
             if self.disk.stopped() {
                 return false;
             }
-            progress |= self.shards[index].poll(self.now);
+            if self.config.visits && self.may_sleep(index) {
+                continue;
+            }
+            self.awake[index] = self.shards[index].poll(self.now);
+            progress |= self.awake[index];
             progress |= self.collect(index);
         }
         progress |= self.deliver_mail();
@@ -441,6 +449,13 @@ impl World {
         self.now = self.now.after(Duration::from_nanos(self.random.below(20_000)));
         self.tell_observer();
         progress
+    }
+
+    /// A shard sleeps when it had nothing to do, until it gets something, the disk has, or its time comes: who
+    /// relies on being polled in any case is found out.
+    fn may_sleep(&self, index: usize) -> bool {
+        let due = self.shards[index].deadline().is_some_and(|deadline| deadline <= self.now);
+        !self.awake[index] && !due && self.disk.in_flight() == 0
     }
 
     fn collect(&mut self, index: usize) -> bool {
@@ -469,6 +484,7 @@ impl World {
                 && let Some(message) = queue.pop_front()
             {
                 self.shards[*to].deliver(message);
+                self.awake[*to] = true;
                 progress = true;
             }
             progress |= !queue.is_empty();
@@ -547,6 +563,12 @@ impl World {
         }
     }
 
+    /// Gives a shard a command.
+    fn control(&mut self, shard: usize, ticket: Ticket, command: Command) {
+        self.awake[shard] = true;
+        self.shards[shard].control(ticket, command);
+    }
+
     fn ticket(&mut self) -> Ticket {
         self.tickets += 1;
         self.tickets
@@ -606,6 +628,7 @@ impl World {
             sectors: request.sectors,
             segments,
         });
+        self.awake[shard] = true;
         match result {
             Ok(()) => true,
             Err(Busy) => false,
@@ -756,7 +779,7 @@ impl World {
         self.commands.insert(ticket, Pending::Create { plan: plan.clone(), shard, published });
         let command =
             if published { Command::Create(plan) } else { Command::CreateUnpublished(plan) };
-        self.shards[shard].control(ticket, command);
+        self.control(shard, ticket, command);
         ticket
     }
 
@@ -825,7 +848,7 @@ impl World {
         }
         self.tell(format_args!("{ticket}: {action:?}"));
         self.commands.insert(ticket, Pending::Act { action, time: time_ns });
-        self.shards[shard].control(ticket, command);
+        self.control(shard, ticket, command);
         ticket
     }
 
@@ -840,7 +863,7 @@ impl World {
         }
         if let Reply::Failed(error) = &reply {
             // What is visited may have moved or gone meanwhile.
-            if !matches!(pending, Pending::Show | Pending::Share { .. }) {
+            if !matches!(pending, Pending::Show | Pending::Share { .. } | Pending::Visit { .. }) {
                 self.failed(&pending, error);
             }
             if let Pending::HandOver { volume, .. } = pending {
@@ -1069,7 +1092,7 @@ impl World {
         let ticket = self.ticket();
         let OpenVolume { shard, handle, .. } = self.volumes[&id];
         self.commands.insert(ticket, Pending::Show);
-        self.shards[shard].control(ticket, command(handle));
+        self.control(shard, ticket, command(handle));
         ticket
     }
 

@@ -51,6 +51,9 @@ impl<D: Device> Shard<D> {
             round: 0,
         });
         let waiting = waiting.collect();
+        for at in 0..self.shared.len() {
+            self.watch_visitors(self.shared[at]);
+        }
         let jobs = self.authority.as_ref().map_or(0, Authority::jobs_under_way);
         self.barriers.push(Barrier {
             ticket,

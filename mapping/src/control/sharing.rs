@@ -13,10 +13,17 @@ use crate::radix::Located;
 use crate::request::{CacheMode, CommandError, IoKind, IoStatus, Reply, VolumeHandle};
 use crate::shard::Shard;
 use crate::shared::{SharedVolume, Written};
-use crate::volume::{Shared, Volume};
+use crate::volume::Shared;
 
 impl<D: Device> Shard<D> {
     pub(super) fn share(&mut self, ticket: u64, handle: VolumeHandle, shards: usize) -> Tried {
+        // Merges in place that are under way keep visitors from writing, as those that come later will.
+        let of_volume = |request: u32| self.requests[request].volume == handle;
+        let mut merging: Vec<u32> =
+            self.pieces.iter().filter_map(|it| it.merges_in_place()).collect();
+        merging.retain(|request| of_volume(*request));
+        merging.sort_unstable();
+        merging.dedup();
         let Some(table) = &self.shared_leaves else {
             let what = "this shard was made to share nothing".to_owned();
             return Err(CommandError::Limit(what).into());
@@ -39,12 +46,17 @@ impl<D: Device> Shard<D> {
                 let shared = Arc::new(shared);
                 volume.shared = Some(Box::new(Shared {
                     volume: Arc::clone(&shared),
-                    bars: 0,
+                    bars: merging.len() as u32,
                     awaited: None,
                     stamp_used: false,
+                    switching: None,
+                    watched: false,
                     written: Written::default(),
                 }));
                 self.shared.push(handle);
+                for request in merging {
+                    self.requests[request].bars = true;
+                }
                 shared
             }
         };
@@ -80,35 +92,49 @@ impl<D: Device> Shard<D> {
         }
     }
 
+    /// From now on looks at the visitors of a volume in each turn, for as long as something waits for them.
+    pub(crate) fn watch_visitors(&mut self, handle: VolumeHandle) {
+        if let Some(shared) = &mut self.volume_mut(handle).shared
+            && !shared.watched
+        {
+            shared.watched = true;
+            self.watched.push(handle);
+        }
+    }
+
     /// Does what waits for requests of visitors that have ended, and shows the next stamp where one has been
-    /// used. Once a turn, where something is shared at all.
+    /// used. Once a turn, where something waits.
     pub(crate) fn look_at_visitors(&mut self) {
         let mut awaited = false;
-        for at in 0..self.shared.len() {
-            let handle = self.shared[at];
-            let barriers = !self.barriers.is_empty();
-            let volume = self.volume_mut(handle);
+        let barriers = !self.barriers.is_empty();
+        let mut watched = std::mem::take(&mut self.watched);
+        watched.retain(|handle| {
+            let Some(volume) = self.volume_if_open(*handle) else { return false };
             let last_stamp = volume.last_stamp;
-            let awaits = volume.awaits_requests();
-            let shared = volume.shared.as_mut().expect("it is in the list of what is shared");
+            let Some(shared) = &mut volume.shared else { return false };
             if std::mem::take(&mut shared.stamp_used) {
                 shared.volume.set_stamp(last_stamp + 1);
             }
-            if !awaits && !barriers && shared.awaited.is_none() {
-                continue;
-            }
             let oldest = shared.volume.oldest();
-            if let Some(stamp) = shared.awaited
-                && oldest.is_none_or(|oldest| oldest > stamp)
-            {
+            let passed = |stamp| oldest.is_none_or(|oldest| oldest > stamp);
+            let mut released = false;
+            if shared.awaited.is_some_and(passed) {
                 shared.awaited = None; // Who waits for more says so again.
-                self.released = true;
+                released = true;
             }
-            if awaits {
-                self.requests_ended(handle);
+            self.released |= released;
+            if self.volume(*handle).awaits_requests() {
+                self.requests_ended(*handle);
             }
-            awaited |= oldest.is_some();
-        }
+            let volume = self.volume_mut(*handle);
+            let waits = volume.awaits_requests() || barriers;
+            let shared = volume.shared.as_mut().expect("just seen");
+            shared.watched = waits || shared.awaited.is_some();
+            awaited |= shared.watched && oldest.is_some();
+            shared.watched
+        });
+        // What was done has watched none anew: each of these was marked as watched until it was looked at.
+        self.watched.append(&mut watched);
         self.visitors_awaited_since = match awaited {
             true => self.visitors_awaited_since.or(Some(self.now)),
             false => None,
@@ -122,6 +148,7 @@ impl<D: Device> Shard<D> {
         let passed = volume.oldest_visitor().is_none_or(|oldest| oldest > stamp);
         if !passed && let Some(shared) = &mut volume.shared {
             shared.awaited = Some(shared.awaited.map_or(stamp, |other| other.min(stamp)));
+            self.watch_visitors(handle);
         }
         passed
     }
@@ -156,6 +183,7 @@ impl<D: Device> Shard<D> {
             Some((of, stamp)) if of == block => stamp,
             _ => {
                 let stamp = self.volume_mut(handle).stamp_now();
+                self.watch_visitors(handle);
                 self.requests[index].awaits_visitors = Some((block, stamp));
                 stamp
             }
@@ -177,13 +205,5 @@ impl<D: Device> Shard<D> {
             let why = "the device failed to flush while another reactor was writing";
             self.latch(handle, why);
         }
-    }
-}
-
-impl Volume {
-    /// Something waits for requests, here or elsewhere, that were there before it.
-    fn awaits_requests(&self) -> bool {
-        let unlinked = self.unlinked.front();
-        !self.settling.is_empty() || unlinked.is_some_and(|it| it.round <= self.durable_round)
     }
 }

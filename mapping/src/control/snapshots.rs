@@ -96,6 +96,7 @@ impl<D: Device> Shard<D> {
         if volume.has_requests() {
             volume.settling.push_back((stamp, sequence));
         }
+        self.watch_visitors(handle);
         let log = self.log_image(handle, sequence);
         self.seal_root(handle, root, Some(log), After::Snapshot { ticket, sequence });
     }

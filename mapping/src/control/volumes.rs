@@ -325,11 +325,24 @@ impl<D: Device> Shard<D> {
             self.reply(ticket, Reply::Done);
             return Ok(());
         }
-        if let Some(shared) = &volume.shared {
-            shared.volume.set_writethrough(cache == CacheMode::Writethrough);
-            shared.volume.freeze();
-        }
+        let switches = volume.cache != cache;
         volume.cache = cache;
+        if switches && volume.shared.is_some() {
+            let through = cache == CacheMode::Writethrough;
+            let stamp = volume.stamp_now();
+            let shared = volume.shared.as_mut().expect("just looked");
+            shared.volume.set_writethrough(through);
+            shared.volume.freeze();
+            shared.switching = through.then_some(stamp);
+            self.watch_visitors(handle);
+        }
+        // What a visitor answers from then on is durable.
+        let switching = self.volume(handle).shared.as_ref().and_then(|shared| shared.switching);
+        if let Some(stamp) = switching
+            && !self.visitors_have_passed(handle, stamp)
+        {
+            return Err(NotNow::Wait);
+        }
         if cache == CacheMode::Writethrough {
             self.want_commit(handle);
         }

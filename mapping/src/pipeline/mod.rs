@@ -34,6 +34,8 @@ use crate::volume::NO_REQUEST;
 pub(crate) const IO_BYTES_MAX: u64 = 1 << 20;
 /// Bytes in a bounce buffer: what one unaligned piece carries.
 pub(crate) const BOUNCE_BYTES: usize = 64 << 10;
+/// Requests of visitors that are begun in a turn.
+const FORWARDED_PER_TURN: usize = 64;
 /// Steps of one request in a turn, so that a discard of terabytes lets others in between.
 const STEPS_PER_TURN: u32 = 32;
 
@@ -148,6 +150,17 @@ enum Step {
     Failed(IoStatus),
 }
 
+impl Piece {
+    /// Its request, if it merges a block into the place that it has.
+    pub(crate) fn merges_in_place(&self) -> Option<u32> {
+        let in_place = matches!(
+            self.kind,
+            PieceKind::Rewrite | PieceKind::MergeRead { target: MergeTarget::SameHome }
+        );
+        in_place.then_some(self.request)
+    }
+}
+
 impl Request {
     fn left_bytes(&self) -> u64 {
         (self.sectors - self.started) * SECTOR_SIZE
@@ -199,12 +212,16 @@ impl<D: Device> Shard<D> {
     /// Takes the requests that visitors have sent, as far as there is room.
     pub(crate) fn admit_forwarded(&mut self) -> bool {
         let mut progress = false;
-        while !self.requests.is_full() {
+        // The queues that are served here must find room, too.
+        let kept = self.requests.capacity() / 4;
+        for _ in 0..FORWARDED_PER_TURN {
+            if self.requests.available() <= kept {
+                break;
+            }
             let Some(forwarded) = self.forwarded.pop_front() else { break };
             progress = true;
             let Forwarded { from, volume, id, kind, sector, sectors, mut segments } = forwarded;
-            let request =
-                IoRequest { tag: 0, volume, kind, sector, sectors, segments: &segments };
+            let request = IoRequest { tag: 0, volume, kind, sector, sectors, segments: &segments };
             let found = self.volumes.get(volume.0 as usize).and_then(Option::as_ref);
             let same = found.is_some_and(|volume| volume.record.id == id);
             let checked = if same { self.check(&request) } else { Err(IoStatus::Refused) };
@@ -417,7 +434,7 @@ impl<D: Device> Shard<D> {
             (IoStatus::Done, _) => counters.unmaps += 1,
             _ => counters.errors += 1,
         }
-        if !(volume.settling.is_empty() && volume.unlinked.is_empty()) {
+        if volume.awaits_only_requests() {
             self.requests_ended(request.volume);
         }
     }
@@ -425,25 +442,33 @@ impl<D: Device> Shard<D> {
     /// Does what waits until the oldest requests of a volume have ended.
     pub(crate) fn requests_ended(&mut self, handle: VolumeHandle) {
         let oldest = self.oldest_stamp(handle);
+        let passed = |stamp| oldest.is_none_or(|oldest| oldest > stamp);
+        if self.volume(handle).settling.front().is_some_and(|(stamp, _)| passed(*stamp)) {
+            // What has ended meanwhile may be in doubt.
+            self.note_visitors_writes(handle);
+        }
         let volume = self.volume_mut(handle);
-        while let Some((stamp, _)) = volume.settling.front().copied()
-            && oldest.is_none_or(|oldest| oldest > stamp)
-        {
+        while volume.settling.front().is_some_and(|(stamp, _)| passed(*stamp)) {
             volume.settling.pop_front();
         }
         if !volume.unlinked.is_empty() {
-            self.release_unlinked(handle);
+            self.release_unlinked_before(handle, oldest);
         }
     }
 
-    /// Stamp of the volume's oldest request that is not complete, here or on other shards.
-    pub(crate) fn oldest_stamp(&self, handle: VolumeHandle) -> Option<u64> {
-        let volume = self.volume(handle);
-        let here = match volume.active_head {
+    /// Stamp of the volume's oldest request that is not complete, of those that are here.
+    pub(crate) fn oldest_here(&self, handle: VolumeHandle) -> Option<u64> {
+        match self.volume(handle).active_head {
             NO_REQUEST => None,
             head => Some(self.requests[head].stamp),
-        };
-        let elsewhere = volume.oldest_visitor().filter(|_| !planted::is(Bug::VisitorsForgotten));
+        }
+    }
+
+    /// The same, here or on other shards.
+    pub(crate) fn oldest_stamp(&self, handle: VolumeHandle) -> Option<u64> {
+        let here = self.oldest_here(handle);
+        let elsewhere =
+            self.volume(handle).oldest_visitor().filter(|_| !planted::is(Bug::VisitorsForgotten));
         here.into_iter().chain(elsewhere).min()
     }
 
@@ -735,7 +760,11 @@ fn trim(gathered: &mut Vec<Segment>, mut bytes: usize) {
 }
 
 /// The place `bytes` further on.
-pub(crate) fn advance_place(segments: &[Segment], mut place: GuestPlace, mut bytes: u64) -> GuestPlace {
+pub(crate) fn advance_place(
+    segments: &[Segment],
+    mut place: GuestPlace,
+    mut bytes: u64,
+) -> GuestPlace {
     while bytes > 0 {
         let room = (segments[place.segment].len() - place.offset) as u64;
         if bytes < room {

@@ -213,6 +213,7 @@ impl<D: Device> Shard<D> {
         if old.kind() == EntryKind::Data && (!old.read_only() || planted::is(Bug::FreesSharedData))
         {
             self.volume_mut(handle).unlink_block(BlockKind::Data, old.block());
+            self.watch_visitors(handle);
         }
         self.mark_dirty(handle, frame);
     }
@@ -243,6 +244,7 @@ impl<D: Device> Shard<D> {
             return self.note_double_use(addr);
         }
         self.volume_mut(handle).unlink_block(BlockKind::Metadata, addr);
+        self.watch_visitors(handle);
     }
 
     /// Puts blocks back that were used, and that nothing refers to any more.
@@ -257,6 +259,11 @@ impl<D: Device> Shard<D> {
     /// Hands unlinked blocks back to the claims, as far as nobody can still use them.
     pub(crate) fn release_unlinked(&mut self, handle: VolumeHandle) {
         let oldest = self.oldest_stamp(handle);
+        self.release_unlinked_before(handle, oldest);
+    }
+
+    /// The same, when the stamp of the volume's oldest request is known.
+    pub(crate) fn release_unlinked_before(&mut self, handle: VolumeHandle, oldest: Option<u64>) {
         while let Some(unlinked) = self.volume_mut(handle).release(oldest) {
             match unlinked.kind {
                 BlockKind::Data => self.give_back(BlockKind::Data, unlinked.run),

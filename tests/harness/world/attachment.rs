@@ -32,7 +32,7 @@ impl World {
         self.end_visits(id);
         let ticket = self.ticket();
         self.commands.insert(ticket, Pending::Close);
-        self.shards[open.shard].control(ticket, Command::Close { volume: open.handle });
+        self.control(open.shard, ticket, Command::Close { volume: open.handle });
         let Reply::Closed { failed, .. } = self.reply(ticket)? else {
             panic!("volume {id} could not be detached");
         };
@@ -50,7 +50,7 @@ impl World {
     ) -> Result<Result<(), CommandError>, PowerCut> {
         let ticket = self.ticket();
         self.commands.insert(ticket, Pending::OfDevice);
-        self.shards[shard].control(ticket, command);
+        self.control(shard, ticket, command);
         match self.reply(ticket)? {
             Reply::Done => Ok(Ok(())),
             Reply::Failed(error) => Ok(Err(error)),
@@ -107,7 +107,7 @@ impl World {
         let ticket = self.ticket();
         let size = entry.record.size;
         self.commands.insert(ticket, Pending::Open { volume: id, shard, size });
-        self.shards[shard].control(ticket, Command::Open(Box::new(entry)));
+        self.control(shard, ticket, Command::Open(Box::new(entry)));
         if let Reply::Failed(error) = self.reply(ticket)? {
             return Ok(Err(error));
         }

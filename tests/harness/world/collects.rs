@@ -213,7 +213,7 @@ impl World {
             let ticket = self.ticket();
             asked.insert(ticket);
             self.commands.insert(ticket, Pending::Collect);
-            self.shards[shard].control(ticket, command.clone());
+            self.control(shard, ticket, command.clone());
         }
         self.now_collecting(Now::Asked { asked, replies: Vec::new() });
     }
@@ -242,7 +242,7 @@ impl World {
                 let ticket = self.ticket();
                 asked.insert(ticket);
                 self.commands.insert(ticket, Pending::Collect);
-                self.shards[shard].control(ticket, command);
+                self.control(shard, ticket, command);
             }
         }
         let (shown, snapshots) = (Vec::new(), Vec::new());

@@ -96,7 +96,7 @@ impl World {
         self.tell(format_args!("{ticket}: {id} goes from shard {} to {target}", open.shard));
         self.moves.under_way.insert(id, open);
         self.commands.insert(ticket, Pending::HandOver { volume: id, target });
-        self.shards[open.shard].control(ticket, Command::HandOver { volume: open.handle });
+        self.control(open.shard, ticket, Command::HandOver { volume: open.handle });
         Ok(ticket)
     }
 
@@ -116,7 +116,7 @@ impl World {
     fn take_over(&mut self, id: VolumeId, target: usize, handed: Box<HandedOver>, first: bool) {
         let ticket = self.ticket();
         self.commands.insert(ticket, Pending::TakeOver { volume: id, target, first });
-        self.shards[target].control(ticket, Command::TakeOver(handed));
+        self.control(target, ticket, Command::TakeOver(handed));
     }
 
     pub(super) fn taken_over(&mut self, id: VolumeId, shard: usize, handle: VolumeHandle) {

@@ -233,7 +233,7 @@ impl World {
             let ticket = self.ticket();
             asked.insert(ticket, id);
             self.commands.insert(ticket, Pending::Reclaim);
-            self.shards[shard].control(ticket, Command::Show { volume: handle });
+            self.control(shard, ticket, Command::Show { volume: handle });
         }
         self.reclaims.now = Now::Look { asked, shown: BTreeMap::new() };
     }
@@ -265,7 +265,7 @@ impl World {
         self.commands.insert(ticket, Pending::Reclaim);
         let limit = 1 + self.reclaims.dice.below(30) as usize;
         let command = Command::Page { volume: handle, from, limit, with_deleted: true };
-        self.shards[shard].control(ticket, command);
+        self.control(shard, ticket, command);
     }
 
     fn plan_reclaim(&mut self) {
@@ -332,7 +332,7 @@ impl World {
             let ticket = self.ticket();
             asked.insert(ticket);
             self.commands.insert(ticket, Pending::Reclaim);
-            self.shards[shard].control(ticket, command);
+            self.control(shard, ticket, command);
         }
         self.reclaims.now = Now::Work { job, asked, replies: Vec::new() };
     }

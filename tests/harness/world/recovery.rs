@@ -20,9 +20,9 @@ use super::collects::Collects;
 use super::diffs::Diffs;
 use super::memory::Memory;
 use super::moves::Moves;
-use super::visits::Visits;
 use super::observer::Progress;
 use super::reclaims::Reclaims;
+use super::visits::Visits;
 use super::{Action, OpenVolume, Outcome, Pending, PowerCut, STEPS_MAX, World, WorldConfig, open};
 use crate::model::Model;
 
@@ -147,7 +147,7 @@ impl World {
         for shard in (0..self.shards.len()).rev() {
             let ticket = self.ticket();
             self.commands.insert(ticket, Pending::Shutdown);
-            self.shards[shard].control(ticket, Command::Shutdown);
+            self.control(shard, ticket, Command::Shutdown);
             self.wait(ticket)?;
             self.run_until(|world| world.mail.values().all(VecDeque::is_empty))?;
         }
@@ -257,7 +257,7 @@ impl World {
             let shard = volume.0 as usize % self.shards.len();
             let size = entry.record.size;
             self.commands.insert(ticket, Pending::Open { volume, shard, size });
-            self.shards[shard].control(ticket, Command::Open(Box::new(entry)));
+            self.control(shard, ticket, Command::Open(Box::new(entry)));
         }
         self.settle().expect("the power is back");
         if !self.restore(outstanding) {
@@ -285,7 +285,7 @@ impl World {
             let ticket = self.ticket();
             self.tell(format_args!("{ticket}: {} changes of {id} again", changes.len()));
             self.commands.insert(ticket, Pending::Restore);
-            self.shards[shard].control(ticket, Command::Restore { volume, changes });
+            self.control(shard, ticket, Command::Restore { volume, changes });
             if self.random.chance(1, 8) {
                 for _ in 0..self.random.below(60) {
                     self.step();
@@ -488,6 +488,7 @@ impl Outage {
             deleting: BTreeMap::new(),
             detached: BTreeMap::new(),
             moves: Moves::new(seed),
+            awake: Vec::new(),
             visits: Visits::new(seed),
             requests: BTreeMap::new(),
             waiting: VecDeque::new(),

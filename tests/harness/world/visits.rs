@@ -71,14 +71,18 @@ impl World {
 
     /// Has a shard serve queues of a volume, unless it is its home or does so already.
     pub fn start_visit(&mut self, id: VolumeId, shard: usize) {
-        let OpenVolume { shard: home, handle, .. } = self.volumes[&id];
-        if home == shard || self.visit_of(id, shard).is_some() {
-            return;
+        if self.home(id) != shard && self.visit_of(id, shard).is_none() {
+            self.visit_again(id, shard);
         }
+    }
+
+    /// The same, also when it does so already.
+    pub fn visit_again(&mut self, id: VolumeId, shard: usize) {
+        let OpenVolume { shard: home, handle, .. } = self.volumes[&id];
         let ticket = self.ticket();
         self.commands.insert(ticket, Pending::Share { volume: id, visitor: shard });
         let shards = self.shards.len();
-        self.shards[home].control(ticket, Command::Share { volume: handle, shards });
+        self.control(home, ticket, Command::Share { volume: handle, shards });
     }
 
     /// What a volume is called on a shard that visits it as it is now.
@@ -94,10 +98,15 @@ impl World {
         let Some(open) = self.volumes.get(&id).copied() else { return };
         let ticket = self.ticket();
         self.commands.insert(ticket, Pending::Visit { volume: id, shard: visitor, open });
-        self.shards[visitor].control(ticket, Command::Visit(volume.clone()));
+        self.control(visitor, ticket, Command::Visit(volume.clone()));
     }
 
-    pub(super) fn visited(&mut self, key: (VolumeId, usize), open: OpenVolume, visit: VolumeHandle) {
+    pub(super) fn visited(
+        &mut self,
+        key: (VolumeId, usize),
+        open: OpenVolume,
+        visit: VolumeHandle,
+    ) {
         if let Some((before, _)) = self.visits.open.insert(key, (visit, open)) {
             self.end_visit(key.1, before);
         }
@@ -106,7 +115,7 @@ impl World {
     fn end_visit(&mut self, shard: usize, visit: VolumeHandle) {
         let ticket = self.ticket();
         self.commands.insert(ticket, Pending::OfDevice);
-        self.shards[shard].control(ticket, Command::EndVisit { visit });
+        self.control(shard, ticket, Command::EndVisit { visit });
     }
 
     /// Forgets the visits of a volume that nobody has a request of in flight: it is about to be closed here.
