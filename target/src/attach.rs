@@ -7,7 +7,8 @@
 //! other cores ─────blocks────────────────────────┘
 //! ```
 //!
-//! `core.rs` is the hot path: what one reactor polls. Everything else is control path and reaches a
+//! `core.rs` is the hot path: what one reactor polls, which volume's turn it is (`shares.rs`) and how much
+//! of it its limits allow (`limiter.rs`). Everything else is control path and reaches a
 //! core by messages only.
 
 mod core;
@@ -17,6 +18,7 @@ mod limiter;
 mod memory;
 mod orders;
 mod port;
+mod shares;
 
 pub(crate) use self::core::{Core, CoreSeat};
 pub(crate) use counters::CoreCounters;

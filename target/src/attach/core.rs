@@ -1,6 +1,6 @@
 //! What one reactor polls: its shard of the store and the queues of the guests it serves.
 //!
-//! Hot path. A turn takes few messages, admits requests from every queue in turn, lets the shard
+//! Hot path. A turn takes few messages, admits requests of every volume in turn, lets the shard
 //! work, answers what has finished, and shows each guest its answers once. Nothing here allocates,
 //! locks or logs but what a control message brings with it.
 //!
@@ -16,6 +16,7 @@ use super::limiter::{Limiter, Limiters, Removed, Throttled};
 use super::memory::RegisteredMemory;
 use super::orders::Orders;
 use super::port::{Answer, CoreMessage, QueueSlot, Start};
+use super::shares::{Admitted, Allowance, Shares};
 use crate::limits::Limits;
 use bessel_mapping::journal::Journal;
 use bessel_mapping::message::Message;
@@ -34,15 +35,6 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::mpsc::SyncSender;
 
-/// Most requests admitted from one queue in a turn, of few that wait and of many: a quarter of them in
-/// between. Enough to batch submissions, few enough that a deep queue does not make its neighbours wait;
-/// and that the guest is busy with the first answers while the last requests are served. On a null
-/// device and at depth 32, 8 a turn came to 4.4 to 4.6 million reads a second, 16 to 3.8 and 32 to 3.6;
-/// at depth 128, 32 came to 5.8 and 8 to 5.3 (two runs each, in turns).
-const ADMITTED_PER_TURN: [u32; 2] = [8, 32];
-/// Bytes after which no more requests are admitted from a queue in a turn: a copy of them takes some
-/// hundred microseconds, for which all other queues wait.
-const BYTES_PER_TURN: u64 = 1 << 20;
 /// Most messages of the control path taken in a turn. Data first.
 const MESSAGES_PER_TURN: u32 = 4;
 /// Most messages of other shards taken in a turn: guests' requests are among them.
@@ -99,8 +91,7 @@ pub(crate) struct Core {
     outgoing: VecDeque<(usize, Message)>,
     /// By slot.
     queues: Vec<Option<Attached>>,
-    /// The slot whose turn it is to be first.
-    first: usize,
+    shares: Shares,
     /// Few and short: operations of the control plane.
     holds: Vec<Hold>,
     limiters: Limiters,
@@ -129,7 +120,7 @@ impl Core {
             peers: seat.peers,
             outgoing: VecDeque::new(),
             queues: Vec::new(),
-            first: 0,
+            shares: Shares::default(),
             holds: Vec::new(),
             limiters: Limiters::default(),
             commands: Vec::new(),
@@ -207,6 +198,7 @@ impl Core {
             held: false,
             limiter: self.limiters.attach(volume, slot),
         });
+        self.shares.attach(volume, slot);
         self.mark_held();
         // The asker waits for the answer, so there is someone to take it and room for it.
         let _ = answer.send(QueueSlot(slot as u32));
@@ -275,31 +267,24 @@ impl Core {
         self.queues[slot].as_mut().expect("a slot is named only while its queue is attached")
     }
 
-    /// Pops from every queue, a few requests each, another queue first each turn.
+    /// Pops from the queues of every volume, a few requests each.
     fn admit_requests(&mut self, now: Instant) -> bool {
-        let Self { shard, queues, first, limiters, .. } = self;
+        let Self { shard, queues, shares, limiters, .. } = self;
         limiters.begin_turn(now, |slot| {
             let attached = queues[slot].as_ref();
             attached.is_some_and(|attached| attached.serves() && attached.queue.has_requests())
         });
-        let count = queues.len();
-        let mut progress = false;
-        for turn in 0..count {
-            let slot = (*first + turn) % count;
-            let Some(attached) = &mut queues[slot] else { continue };
-            let limiter = attached.limiter.map(|index| limiters.get_mut(index));
-            match attached.admit(slot, shard, limiter, now) {
-                Admitted::Nothing => {}
-                Admitted::Something => progress = true,
-                // Those after it would be refused as well; they are first soon.
-                Admitted::Busy => {
-                    *first = slot;
-                    return true;
-                }
-            }
-        }
-        *first = if count == 0 { 0 } else { (*first + 1) % count };
-        progress
+        let waits = shares.begin_turn(|slot| {
+            let attached = queues[slot].as_ref().expect("a share is of attached queues");
+            let limiter = attached.limiter.map(|index| limiters.get(index));
+            attached.waiting(slot, limiter, now)
+        });
+        waits
+            && shares.serve(|slot, allowance| {
+                let attached = queues[slot].as_mut().expect("a share is of attached queues");
+                let limiter = attached.limiter.map(|index| limiters.get_mut(index));
+                attached.admit(slot, shard, limiter, allowance, now)
+            })
     }
 
     fn finish_requests(&mut self) -> bool {
@@ -377,6 +362,7 @@ impl Core {
             if let Some(index) = attached.limiter {
                 self.limiters.detach(index, slot);
             }
+            self.shares.detach(attached.volume, slot);
             let asker = attached.stopping.expect("it is stopping: it has drained");
             let _ = asker.send(attached.queue);
         }
@@ -451,18 +437,17 @@ fn register_pools(shard: &mut Shard<FileDevice>) {
     }
 }
 
-/// What came of looking at a queue.
-enum Admitted {
-    Nothing,
-    Something,
-    /// The shard has no room.
-    Busy,
-}
-
 impl Attached {
     /// Still pops from its ring.
     fn serves(&self) -> bool {
         !self.broken && !self.held && self.stopping.is_none()
+    }
+
+    /// Requests that may be popped in this turn, as far as a look tells: 0 only if none may.
+    fn waiting(&self, slot: usize, limiter: Option<&Limiter>, now: Instant) -> u32 {
+        let some = self.parked || (self.serves() && self.queue.has_requests());
+        let may = |limiter: &Limiter| self.queue.owes() || limiter.admits(slot, now);
+        if some && limiter.is_none_or(may) { self.queue.waiting().max(1) } else { 0 }
     }
 
     /// Hands requests of the queue to the shard. One that is stopping gives only what it parked.
@@ -471,15 +456,11 @@ impl Attached {
         slot: usize,
         shard: &mut Shard<FileDevice>,
         mut limiter: Option<&mut Limiter>,
+        allowance: &mut Allowance,
         now: Instant,
     ) -> Admitted {
         let mut admitted = Admitted::Nothing;
-        let [few, many] = ADMITTED_PER_TURN;
-        let mut bytes_left = BYTES_PER_TURN;
-        for _ in 0..(self.queue.waiting() / 4).clamp(few, many) {
-            if bytes_left == 0 || (!self.serves() && !self.parked) {
-                break;
-            }
+        while !allowance.is_spent() && (self.serves() || self.parked) {
             // What was in flight before goes: somebody may wait for the queue to drain.
             if let Some(limiter) = &limiter
                 && !self.queue.owes()
@@ -490,6 +471,7 @@ impl Attached {
             let request = match self.queue.pop() {
                 Popped::Request(request) => request,
                 Popped::Answered => {
+                    allowance.take(0);
                     if let Some(limiter) = &mut limiter {
                         limiter.charge(0, now);
                     }
@@ -509,7 +491,6 @@ impl Attached {
                 RequestKind::Read | RequestKind::Write => request.sectors * SECTOR_SIZE,
                 RequestKind::Flush | RequestKind::Discard | RequestKind::WriteZeroes { .. } => 0,
             };
-            bytes_left = bytes_left.saturating_sub(bytes);
             let submitted = shard.submit(&IoRequest {
                 tag: tag(slot, head),
                 volume: self.volume,
@@ -525,6 +506,7 @@ impl Attached {
             }
             self.parked = false;
             admitted = Admitted::Something;
+            allowance.take(bytes);
             if let Some(limiter) = &mut limiter {
                 limiter.charge(bytes, now);
             }
