@@ -1,6 +1,6 @@
 //! Which reactor serves which volume.
 //!
-//! A volume's mapping belongs to one reactor, its home, and all its queues are polled there. Volumes
+//! A volume's mapping belongs to one reactor, its home; some of its queues may be polled on others. Volumes
 //! go to the reactor with the fewest queues, in the order in which they are opened, so that a
 //! restart with the same configuration places them as before. What they do there is not known yet; by
 //! that they may be moved later (`balance.rs`).
@@ -58,7 +58,27 @@ impl Placement {
         Ok(())
     }
 
-    /// Takes a volume off its home.
+    /// Keeps room on other reactors for queues of a volume, which take turns at them and at its home. Those
+    /// that are more than half full are for volumes of their own. Returns which have any, and how much each.
+    pub(crate) fn reserve_visits(&mut self, others: Vec<usize>, queues: u16) -> (Vec<usize>, u16) {
+        let mut found = others;
+        loop {
+            let each = queues.div_ceil(found.len() as u16 + 1);
+            let room = |reactor: &usize| {
+                self.queues[*reactor] + usize::from(each) <= QUEUES_PER_REACTOR_MAX / 2
+            };
+            let before = found.len();
+            found.retain(room);
+            if found.len() == before {
+                for reactor in &found {
+                    self.queues[*reactor] += usize::from(each);
+                }
+                return (found, each);
+            }
+        }
+    }
+
+    /// Takes a volume off its home, or off a reactor that visits it.
     ///
     /// # Panics
     /// When the reactor has fewer queues.
@@ -71,6 +91,20 @@ impl Placement {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn visits_have_room_where_there_is_plenty_and_each_reactor_its_part() {
+        let mut placement = Placement::new(4);
+        assert_eq!(placement.reserve_visits(vec![1, 2, 3], 4), (vec![1, 2, 3], 1));
+        assert_eq!(placement.reserve_visits(vec![1, 2], 4), (vec![1, 2], 2));
+        // The more one has to have, the fewer have room for it.
+        placement.queues = vec![0, QUEUES_PER_REACTOR_MAX / 2 - 1, 0, QUEUES_PER_REACTOR_MAX / 2];
+        assert_eq!(placement.reserve_visits(vec![1, 2, 3], 4), (vec![2], 2));
+        assert_eq!(placement.queues[1..3], [QUEUES_PER_REACTOR_MAX / 2 - 1, 2]);
+        placement.remove(2, 2);
+        placement.queues[2] = QUEUES_PER_REACTOR_MAX / 2;
+        assert_eq!(placement.reserve_visits(vec![1, 2, 3], 4), (vec![], 4));
+    }
 
     #[test]
     fn volumes_go_where_the_fewest_queues_are() {

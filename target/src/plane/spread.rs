@@ -41,11 +41,9 @@ impl ControlPlane {
                 return visitors;
             }
         };
-        let each = queues.div_ceil(count as u16);
-        for other in (1..count).map(|step| (home + step) % shards) {
-            if self.placement.reserve(other, each).is_err() {
-                continue;
-            }
+        let others = (1..count).map(|step| (home + step) % shards).collect();
+        let (others, each) = self.placement.reserve_visits(others, queues);
+        for other in others {
             match self.ask(other, Command::Visit(shared.clone())) {
                 Ok(Reply::Opened(visit)) => {
                     visitors.push(Visitor { home: other, visit, queues: each });
