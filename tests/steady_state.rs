@@ -56,8 +56,13 @@ const REGION_BLOCKS: u64 = 8 * 512;
 const IN_FLIGHT: usize = 32;
 
 struct Bench {
-    shard: Shard<MemoryDevice>,
+    /// The volume's home first. Each has a device of its own: nobody looks at what is read.
+    shards: Vec<Shard<MemoryDevice>>,
     volume: VolumeHandle,
+    /// Where requests come in, and what the volume is called there.
+    entrance: (usize, VolumeHandle),
+    /// The others are not polled meanwhile.
+    alone: bool,
     memory: Vec<Segment>,
     /// Owns what `memory` points to.
     _pool: BufferPool,
@@ -68,13 +73,14 @@ struct Bench {
 
 impl Bench {
     fn new(cache: CacheMode, capacity: ByteCount) -> Self {
-        let config = ShardConfig {
-            index: 0,
+        let config = |index| ShardConfig {
+            index,
             node_cache: ByteCount::new(4 << 20),
             requests_max: 64,
-            shared_leaves: 0,
+            shared_leaves: 16,
         };
-        let mut device = MemoryDevice::new(capacity, config.device_depth() as u32 + 64);
+        let depth = config(0).device_depth() as u32 + 64;
+        let mut device = MemoryDevice::new(capacity, depth);
         let options = FormatOptions {
             extent_size: Some(ByteCount::new(4 << 20)),
             force: false,
@@ -99,9 +105,13 @@ impl Bench {
                 pool.lend(&buffer)
             })
             .collect();
+        let home = Shard::new(&config(0), device, &opened);
+        let other = Shard::new(&config(1), MemoryDevice::new(capacity, depth), &opened);
         let mut bench = Self {
-            shard: Shard::new(&config, device, &opened),
+            shards: vec![home, other],
             volume: VolumeHandle(0),
+            entrance: (0, VolumeHandle(0)),
+            alone: false,
             memory,
             _pool: pool,
             idle: (0..IN_FLIGHT).collect(),
@@ -112,6 +122,7 @@ impl Bench {
             Reply::Opened(handle) => bench.volume = handle,
             reply => panic!("{reply:?}"),
         }
+        bench.entrance = (0, bench.volume);
         let volume = bench.volume;
         assert_eq!(
             bench.command(Command::SetCache { volume, cache, by: CacheChooser::Operator }),
@@ -122,26 +133,44 @@ impl Bench {
 
     fn turn(&mut self) {
         self.now = self.now.after(Duration::from_micros(10));
-        self.shard.poll(self.now);
-        // One shard: what it has to say to others it says to itself.
-        while let Some((to, message)) = self.shard.pop_message() {
-            assert_eq!(to, 0);
-            self.shard.deliver(message);
-        }
-        while let Some(done) = self.shard.pop_completion() {
-            assert_eq!(done.status, IoStatus::Done);
-            self.idle.push(done.tag as usize);
+        for at in 0..self.shards.len() {
+            if self.alone && at != self.entrance.0 {
+                continue;
+            }
+            self.shards[at].poll(self.now);
+            while let Some((to, message)) = self.shards[at].pop_message() {
+                assert!(!self.alone, "a message to shard {to}");
+                self.shards[to].deliver(message);
+            }
+            while let Some(done) = self.shards[at].pop_completion() {
+                assert_eq!(done.status, IoStatus::Done);
+                self.idle.push(done.tag as usize);
+            }
         }
     }
 
     fn command(&mut self, command: Command) -> Reply {
-        self.shard.control(1, command);
+        self.command_to(0, command)
+    }
+
+    fn command_to(&mut self, shard: usize, command: Command) -> Reply {
+        self.shards[shard].control(1, command);
         loop {
             self.turn();
-            if let Some((_, reply)) = self.shard.pop_reply() {
+            if let Some((_, reply)) = self.shards[shard].pop_reply() {
                 return reply;
             }
         }
+    }
+
+    /// Has requests come in on the other shard.
+    fn visit(&mut self) {
+        let share = Command::Share { volume: self.volume, shards: self.shards.len() };
+        let Reply::Shared(shared) = self.command(share) else { panic!("it is shared") };
+        let Reply::Opened(visit) = self.command_to(1, Command::Visit(shared)) else {
+            panic!("it is visited")
+        };
+        self.entrance = (1, visit);
     }
 
     /// Does `count` requests of a kind that `choose` picks, keeping the shard busy.
@@ -157,13 +186,15 @@ impl Bench {
                 if matches!(kind, IoKind::Read | IoKind::Write) { &[segment][..] } else { &[] };
             let request = IoRequest {
                 tag: slot as u64,
-                volume: self.volume,
+                volume: self.entrance.1,
                 kind,
                 sector: Sector::new(sector),
                 sectors,
                 segments,
             };
-            self.shard.submit(&request).expect("fewer are in flight than there are contexts");
+            self.shards[self.entrance.0]
+                .submit(&request)
+                .expect("fewer are in flight than there are contexts");
         }
         while self.idle.len() < IN_FLIGHT {
             self.turn();
@@ -205,8 +236,34 @@ fn the_steady_state_leaves_the_heap_alone() {
     }
 }
 
+/// Requests that another shard than the home has, by itself and by messages.
+#[test]
+fn the_steady_state_of_a_visit_leaves_the_heap_alone() {
+    let mut bench = Bench::new(CacheMode::Writeback, CAPACITY);
+    bench.run(40_000, |r| (IoKind::Write, anywhere(r), 8));
+    bench.visit();
+    bench.allocates_nothing("writes", |r| (IoKind::Write, anywhere(r), 8));
+    bench.allocates_nothing("reads", |r| (IoKind::Read, anywhere(r), 32));
+    // All leaves are shown by now, and there is room for them.
+    bench.alone = true;
+    bench.allocates_nothing("writes in place", |r| (IoKind::Write, anywhere(r), 8));
+    bench.alone = false;
+    bench.allocates_nothing("a mixture with what the home does", |r| {
+        let kind = *r.pick(&[
+            IoKind::Write,
+            IoKind::Write,
+            IoKind::Read,
+            IoKind::Discard,
+            IoKind::WriteZeroes,
+            IoKind::Flush,
+        ]);
+        let aligned = anywhere(r);
+        (kind, aligned + r.below(2), 1 + r.below(24))
+    });
+}
+
 /// What reads cost with `SNAPSHOTS` behind, in instructions, which no neighbour changes. callgrind counts
-/// those of [`measured_reads`]: bench/README.md, "Snapshots", has the command.
+/// those of [`measured_reads`]. With `VISIT` they come in on another shard than the home: bench/README.md, "Snapshots", has the command.
 #[test]
 #[ignore = "to be run under callgrind"]
 fn reads_with_snapshots_behind() {
@@ -220,7 +277,12 @@ fn reads_with_snapshots_behind() {
         let reply = bench.command(Command::Snapshot { volume, label: None, time });
         assert!(matches!(reply, Reply::Snapshot(_)), "{reply:?}");
     }
+    if std::env::var_os("VISIT").is_some() {
+        bench.visit();
+    }
     bench.run(20_000, |r| (IoKind::Read, anywhere(r), 8));
+    // What it costs the shard that has them.
+    bench.alone = true;
     measured_reads(&mut bench);
 }
 

@@ -133,8 +133,9 @@ impl<D: Device> Shard<D> {
             awaited |= shared.watched && oldest.is_some();
             shared.watched
         });
-        // What was done has watched none anew: each of these was marked as watched until it was looked at.
-        self.watched.append(&mut watched);
+        // The list is kept, whose memory is there. What was done meanwhile may have come by others.
+        let others = std::mem::replace(&mut self.watched, watched);
+        self.watched.extend(others);
         self.visitors_awaited_since = match awaited {
             true => self.visitors_awaited_since.or(Some(self.now)),
             false => None,
