@@ -90,15 +90,13 @@ fn ended_beside_many_queues(tag: &str, depth: usize) -> u64 {
 
 #[test]
 fn a_guest_with_many_queues_gets_no_more_than_one_with_one() {
-    // As deep as all eight together. By queues it would have a ninth of it all.
+    // As deep as all eight together. By queues it would have an eighth of what they have.
     let ended = ended_beside_many_queues("fair-deep", usize::from(QUEUES) * DEPTH);
-    println!("deep: {ended} beside {REQUESTS}");
     assert!(ended >= REQUESTS / 2, "{ended} requests beside {REQUESTS}");
 }
 
 #[test]
 fn a_guest_with_few_requests_in_flight_is_not_made_to_wait_for_all_of_anothers_queues() {
     let ended = ended_beside_many_queues("fair-shallow", 4);
-    println!("shallow: {ended} beside {REQUESTS}");
     assert!(ended >= REQUESTS / 4, "{ended} requests beside {REQUESTS}");
 }
