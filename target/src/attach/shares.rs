@@ -169,6 +169,12 @@ impl Shares {
         &mut self,
         mut admit: impl FnMut(usize, &mut Allowance) -> Admitted,
     ) -> bool {
+        // Most guests have one queue, and many a reactor one guest: there is nothing to weigh.
+        if let [Share { places, .. }] = &self.volumes[..]
+            && let [Place { slot, waiting }] = places[..]
+        {
+            return admit(slot, &mut Allowance::of(waiting)) != Admitted::Nothing;
+        }
         let count = self.volumes.len();
         let (mut progress, mut served, mut refused) = (false, None, None);
         // A table of the shard's for its own volumes' requests, and one for those of others' volumes.
