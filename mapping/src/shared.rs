@@ -290,12 +290,14 @@ impl SharedVolume {
         shown.min().filter(|oldest| *oldest != NOTHING)
     }
 
-    /// What visitors have written in place and answered by now.
+    /// What visitors have written in place and answered by now. A failed flush that the caller has heard of is
+    /// seen by all whose writes are not in it.
     pub(crate) fn written(&self) -> Written {
+        fence(Ordering::SeqCst);
         let mut all = Written::default();
         for seat in &self.seats {
-            all.count += seat.written.load(Ordering::SeqCst);
-            all.doubtful += seat.doubtful.load(Ordering::SeqCst);
+            all.count += seat.written.load(Ordering::Acquire);
+            all.doubtful += seat.doubtful.load(Ordering::Acquire);
         }
         all
     }
@@ -378,9 +380,10 @@ impl SharedVolume {
         let seat = &self.seats[visitor];
         add(&seat.write_bytes, bytes);
         // One writer: no other can come between.
-        seat.written.store(seat.written.load(Ordering::Relaxed) + 1, Ordering::SeqCst);
+        seat.written.store(seat.written.load(Ordering::Relaxed) + 1, Ordering::Release);
+        fence(Ordering::SeqCst);
         if doubtful() {
-            seat.doubtful.store(seat.doubtful.load(Ordering::Relaxed) + 1, Ordering::SeqCst);
+            seat.doubtful.store(seat.doubtful.load(Ordering::Relaxed) + 1, Ordering::Release);
         }
     }
 
@@ -610,6 +613,56 @@ mod models {
     fn without_the_fence_a_visitor_reads_what_is_used_again() {
         loom::model(|| {
             reuse(|volume, stamp| volume.seats[0].oldest.store(stamp, Ordering::Release));
+        });
+    }
+
+    /// A second request comes without a fence, behind one that is in flight: what that one shows covers it, and
+    /// its own number takes over when that ends.
+    #[test]
+    fn a_request_behind_another_needs_no_fence() {
+        loom::model(|| {
+            let volume = shown();
+            let contents = Arc::new(UnsafeCell::new(()));
+            volume.enter(0, volume.stamp());
+            let visitor = {
+                let (volume, contents) = (Arc::clone(&volume), Arc::clone(&contents));
+                thread::spawn(move || {
+                    let stamp = volume.stamp();
+                    let reads = volume.look_up(BLOCK) != Place::Hole;
+                    volume.leave(0, Some(stamp)); // The one before it has ended.
+                    if reads {
+                        contents.with(|_| ());
+                    }
+                    volume.leave(0, None);
+                })
+            };
+            volume.set(BLOCK, Entry::sparse());
+            let stamp = volume.stamp();
+            volume.set_stamp(stamp + 1);
+            if volume.oldest().is_none_or(|oldest| oldest > stamp) {
+                contents.with_mut(|_| ());
+            }
+            visitor.join().expect("it does not panic");
+        });
+    }
+
+    /// A flush fails while a visitor's write ends. Whoever is second to look knows of it: the home sees the
+    /// write, or the visitor the failure.
+    #[test]
+    fn a_write_and_a_failed_flush_do_not_miss_each_other() {
+        loom::model(|| {
+            let volume = shown();
+            let failures = Arc::new(AtomicU64::new(0));
+            let visitor = {
+                let (volume, failures) = (Arc::clone(&volume), Arc::clone(&failures));
+                thread::spawn(move || {
+                    volume.wrote(0, 4096, || failures.load(Ordering::SeqCst) != 0);
+                })
+            };
+            failures.fetch_add(1, Ordering::SeqCst);
+            let seen = volume.written().count;
+            visitor.join().expect("it does not panic");
+            assert!(seen == 1 || volume.written().doubtful == 1, "nobody knows");
         });
     }
 
