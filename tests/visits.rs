@@ -264,6 +264,32 @@ fn a_shard_visits_a_volume_once() {
     }
 }
 
+/// However busy the home is with queues of its own: one slot comes free at a time, and somebody wants each.
+#[test]
+fn what_is_sent_home_finds_room_there() {
+    let mut two = Two::on(WorldConfig { requests: 8, ..WorldConfig::new(1) });
+    two.flush();
+    two.at(two.here);
+    two.world.disk.hold_all_but(None);
+    for _ in 0..16 {
+        two.world.start_io(two.volume, IoKind::Read, 0, 8);
+    }
+    two.steps(3);
+    two.at(two.there);
+    let sent = two.world.start_io(two.volume, IoKind::Flush, 0, 0);
+    two.at(two.here);
+    for _ in 0..200 {
+        let next = two.world.disk.flying()[0].number;
+        two.world.disk.hold_all_but(Some(next));
+        two.world.start_io(two.volume, IoKind::Read, 0, 8);
+        two.steps(1);
+        if two.world.has_ended(sent) {
+            return;
+        }
+    }
+    panic!("it was passed over 200 times");
+}
+
 /// What a visitor has in flight at the cut may still land in the snapshot.
 #[test]
 fn a_snapshot_settles_when_what_was_in_flight_there_has_landed() {

@@ -292,6 +292,7 @@ impl<D: Device> Shard<D> {
             self.requests.is_empty() && self.visits.are_idle() && self.forwarded.is_empty();
         let mut quiet = logs_at_rest && no_requests && !self.claims.is_claiming();
         for handle in open {
+            quiet &= self.visitors_are_idle(handle);
             let volume = self.volume(handle);
             if volume.latched.is_none() && !volume.is_quiet() {
                 quiet = false;

@@ -276,6 +276,8 @@ bugs! {
     MergeUnderVisitors,
     /// A flush does not know of writes in place on other shards.
     VisitorsWritesUnflushed,
+    /// The home's own queues may take every slot that comes free.
+    NoRoomForVisitors,
 }
 
 /// Whether this bug is active: never, in a build that is not for `make planted`.

@@ -239,6 +239,8 @@ pub struct Shard<D: Device> {
     pub(crate) visitors_awaited_since: Option<Instant>,
     /// Requests that visitors have sent and that have no slot yet.
     pub(crate) forwarded: VecDeque<Forwarded>,
+    /// Those that have one.
+    pub(crate) forwarded_active: usize,
     /// Empty lists, to go back with answers.
     pub(crate) spare_segments: Vec<Vec<Segment>>,
     pub(crate) visits: Visits,
@@ -327,6 +329,7 @@ impl<D: Device> Shard<D> {
             watched: Vec::new(),
             visitors_awaited_since: None,
             forwarded: VecDeque::with_capacity(VISITS_MAX),
+            forwarded_active: 0,
             spare_segments: Vec::with_capacity(config.requests_max),
             visits: Visits::new(config.visits_max()),
             done: VecDeque::with_capacity(config.requests_max + config.visits_max()),
@@ -361,7 +364,7 @@ impl<D: Device> Shard<D> {
         self.now = now;
         let mut progress = self.leave_visits();
         progress |= self.take_completions();
-        if !self.watched.is_empty() {
+        if !self.watched.is_empty() || self.visitors_awaited_since.is_some() {
             self.look_at_visitors();
         }
         if !self.forwarded.is_empty() {
@@ -399,6 +402,12 @@ impl<D: Device> Shard<D> {
         }
         let left = self.commands_ready || images_left || !self.deferred.is_empty();
         progress || self.released || left
+    }
+
+    /// Tells that guests have been shown the completions that were popped. Call it before anybody is told
+    /// that a queue is quiet; what does not happen here happens in the next turn.
+    pub fn guests_answered(&mut self) {
+        self.leave_visits();
     }
 
     /// Blocks found to be free and in use at once. None ever is, on a store that is not damaged.

@@ -92,9 +92,9 @@ struct Header {
 }
 
 impl LeafTable {
-    /// Room for at least `leaves` copies, of 4 KiB each.
+    /// Room for up to `leaves` copies, of 4 KiB each: a power of two.
     pub(crate) fn new(leaves: usize) -> Self {
-        let leaves = leaves.max(1).next_power_of_two();
+        let leaves = 1 << leaves.max(1).ilog2();
         Self {
             headers: (0..leaves).map(|_| Header::default()).collect(),
             words: (0..leaves * WORDS).map(|_| AtomicU64::new(0)).collect(),

@@ -86,7 +86,7 @@ impl Visits {
             segments: (0..requests_max).map(|_| segments()).collect(),
             runnable: VecDeque::with_capacity(requests_max),
             ended: Vec::with_capacity(requests_max),
-            parts: Vec::with_capacity(SEGMENTS_EXPECTED),
+            parts: Vec::with_capacity((IO_BYTES_MAX / BLOCK_SIZE) as usize + 1),
             pieces_left: requests_max * PIECES_OF_A_VISIT,
         }
     }
@@ -147,7 +147,7 @@ impl<D: Device> Shard<D> {
             open.push(None);
             open.len() - 1
         });
-        // As many stamps as requests, at most.
+        // As many as requests, at most; few, as a rule.
         let in_flight = VecDeque::with_capacity(64);
         open[index] = Some(Visit { volume: Arc::clone(volume), requests: 0, in_flight });
         self.reply(ticket, Reply::Opened(VolumeHandle::of_visit(index as u32)));

@@ -464,6 +464,7 @@ impl World {
             self.completed(done.tag, done.status);
             progress = true;
         }
+        self.shards[index].guests_answered();
         while let Some((ticket, reply)) = self.shards[index].pop_reply() {
             self.replied(ticket, reply);
             progress = true;

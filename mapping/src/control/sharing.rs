@@ -127,10 +127,11 @@ impl<D: Device> Shard<D> {
                 self.requests_ended(*handle);
             }
             let volume = self.volume_mut(*handle);
-            let waits = volume.awaits_requests() || barriers;
+            let (waits, only) = (volume.awaits_requests(), volume.awaits_only_requests());
             let shared = volume.shared.as_mut().expect("just seen");
-            shared.watched = waits || shared.awaited.is_some();
-            awaited |= shared.watched && oldest.is_some();
+            let for_visitors = barriers || shared.awaited.is_some();
+            shared.watched = waits || for_visitors;
+            awaited |= (only || for_visitors) && oldest.is_some();
             shared.watched
         });
         // The list is kept, whose memory is there. What was done meanwhile may have come by others.
@@ -145,9 +146,14 @@ impl<D: Device> Shard<D> {
     /// True when no visitor may still write in place what it was shown before `stamp`. Else somebody has to
     /// try again, and is woken.
     pub(crate) fn visitors_have_passed(&mut self, handle: VolumeHandle, stamp: u64) -> bool {
+        let now = self.now;
         let volume = self.volume_mut(handle);
         let passed = volume.oldest_visitor().is_none_or(|oldest| oldest > stamp);
         if !passed && let Some(shared) = &mut volume.shared {
+            if shared.awaited.is_none() {
+                self.visitors_awaited_since = Some(now);
+            }
+            let shared = self.volume_mut(handle).shared.as_mut().expect("just seen");
             shared.awaited = Some(shared.awaited.map_or(stamp, |other| other.min(stamp)));
             self.watch_visitors(handle);
         }

@@ -118,7 +118,7 @@ impl Core {
             shard,
             inbox: seat.inbox,
             peers: seat.peers,
-            outgoing: VecDeque::new(),
+            outgoing: VecDeque::with_capacity(REQUESTS_PER_TURN as usize),
             queues: Vec::new(),
             shares: Shares::default(),
             holds: Vec::new(),
@@ -378,6 +378,7 @@ impl Poller for Core {
         progress |= self.admit_requests(now);
         progress |= self.shard.poll(now);
         progress |= self.finish_requests(); // Frees the shard's slots and queue heads.
+        self.shard.guests_answered();
         progress |= self.pass_messages_on();
         progress |= self.answer_commands();
         progress |= self.hand_back_queues();

@@ -81,7 +81,8 @@ impl ControlPlane {
         let Served { handle, home, queues, ref host, ref visitors, ref limited, .. } =
             self.served[&id];
         let (host, limited) = (std::sync::Arc::clone(host), limited.limits.is_some());
-        if limited == visitors.is_empty() {
+        let alone = limited || self.spread == Spread::Off || queues < 2 || self.homes.len() < 2;
+        if alone == visitors.is_empty() {
             return;
         }
         let taken = host.take_queues();
