@@ -276,7 +276,7 @@ bugs! {
     MergeUnderVisitors,
     /// A flush does not know of writes in place on other shards.
     VisitorsWritesUnflushed,
-    /// The home's own queues may take every slot that comes free.
+    /// Requests of other shards begin only while a quarter of all slots is free.
     NoRoomForVisitors,
 }
 

@@ -200,8 +200,7 @@ impl<D: Device> Shard<D> {
             return self.submit_visit(visit, request);
         }
         // Those that visitors have sent find room, however many come in here.
-        let kept = if planted::is(Bug::NoRoomForVisitors) { 0 } else { self.kept() };
-        if self.requests.available() <= self.forwarded.len().min(kept) {
+        if self.requests.available() <= self.forwarded.len().min(self.kept()) {
             return Err(Busy);
         }
         match self.check(request) {
@@ -217,7 +216,9 @@ impl<D: Device> Shard<D> {
         // The queues that are served here find room, too.
         let most = self.requests.capacity() - self.kept();
         for _ in 0..FORWARDED_PER_TURN {
-            if self.requests.is_full() || self.forwarded_active >= most {
+            let lacking =
+                planted::is(Bug::NoRoomForVisitors) && self.requests.available() <= self.kept();
+            if self.requests.is_full() || self.forwarded_active >= most || lacking {
                 break;
             }
             let Some(forwarded) = self.forwarded.pop_front() else { break };
