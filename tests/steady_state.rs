@@ -214,6 +214,19 @@ fn anywhere(random: &mut Random) -> u64 {
     random.below(REGION_BLOCKS - 4) * SECTORS_PER_BLOCK
 }
 
+fn mixture(random: &mut Random) -> (IoKind, u64, u64) {
+    let kind = *random.pick(&[
+        IoKind::Write,
+        IoKind::Write,
+        IoKind::Read,
+        IoKind::Discard,
+        IoKind::WriteZeroes,
+        IoKind::Flush,
+    ]);
+    let aligned = anywhere(random);
+    (kind, aligned + random.below(2), 1 + random.below(24))
+}
+
 #[test]
 fn the_steady_state_leaves_the_heap_alone() {
     for cache in [CacheMode::Writeback, CacheMode::Writethrough] {
@@ -221,18 +234,8 @@ fn the_steady_state_leaves_the_heap_alone() {
         bench.allocates_nothing("writes", |r| (IoKind::Write, anywhere(r), 8));
         bench.allocates_nothing("reads", |r| (IoKind::Read, anywhere(r), 32));
         bench.allocates_nothing("small writes", |r| (IoKind::Write, anywhere(r) + 3, 3));
-        bench.allocates_nothing("a mixture with discards, so that writes allocate blocks", |r| {
-            let kind = *r.pick(&[
-                IoKind::Write,
-                IoKind::Write,
-                IoKind::Read,
-                IoKind::Discard,
-                IoKind::WriteZeroes,
-                IoKind::Flush,
-            ]);
-            let aligned = anywhere(r);
-            (kind, aligned + r.below(2), 1 + r.below(24))
-        });
+        let what = "a mixture with discards, so that writes allocate blocks";
+        bench.allocates_nothing(what, mixture);
     }
 }
 
@@ -248,18 +251,7 @@ fn the_steady_state_of_a_visit_leaves_the_heap_alone() {
     bench.alone = true;
     bench.allocates_nothing("writes in place", |r| (IoKind::Write, anywhere(r), 8));
     bench.alone = false;
-    bench.allocates_nothing("a mixture with what the home does", |r| {
-        let kind = *r.pick(&[
-            IoKind::Write,
-            IoKind::Write,
-            IoKind::Read,
-            IoKind::Discard,
-            IoKind::WriteZeroes,
-            IoKind::Flush,
-        ]);
-        let aligned = anywhere(r);
-        (kind, aligned + r.below(2), 1 + r.below(24))
-    });
+    bench.allocates_nothing("a mixture with what the home does", mixture);
 }
 
 /// What reads cost with `SNAPSHOTS` behind, in instructions, which no neighbour changes. callgrind counts

@@ -579,20 +579,13 @@ mod models {
         Arc::new(volume)
     }
 
-    /// The home takes a block out of the mapping, and uses it for something else once it may, while a
-    /// visitor that enters by `enter` reads it.
-    fn reuse(enter: fn(&SharedVolume, u64)) {
-        let volume = shown();
+    /// The home takes a block out of the mapping, and uses its contents for something else once it may, while
+    /// a visitor does `visit`.
+    fn reuse(volume: Arc<SharedVolume>, visit: fn(&SharedVolume, &UnsafeCell<()>)) {
         let contents = Arc::new(UnsafeCell::new(()));
         let visitor = {
             let (volume, contents) = (Arc::clone(&volume), Arc::clone(&contents));
-            thread::spawn(move || {
-                enter(&volume, volume.stamp());
-                if volume.look_up(BLOCK) != Place::Hole {
-                    contents.with(|_| ());
-                }
-                volume.leave(0, None);
-            })
+            thread::spawn(move || visit(&volume, &contents))
         };
         volume.set(BLOCK, Entry::sparse());
         let stamp = volume.stamp();
@@ -603,16 +596,31 @@ mod models {
         visitor.join().expect("it does not panic");
     }
 
+    fn read(volume: &SharedVolume, contents: &UnsafeCell<()>) {
+        if volume.look_up(BLOCK) != Place::Hole {
+            contents.with(|_| ());
+        }
+        volume.leave(0, None);
+    }
+
     #[test]
     fn a_block_is_used_again_when_no_visitor_can_be_reading_it() {
-        loom::model(|| reuse(|volume, stamp| volume.enter(0, stamp)));
+        loom::model(|| {
+            reuse(shown(), |volume, contents| {
+                volume.enter(0, volume.stamp());
+                read(volume, contents);
+            });
+        });
     }
 
     #[test]
     #[should_panic(expected = "Causality violation")]
     fn without_the_fence_a_visitor_reads_what_is_used_again() {
         loom::model(|| {
-            reuse(|volume, stamp| volume.seats[0].oldest.store(stamp, Ordering::Release));
+            reuse(shown(), |volume, contents| {
+                volume.seats[0].oldest.store(volume.stamp(), Ordering::Release);
+                read(volume, contents);
+            });
         });
     }
 
@@ -622,27 +630,16 @@ mod models {
     fn a_request_behind_another_needs_no_fence() {
         loom::model(|| {
             let volume = shown();
-            let contents = Arc::new(UnsafeCell::new(()));
             volume.enter(0, volume.stamp());
-            let visitor = {
-                let (volume, contents) = (Arc::clone(&volume), Arc::clone(&contents));
-                thread::spawn(move || {
-                    let stamp = volume.stamp();
-                    let reads = volume.look_up(BLOCK) != Place::Hole;
-                    volume.leave(0, Some(stamp)); // The one before it has ended.
-                    if reads {
-                        contents.with(|_| ());
-                    }
-                    volume.leave(0, None);
-                })
-            };
-            volume.set(BLOCK, Entry::sparse());
-            let stamp = volume.stamp();
-            volume.set_stamp(stamp + 1);
-            if volume.oldest().is_none_or(|oldest| oldest > stamp) {
-                contents.with_mut(|_| ());
-            }
-            visitor.join().expect("it does not panic");
+            reuse(volume, |volume, contents| {
+                let stamp = volume.stamp();
+                let reads = volume.look_up(BLOCK) != Place::Hole;
+                volume.leave(0, Some(stamp)); // The one before it has ended.
+                if reads {
+                    contents.with(|_| ());
+                }
+                volume.leave(0, None);
+            });
         });
     }
 

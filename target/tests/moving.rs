@@ -10,39 +10,16 @@ mod support;
 
 use bessel_reactor::device::sim::Random;
 use bessel_tests::guest::{BaseAfterReconnect, Guest, Options, block};
-use serde_json::Value;
 use std::path::Path;
 use support::World;
-use support::load::{DEPTH, Load, QUEUES, cores, under_load};
-
-/// Two volumes on two reactors, which are not moved but by hand.
-fn configuration(cores: [usize; 2], rest: &str) -> String {
-    let mut text = format!("reactors:\n  cores: {cores:?}\n  balance: off\nvolumes:\n");
-    for (name, cache) in [("vm1", "writeback"), ("vm2", "writethrough")] {
-        text.push_str(&format!(
-            "  - name: {name}\n    size: 64MiB\n    queues: {QUEUES}\n    cache: {cache}\n{rest}"
-        ));
-    }
-    text
-}
-
-/// A world whose store has room for what snapshots hold.
-fn roomy(tag: &str) -> World {
-    let world = World::new(tag);
-    world.text(&format!("format {} --size 1GiB --extent-size 4MiB", world.store));
-    world
-}
-
-fn shown(world: &World, volume: &str) -> Value {
-    world.json(&format!("volume show {volume}"))
-}
+use support::load::{DEPTH, Load, configuration, cores, roomy, shown, under_load};
 
 #[test]
 fn guests_go_on_while_their_volumes_move_to_and_fro() {
     let Some(cores) = cores("guests_go_on_while_their_volumes_move_to_and_fro") else { return };
     let mut world = roomy("moving");
     let schedule = "    snapshots: { every: 2ms, keep: 5 }\n";
-    world.serve(&configuration(cores, schedule));
+    world.serve(&configuration(cores, "", schedule));
     let names = ["vm1", "vm2"];
     let mut loads = [Load::new(&world, names[0], 1), Load::new(&world, names[1], 2)];
     loads.iter_mut().for_each(|load| load.work(500));
@@ -91,7 +68,7 @@ fn guests_go_on_while_their_volumes_move_to_and_fro() {
     let versions = loads.map(|load| load.versions);
     world.end("-TERM");
     clean(&world);
-    world.serve(&configuration(cores, ""));
+    world.serve(&configuration(cores, "", ""));
     for (name, versions) in names.into_iter().zip(versions) {
         let mut load = Load { versions, ..Load::new(&world, name, 3) };
         load.verify(|| world.log());
@@ -108,7 +85,7 @@ fn a_daemon_that_is_killed_while_volumes_move_loses_nothing() {
         return;
     };
     let mut world = roomy("moving-kill");
-    let config = configuration(cores, "");
+    let config = configuration(cores, "", "");
     world.serve(&config);
     let names = ["vm1", "vm2"];
     let mut loads = [Load::new(&world, names[0], 4), Load::new(&world, names[1], 5)];
@@ -149,7 +126,7 @@ fn what_else_can_be_done_with_a_volume_can_be_done_where_it_is_now() {
         return;
     };
     let mut world = roomy("moving-after");
-    world.serve(&configuration(cores, ""));
+    world.serve(&configuration(cores, "", ""));
     let mut load = Load::new(&world, "vm1", 7);
     load.work(300);
     let said = world.text(&format!("volume move vm1 --to {}", cores[1]));
@@ -209,7 +186,7 @@ fn a_volume_that_the_other_reactor_cannot_open_goes_on_where_it_was() {
     };
     let mut world = roomy("moving-full");
     world.node_cache = "1MiB"; // 128 nodes for each reactor, and so 32 volumes.
-    world.serve(&configuration(cores, "    limits: { iops: 1000000 }\n"));
+    world.serve(&configuration(cores, "", "    limits: { iops: 1000000 }\n"));
     let mut load = Load::new(&world, "vm1", 11);
     load.work(200);
     let snapshot = world.json("snapshot create vm1");
@@ -252,7 +229,7 @@ fn limits_go_with_their_volume() {
     let Some(cores) = cores("limits_go_with_their_volume") else { return };
     let mut world = roomy("moving-limits");
     let limits = "    limits: { bandwidth: 64KiB, burst: 1ms }\n";
-    world.serve(&configuration(cores, limits));
+    world.serve(&configuration(cores, "", limits));
     let socket = world.path("vm1.sock");
     let options = Options { queue_size: 8, data_max: REQUEST, ..Options::default() };
     let mut guest = Guest::connect(Path::new(&socket), options).unwrap();
@@ -286,7 +263,7 @@ fn limits_go_with_their_volume() {
 fn a_move_that_cannot_be_is_refused_and_changes_nothing() {
     let Some(cores) = cores("a_move_that_cannot_be_is_refused_and_changes_nothing") else { return };
     let mut world = roomy("moving-refused");
-    world.serve(&configuration(cores, ""));
+    world.serve(&configuration(cores, "", ""));
     let nowhere = cores[0].max(cores[1]) + 1000;
     let refused = world.refused(&format!("volume move vm1 --to {nowhere}"));
     let expected = format!("no reactor runs on core {nowhere}, but on {}, {}", cores[0], cores[1]);

@@ -8,30 +8,10 @@ mod support;
 
 use bessel_reactor::device::sim::Random;
 use bessel_tests::guest::{BaseAfterReconnect, block};
-use serde_json::{Value, json};
+use serde_json::json;
 use std::path::Path;
 use support::World;
-use support::load::{Load, QUEUES, cores, under_load};
-
-fn configuration(cores: [usize; 2], rest: &str) -> String {
-    let mut text = format!("reactors:\n  cores: {cores:?}\n  balance: off\n{rest}volumes:\n");
-    for (name, cache) in [("vm1", "writeback"), ("vm2", "writethrough")] {
-        text.push_str(&format!(
-            "  - name: {name}\n    size: 64MiB\n    queues: {QUEUES}\n    cache: {cache}\n"
-        ));
-    }
-    text
-}
-
-fn roomy(tag: &str) -> World {
-    let world = World::new(tag);
-    world.text(&format!("format {} --size 1GiB --extent-size 4MiB", world.store));
-    world
-}
-
-fn shown(world: &World, volume: &str) -> Value {
-    world.json(&format!("volume show {volume}"))
-}
+use support::load::{Load, QUEUES, configuration, cores, roomy, shown, under_load};
 
 /// Messages that all reactors have taken.
 fn messages(world: &World) -> u64 {
@@ -59,7 +39,7 @@ fn what_is_mapped_is_read_and_written_without_a_word_to_the_home() {
         return;
     };
     let mut world = roomy("spread-words");
-    world.serve(&configuration(cores, ""));
+    world.serve(&configuration(cores, "", ""));
     assert_eq!(shown(&world, "vm1")["queue_cores"], json!(cores));
     let text = world.text("volume show vm1");
     let [one, other] = cores;
@@ -98,7 +78,7 @@ fn what_an_operator_does_meets_requests_on_both_reactors() {
         return;
     };
     let mut world = roomy("spread-operator");
-    world.serve(&configuration(cores, ""));
+    world.serve(&configuration(cores, "", ""));
     let names = ["vm1", "vm2"];
     let mut loads = [Load::new(&world, names[0], 2), Load::new(&world, names[1], 3)];
     loads.iter_mut().for_each(|load| load.work(500));
@@ -153,7 +133,7 @@ fn a_daemon_that_is_killed_loses_nothing_of_either_reactor() {
         return;
     };
     let mut world = roomy("spread-kill");
-    let config = configuration(cores, "");
+    let config = configuration(cores, "", "");
     world.serve(&config);
     let names = ["vm1", "vm2"];
     let mut loads = [Load::new(&world, names[0], 4), Load::new(&world, names[1], 5)];
@@ -184,7 +164,7 @@ fn a_daemon_that_is_killed_loses_nothing_of_either_reactor() {
 fn spreading_can_be_switched_off() {
     let Some(cores) = cores("spreading_can_be_switched_off") else { return };
     let mut world = roomy("spread-off");
-    world.serve(&configuration(cores, "  spread: off\n"));
+    world.serve(&configuration(cores, "  spread: off\n", ""));
     assert_eq!(shown(&world, "vm1")["queue_cores"], json!([cores[0]]));
     let text = world.text("volume show vm1");
     assert!(!text.contains("in turn"), "{text}");

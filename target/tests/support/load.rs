@@ -3,6 +3,7 @@
 use super::{World, tell};
 use bessel_reactor::device::sim::Random;
 use bessel_tests::guest::{Guest, Options, Ticket, Used, block};
+use serde_json::Value;
 use std::path::Path;
 
 pub(crate) const BLOCK: usize = 4096;
@@ -24,6 +25,29 @@ pub(crate) fn cores(test: &str) -> Option<[usize; 2]> {
             None
         }
     }
+}
+
+/// Two volumes on two reactors, which are not moved but by hand; more about reactors and about each volume.
+pub(crate) fn configuration(cores: [usize; 2], reactors: &str, volume: &str) -> String {
+    let mut text = format!("reactors:\n  cores: {cores:?}\n  balance: off\n{reactors}volumes:\n");
+    for (name, cache) in [("vm1", "writeback"), ("vm2", "writethrough")] {
+        text.push_str(&format!(
+            "  - name: {name}\n    size: 64MiB\n    queues: {QUEUES}\n    cache: {cache}\n{volume}"
+        ));
+    }
+    text
+}
+
+/// A world whose store has room for what snapshots hold.
+pub(crate) fn roomy(tag: &str) -> World {
+    let world = World::new(tag);
+    world.text(&format!("format {} --size 1GiB --extent-size 4MiB", world.store));
+    world
+}
+
+/// What a volume says of itself.
+pub(crate) fn shown(world: &World, volume: &str) -> Value {
+    world.json(&format!("volume show {volume}"))
 }
 
 pub(crate) enum Work {
