@@ -9,10 +9,10 @@
 mod support;
 
 use bessel_reactor::device::sim::Random;
-use bessel_tests::guest::{BaseAfterReconnect, Guest, Options, block};
+use bessel_tests::guest::{Guest, Options, block};
 use std::path::Path;
 use support::World;
-use support::load::{DEPTH, Load, configuration, cores, roomy, shown, under_load};
+use support::load::{DEPTH, Load, configuration, cores, roomy, serve_again, shown, under_load};
 
 #[test]
 fn guests_go_on_while_their_volumes_move_to_and_fro() {
@@ -105,13 +105,7 @@ fn a_daemon_that_is_killed_while_volumes_move_loses_nothing() {
         }
         world.kill();
         let _ = moving.wait();
-        world.serve(&config);
-        for (load, name) in loads.iter_mut().zip(names) {
-            let socket = world.path(&format!("{name}.sock"));
-            let base = *random.pick(&[BaseAfterReconnect::Used, BaseAfterReconnect::Available]);
-            load.guest.reconnect(Path::new(&socket), base).unwrap();
-            load.verify(|| world.log());
-        }
+        serve_again(&mut world, &config, &mut loads, names, &mut random);
     }
     drop(loads);
     world.end("-TERM");

@@ -7,11 +7,10 @@
 mod support;
 
 use bessel_reactor::device::sim::Random;
-use bessel_tests::guest::{BaseAfterReconnect, block};
+use bessel_tests::guest::block;
 use serde_json::json;
-use std::path::Path;
 use support::World;
-use support::load::{Load, QUEUES, configuration, cores, roomy, shown, under_load};
+use support::load::{Load, QUEUES, configuration, cores, roomy, serve_again, shown, under_load};
 
 /// Messages that all reactors have taken.
 fn messages(world: &World) -> u64 {
@@ -146,13 +145,7 @@ fn a_daemon_that_is_killed_loses_nothing_of_either_reactor() {
         }
         loads.iter_mut().for_each(|load| load.work(random.below(100)));
         world.kill();
-        world.serve(&config);
-        for (load, name) in loads.iter_mut().zip(names) {
-            let socket = world.path(&format!("{name}.sock"));
-            let base = *random.pick(&[BaseAfterReconnect::Used, BaseAfterReconnect::Available]);
-            load.guest.reconnect(Path::new(&socket), base).unwrap();
-            load.verify(|| world.log());
-        }
+        serve_again(&mut world, &config, &mut loads, names, &mut random);
     }
     assert_eq!(loads[0].guest.flush(1), block::DONE);
     drop(loads);

@@ -2,7 +2,7 @@
 
 use super::{World, tell};
 use bessel_reactor::device::sim::Random;
-use bessel_tests::guest::{Guest, Options, Ticket, Used, block};
+use bessel_tests::guest::{BaseAfterReconnect, Guest, Options, Ticket, Used, block};
 use serde_json::Value;
 use std::path::Path;
 
@@ -235,4 +235,21 @@ pub(crate) fn under_load(world: &World, loads: &mut [Load], command: &str) {
     let output = running.wait_with_output().unwrap();
     let error = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "{command}: {error}\n{}", world.log());
+}
+
+/// Starts a daemon again that was killed, under guests that stay, and sees that nothing is lost.
+pub(crate) fn serve_again(
+    world: &mut World,
+    config: &str,
+    loads: &mut [Load; 2],
+    names: [&str; 2],
+    random: &mut Random,
+) {
+    world.serve(config);
+    for (load, name) in loads.iter_mut().zip(names) {
+        let socket = world.path(&format!("{name}.sock"));
+        let base = *random.pick(&[BaseAfterReconnect::Used, BaseAfterReconnect::Available]);
+        load.guest.reconnect(Path::new(&socket), base).unwrap();
+        load.verify(|| world.log());
+    }
 }
