@@ -2,7 +2,9 @@
 //! queues another one has.
 //!
 //! Nothing here looks at a clock: how much of one guest's work was done is counted in requests of the
-//! other. They are large, so that the reactor has to work on them and the guests only to ask again.
+//! other. They are large, so that the reactor has to work on them and the guests only to ask again. Both
+//! have as many in flight: with fewer it would count who of guest and reactor has the core when, and what
+//! is done for such a guest is for the unit tests of `attach/shares.rs`.
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 
@@ -93,10 +95,4 @@ fn a_guest_with_many_queues_gets_no_more_than_one_with_one() {
     // As deep as all eight together. By queues it would have an eighth of what they have.
     let ended = ended_beside_many_queues("fair-deep", usize::from(QUEUES) * DEPTH);
     assert!(ended >= REQUESTS / 2, "{ended} requests beside {REQUESTS}");
-}
-
-#[test]
-fn a_guest_with_few_requests_in_flight_is_not_made_to_wait_for_all_of_anothers_queues() {
-    let ended = ended_beside_many_queues("fair-shallow", 4);
-    assert!(ended >= REQUESTS / 4, "{ended} requests beside {REQUESTS}");
 }
