@@ -193,7 +193,8 @@ fn run<P: Poller>(mut poller: P, mode: PollMode, stats: &ReactorStats, clock: &S
         let device_works = poller.device().in_flight() > 0;
         let wait = if device_works { Wait::Device } else { Wait::Outside };
         let (since, wait) = *waiting.get_or_insert((now, wait));
-        if mode == PollMode::Busy || now < since.after(patience.of(wait)) {
+        let spins = mode == PollMode::Busy || poller.device().must_be_polled();
+        if spins || now < since.after(patience.of(wait)) {
             std::hint::spin_loop();
             continue;
         }

@@ -122,6 +122,8 @@ pub(crate) struct StoreConfig {
     pub(crate) size: Option<ByteCount>,
     /// Memory for radix nodes, all reactors together.
     pub(crate) node_cache: ByteCount,
+    /// Whether completions of guests' I/O are polled for.
+    pub(crate) io_poll: IoPoll,
 }
 
 /// Which cores poll, and how.
@@ -169,6 +171,17 @@ pub(crate) enum Spread {
     #[default]
     On,
     /// All at their volume's home.
+    Off,
+}
+
+/// Whether a device is asked for completions rather than having it interrupt for each.
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum IoPoll {
+    /// One with queues for that.
+    #[default]
+    On,
+    /// None.
     Off,
 }
 
@@ -288,6 +301,8 @@ struct RawStore {
     size: Option<Size>,
     #[serde(default)]
     node_cache: Option<Size>,
+    #[serde(default)]
+    io_poll: IoPoll,
 }
 
 /// A path. Nothing at all, which a bare `null` is in YAML, is no device: data would be dropped for want
@@ -746,7 +761,8 @@ fn checked_store(raw: RawStore, source: &Source) -> Result<StoreConfig, ConfigEr
             ),
         ));
     }
-    Ok(StoreConfig { device: raw.device, medium, size, node_cache })
+    let RawStore { device, io_poll, .. } = raw;
+    Ok(StoreConfig { device, medium, size, node_cache, io_poll })
 }
 
 /// Sealed memory of huge pages, if so many are set aside: the processor looks them up 512 times less often.
@@ -1003,6 +1019,9 @@ gc: { every: 1d, low_space: 5%, rate: 64MiB }
         assert_eq!(config.store.device, Path::new("/var/lib/bessel/store.img"));
         assert_eq!(config.store.size, Some(ByteCount::new(8 << 30)));
         assert_eq!(config.store.node_cache, ByteCount::new(64 << 20));
+        assert_eq!(config.store.io_poll, IoPoll::On);
+        let off = WHOLE.replace("  node_cache:", "  io_poll: off\n  node_cache:");
+        assert_eq!(parse(&off).unwrap().store.io_poll, IoPoll::Off);
         assert_eq!(config.reactors.cores.as_deref(), Some(&[0, 1][..]));
         assert_eq!(config.reactors.poll, Poll::Adaptive);
         assert!(!config.reactors.pin_guest_memory);

@@ -20,7 +20,7 @@
 use crate::api::{ApiServer, RefusalKind};
 use crate::attach::{Core, CoreCounters, CoreMessage, CorePort, CoreSeat};
 use crate::cli::{Outcome, output};
-use crate::config::{Config, ConfigError, Medium, Poll, QUEUES_DEFAULT, Spread};
+use crate::config::{Config, ConfigError, IoPoll, Medium, Poll, QUEUES_DEFAULT, Spread};
 use crate::control::Control;
 use crate::journals::Journals;
 use crate::plane::{ControlPlane, Home, Service, StoreFacts, Upkeep};
@@ -447,11 +447,15 @@ fn start_reactor(
         shared_leaves: if spreads { (node_cache.blocks_floor() / SHARED_PART) as usize } else { 0 },
     };
     let (path, store) = (config.store.device.clone(), Arc::clone(store));
+    let poll = config.store.io_poll == IoPoll::On;
     let drops = (config.store.medium == Medium::Null).then_some(is_data as fn(Token) -> bool);
     spawn(options, move || {
         let depth = shard.device_depth() as u32;
-        let options = OpenOptions { depth, drops, ..OpenOptions::default() };
+        let options = OpenOptions { depth, drops, poll, ..OpenOptions::default() };
         let device = FileDevice::open(&path, &options)?;
+        if device.is_polled() {
+            tracing::info!(core, device = %path.display(), "completions are polled for: nothing interrupts this reactor");
+        }
         Ok(Core::new(Shard::new(&shard, device, &store), seat))
     })
 }

@@ -15,7 +15,7 @@ use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::stat::{major, minor};
 use nix::sys::statfs::{FsType, TMPFS_MAGIC, fstatfs};
 
-use super::{DeviceProperties, Token, lock, mapped};
+use super::{DeviceProperties, Token, lock, mapped, ring};
 use crate::buffer::BufferPool;
 use crate::sys;
 use crate::units::{ByteCount, SECTOR_SIZE};
@@ -60,12 +60,15 @@ pub struct OpenOptions {
     /// The reads and writes of which this is true end at once and do nothing: a null device, to measure
     /// what everything else costs. Only of mapped memory.
     pub drops: Option<fn(Token) -> bool>,
+    /// Ask a device that can be polled for completions, rather than have it interrupt. For threads that poll
+    /// anyway: one that has operations in flight there cannot sleep.
+    pub poll: bool,
 }
 
 impl Default for OpenOptions {
-    /// 256 operations, writable, the engine that suits.
+    /// 256 operations, writable, the engine that suits, completions by interrupt.
     fn default() -> Self {
-        Self { depth: 256, read_only: false, engine: Engine::Auto, drops: None }
+        Self { depth: 256, read_only: false, engine: Engine::Auto, drops: None, poll: false }
     }
 }
 
@@ -172,6 +175,8 @@ pub(super) struct OpenFile {
     pub(super) properties: DeviceProperties,
     /// Never [`Engine::Auto`].
     pub(super) engine: Engine,
+    /// Its completions are to be polled for.
+    pub(super) polled: bool,
 }
 
 /// Opens `path` and asks it everything.
@@ -216,7 +221,8 @@ pub(super) fn open(path: &Path, options: &OpenOptions) -> Result<OpenFile, OpenE
     let volatile_cache = if in_memory {
         false // Nothing there survives a power cut, and killing the process loses nothing.
     } else if block_device && direct {
-        has_volatile_cache(metadata.rdev())
+        // As the kernel tells it.
+        queue_attribute(metadata.rdev(), "write_cache").is_none_or(|said| said != "write through")
     } else {
         true // The page cache, or a file system's metadata and the disk below it.
     };
@@ -230,6 +236,13 @@ pub(super) fn open(path: &Path, options: &OpenOptions) -> Result<OpenFile, OpenE
         chosen => chosen,
     };
     assert!(options.drops.is_none() || engine == Engine::Mapped, "only mapped memory drops data");
+    // Where there is a queue that nothing interrupts for, an administrator has made it (`nvme.poll_queues`).
+    let below = if block_device { metadata.rdev() } else { metadata.dev() };
+    let polled = options.poll
+        && engine == Engine::Uring
+        && direct
+        && queue_attribute(below, "io_poll").is_some_and(|said| said == "1")
+        && ring::can_be_polled(&file);
     let properties = DeviceProperties {
         capacity: ByteCount::new(capacity),
         offset_alignment,
@@ -237,7 +250,7 @@ pub(super) fn open(path: &Path, options: &OpenOptions) -> Result<OpenFile, OpenE
         volatile_cache,
         keeps_data: options.drops.is_none(),
     };
-    Ok(OpenFile { file, properties, engine })
+    Ok(OpenFile { file, properties, engine, polled })
 }
 
 /// Whether the file lives in memory only.
@@ -284,13 +297,13 @@ fn answers_at_once(file: &File) -> bool {
     sys::takes_nowait(file.as_fd(), &segment)
 }
 
-/// Whether a block device may lose completed writes in a power cut, as the kernel tells it.
-fn has_volatile_cache(device: u64) -> bool {
+/// What the kernel says of a block device's queue, as `write_cache` or `io_poll`.
+fn queue_attribute(device: u64, name: &str) -> Option<String> {
     let node = format!("/sys/dev/block/{}:{}", major(device), minor(device));
     // A partition has no queue of its own; its parent's is one level up.
-    let candidates = [format!("{node}/queue/write_cache"), format!("{node}/../queue/write_cache")];
+    let candidates = [format!("{node}/queue/{name}"), format!("{node}/../queue/{name}")];
     let said = candidates.iter().find_map(|path| std::fs::read_to_string(path).ok());
-    said.is_none_or(|said| said.trim() != "write through")
+    said.map(|said| said.trim().to_string())
 }
 
 #[cfg(test)]

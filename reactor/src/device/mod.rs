@@ -9,6 +9,8 @@ mod lock;
 #[expect(unsafe_code, reason = "a mapping, and the copies from and to it, behind safe calls")]
 mod mapped;
 pub mod memory;
+#[expect(unsafe_code, reason = "entries of the ring name memory")]
+mod ring;
 #[expect(unsafe_code, reason = "the kernel reads and writes memory named in the ring")]
 pub mod uring;
 mod watch;

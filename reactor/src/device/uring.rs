@@ -10,21 +10,26 @@
 //! Hot path: `read`, `write`, `flush`, `submit`, `reap`. They allocate nothing; [`BATCH`] operations
 //! share a system call, and a turn that queued nothing makes none unless the kernel asks for one.
 //!
+//! A device that can be polled has a second ring, for reads and writes ([`OpenOptions::poll`]). It says
+//! nothing by itself, and nobody can sleep in it: it is entered once a turn while anything is in flight
+//! there, and [`FileDevice::wait`] comes back at once. Flushes cannot be polled for, and take the plain ring.
+//!
 //! A device may be opened on any thread; the first that registers memory, hands operations over or
 //! waits owns it from then on (`IORING_SETUP_SINGLE_ISSUER`; the ring is enabled at that moment).
 
 use std::fs::File;
-use std::io;
-use std::os::fd::{AsFd, AsRawFd, RawFd};
+use std::os::fd::{AsFd, RawFd};
 use std::path::Path;
 use std::time::Duration;
 
-use io_uring::types::{Fixed, FsyncFlags, SubmitArgs, Timespec};
-use io_uring::{IoUring, opcode, squeue};
+use io_uring::types::FsyncFlags;
+use io_uring::{opcode, squeue};
 use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
 
 pub use super::file::{Engine, OpenError, OpenOptions};
 use super::mapped::Mapped;
+pub use super::ring::BUFFERS_MAX;
+use super::ring::{FILE, Ring};
 pub use super::watch::{WATCHES_MAX, WatchId};
 use super::watch::{WatchKey, Watches};
 use super::{Completion, Device, DeviceError, DeviceProperties, SEGMENTS_MAX, Token, file};
@@ -35,9 +40,6 @@ use crate::units::ByteOffset;
 /// Most operations in flight that a device can be opened for: they and a poll for each watch fit
 /// the kernel's largest submission ring, 32768.
 pub const DEPTH_MAX: u32 = 16384;
-
-/// Buffers that can be registered at once: 1 TiB of guest memory in regions of 1 GiB.
-pub const BUFFERS_MAX: u32 = 1024;
 
 /// Largest region the kernel takes as one registered buffer.
 pub const BUFFER_BYTES_MAX: usize = 1 << 30;
@@ -59,9 +61,6 @@ const BATCH: usize = 4;
 /// Times an operation is asked again after `EAGAIN` or `EINTR` before that counts as its result.
 /// The kernel waits by itself; a device that still says so this often will not stop.
 const RETRIES_MAX: u16 = 1000;
-
-/// The submitter's file is the only registered one.
-const FILE: Fixed = Fixed(0);
 
 /// What a completion in the ring is about: the top byte of `user_data`.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -248,8 +247,10 @@ type Outcome = Result<(), DeviceError>;
 /// but by `register_buffer`.
 #[derive(Debug)]
 pub struct FileDevice {
-    // Dropped before `slots`: closing it is what ends the kernel's interest in them.
-    ring: IoUringDebug,
+    // Both are dropped before `slots`: closing them is what ends the kernel's interest in those.
+    ring: Ring,
+    /// For reads and writes, where the device can be polled.
+    polled: Option<Polled>,
     file: File,
     properties: DeviceProperties,
     engine: Engine,
@@ -265,11 +266,7 @@ pub struct FileDevice {
     ready: Vec<Completion>,
     reaped: u64,
     /// Answers read from the ring in one go, before any is acted on.
-    answers: Vec<(Subject, i32)>,
-    /// Entries in the ring that the kernel has not been told of.
-    queued: usize,
-    /// The thread that uses the ring is known to the kernel.
-    enabled: bool,
+    answers: Vec<(u64, i32)>,
     watches: Watches,
     /// Watches that fired since the last look.
     fired: Vec<WatchId>,
@@ -278,13 +275,18 @@ pub struct FileDevice {
     registration_warned: bool,
 }
 
-/// [`IoUring`] has no `Debug` of its own.
-struct IoUringDebug(IoUring);
-
-impl std::fmt::Debug for IoUringDebug {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_tuple("IoUring").field(&self.0.as_raw_fd()).finish()
-    }
+/// The ring of a device that is polled.
+#[derive(Debug)]
+struct Polled {
+    ring: Ring,
+    /// Operations that the kernel has or is about to get there.
+    in_flight: usize,
+    /// Times the device was asked.
+    looks: u64,
+    /// It was asked since the last time that completions were reaped.
+    looked: bool,
+    /// The device has said that it cannot be polled any more: no operation is put there again.
+    refused: bool,
 }
 
 impl FileDevice {
@@ -296,10 +298,15 @@ impl FileDevice {
         let depth = options.depth;
         assert!((1..=DEPTH_MAX).contains(&depth), "a depth of {depth} is not 1 to {DEPTH_MAX}");
         let opened = file::open(path, options)?;
-        let ring = set_up(depth).map_err(OpenError::ring)?;
-        ring.submitter().register_files(&[opened.file.as_raw_fd()]).map_err(OpenError::ring)?;
-        let buffers_free =
-            if opened.engine == Engine::Uring { buffer_table(&ring) } else { vec![] };
+        let ring = Ring::new(&opened.file, depth).map_err(OpenError::ring)?;
+        let polled = match opened.polled {
+            true => Some(Polled::new(&opened.file, depth).map_err(OpenError::ring)?),
+            false => None,
+        };
+        let buffers_free = match opened.engine {
+            Engine::Uring => polled.as_ref().map_or(&ring, |it| &it.ring).make_buffer_table(),
+            _ => vec![],
+        };
         let mapped = match opened.engine {
             Engine::Mapped => {
                 let bytes = opened.properties.capacity.get();
@@ -309,11 +316,12 @@ impl FileDevice {
             }
             _ => None,
         };
-        let answers_max = ring.params().cq_entries() as usize;
-        tracing::debug!(path = %path.display(), engine = ?opened.engine,
+        let answers_max = ring.answers_max();
+        tracing::debug!(path = %path.display(), engine = ?opened.engine, polled = opened.polled,
             properties = ?opened.properties, "device opened");
         Ok(Self {
-            ring: IoUringDebug(ring),
+            ring,
+            polled,
             file: opened.file,
             properties: opened.properties,
             engine: opened.engine,
@@ -325,8 +333,6 @@ impl FileDevice {
             ready: Vec::with_capacity(depth as usize),
             reaped: 0,
             answers: Vec::with_capacity(answers_max),
-            queued: 0,
-            enabled: false,
             watches: Watches::new(),
             fired: Vec::with_capacity(WATCHES_MAX),
             buffers_free,
@@ -337,6 +343,21 @@ impl FileDevice {
     /// The engine at work, never [`Engine::Auto`].
     pub fn engine(&self) -> Engine {
         self.engine
+    }
+
+    /// The device is asked for completions, and does not interrupt for them.
+    pub fn is_polled(&self) -> bool {
+        self.polled.is_some()
+    }
+
+    /// Times the device was asked for what has completed; 0 unless it is polled.
+    pub fn looks(&self) -> u64 {
+        self.polled.as_ref().map_or(0, |polled| polled.looks)
+    }
+
+    /// Something is in flight that the device will not announce: only turns find out when it is done.
+    pub fn must_be_polled(&self) -> bool {
+        self.polled.as_ref().is_some_and(|polled| polled.in_flight > 0)
     }
 
     /// Most operations in flight.
@@ -365,12 +386,7 @@ impl FileDevice {
             return None;
         }
         let index = self.buffers_free.pop()?;
-        self.enable();
-        let iovec = libc::iovec { iov_base: region.as_ptr().cast(), iov_len: region.len() };
-        // SAFETY: the region is mapped by the promise of `Segment::new`. The kernel pins its pages,
-        // so even if it is unmapped early they stay allocated until unregistered.
-        let registered =
-            unsafe { self.ring.0.submitter().register_buffers_update(index, &[iovec], None) };
+        let registered = self.data_ring().set_buffer(index, Some(region));
         let Err(error) = registered else { return Some(index) };
         self.buffers_free.push(index);
         if !self.registration_warned {
@@ -393,13 +409,7 @@ impl FileDevice {
             index < BUFFERS_MAX && !self.buffers_free.contains(&index),
             "buffer {index} is not registered"
         );
-        self.enable();
-        // Entries not yet seen by the kernel name the buffer; they must find it.
-        self.enter(0);
-        let none = libc::iovec { iov_base: std::ptr::null_mut(), iov_len: 0 };
-        // SAFETY: an empty piece takes the old one out of the table and names no memory.
-        let removed =
-            unsafe { self.ring.0.submitter().register_buffers_update(index, &[none], None) };
+        let removed = self.data_ring().set_buffer(index, None);
         match removed {
             Ok(()) => self.buffers_free.push(index),
             // The number is lost to us, the memory stays pinned; correct, if wasteful.
@@ -427,8 +437,8 @@ impl FileDevice {
         let Some(key) = self.watches.remove(watch) else { return };
         // At once, since the kernel's poll keeps the descriptor's file alive.
         let target = Subject::Watch(key).to_user_data();
-        self.push(opcode::PollRemove::new(target).build(), Subject::Nobody);
-        self.enter(0);
+        self.push_about_watch(opcode::PollRemove::new(target).build(), Subject::Nobody);
+        self.ring.enter(0);
         self.collect();
     }
 
@@ -436,7 +446,7 @@ impl FileDevice {
     /// passed (`None`: never). Appends the watches that fired to `woken`.
     ///
     /// True when there are completions to reap. May also return without a cause; callers look at
-    /// what there is to do and come back.
+    /// what there is to do and come back. Returns at once while anything must be polled for.
     pub fn wait(&mut self, timeout: Option<Duration>, woken: &mut Vec<WatchId>) -> bool {
         self.submit();
         // Watches that fired while we polled are stale: the kernel is asked anew below.
@@ -444,30 +454,16 @@ impl FileDevice {
         self.fired.clear();
         while let Some((key, fd)) = self.watches.next_to_arm() {
             let poll = opcode::PollAdd::new(io_uring::types::Fd(fd), libc::POLLIN as u32).build();
-            self.push(poll, Subject::Watch(key));
+            self.push_about_watch(poll, Subject::Watch(key));
         }
-        if self.ready.is_empty() {
-            self.sleep(timeout);
+        if self.ready.is_empty() && !self.must_be_polled() {
+            self.ring.sleep(timeout);
         } else {
-            self.enter(0);
+            self.ring.enter(0);
         }
         self.collect();
         woken.append(&mut self.fired);
         !self.ready.is_empty()
-    }
-
-    fn sleep(&mut self, timeout: Option<Duration>) {
-        self.enable();
-        let result = match timeout {
-            None => self.ring.0.submitter().submit_and_wait(1),
-            Some(timeout) => {
-                let timespec = Timespec::from(timeout);
-                let args = SubmitArgs::new().timespec(&timespec);
-                self.ring.0.submitter().submit_with_args(1, &args)
-            }
-        };
-        // The wait ends early only when all was submitted, whatever ended it.
-        self.submitted(result);
     }
 
     /// Operations the kernel has or is about to get.
@@ -475,67 +471,78 @@ impl FileDevice {
         self.slots.len() - self.free.len()
     }
 
-    /// Tells the kernel that this thread will use the ring from now on.
-    fn enable(&mut self) {
-        if !self.enabled {
-            self.enabled = true;
-            self.ring.0.submitter().register_enable_rings().expect("the ring was made disabled");
-        }
+    /// The ring of reads and writes, and so of registered buffers.
+    fn data_ring(&mut self) -> &mut Ring {
+        self.polled.as_mut().map_or(&mut self.ring, |polled| &mut polled.ring)
     }
 
-    /// Puts an entry into the ring, making room if there is none.
-    fn push(&mut self, entry: squeue::Entry, subject: Subject) {
-        let entry = entry.user_data(subject.to_user_data());
-        loop {
-            // SAFETY: memory named by an operation's entry is the data's, kept by the promise of
-            // `Segment::new`, or its slot's table, which stays as it is until the answer is seen.
-            // Entries about watches name no memory.
-            let pushed = unsafe { self.ring.0.submission().push(&entry) };
-            if pushed.is_ok() {
-                self.queued += 1;
-                return;
+    /// Has the kernel do what is left of the operation in a slot. True when a batch is together.
+    fn push(&mut self, index: u32) -> bool {
+        let slot = &mut self.slots[index as usize];
+        let ring = match &mut self.polled {
+            Some(polled) if slot.verb != Verb::Flush && !polled.refused => {
+                polled.in_flight += 1;
+                &mut polled.ring
             }
-            self.enter(0);
-        }
-    }
-
-    /// Hands queued entries to the kernel and lets it post what it has put off. Does not sleep.
-    fn enter(&mut self, want: usize) {
-        self.enable();
-        let result = self.ring.0.submitter().submit_and_wait(want);
-        self.submitted(result);
-    }
-
-    fn submitted(&mut self, result: io::Result<usize>) {
-        match result {
-            Ok(_) => {}
-            // Out of memory or of room for answers for now, interrupted, or time is up. What was
-            // not taken stays queued, and the next turn hands it over.
-            Err(error)
-                if matches!(
-                    error.raw_os_error(),
-                    Some(libc::EAGAIN | libc::EBUSY | libc::EINTR | libc::ENOMEM | libc::ETIME)
-                ) => {}
-            Err(error) if error.raw_os_error() == Some(libc::EEXIST) => {
-                panic!("a device is used on two threads")
+            Some(_) => {
+                slot.registration = None; // Its number is of the other ring.
+                &mut self.ring
             }
-            Err(error) => panic!("io_uring_enter refused our ring: {error}"),
-        }
-        self.queued = self.ring.0.submission().len();
+            None => &mut self.ring,
+        };
+        let entry = slot.entry();
+        // SAFETY: the entry names memory of the data, kept by the promise of `Segment::new`, or its slot's
+        // table, which stays as it is until the answer is seen.
+        unsafe { ring.push(entry, Subject::Slot(index).to_user_data()) };
+        ring.queued() >= BATCH
     }
 
-    /// Reads the ring's answers, then acts on them: operations end up in `ready` or go on, watches
+    fn push_about_watch(&mut self, entry: squeue::Entry, subject: Subject) {
+        // SAFETY: entries about watches name no memory.
+        unsafe { self.ring.push(entry, subject.to_user_data()) };
+    }
+
+    /// Hands queued operations to the kernel, and asks a polled device what has completed. Does not sleep.
+    fn enter(&mut self) {
+        if self.ring.queued() > 0 {
+            self.ring.enter(0);
+        }
+        if let Some(polled) = &mut self.polled
+            && polled.in_flight > 0
+        {
+            polled.look();
+        }
+    }
+
+    /// Reads the rings' answers, then acts on them: operations end up in `ready` or go on, watches
     /// in `fired`.
     fn collect(&mut self) {
         let mut answers = std::mem::take(&mut self.answers);
-        answers.extend(
-            self.ring
-                .0
-                .completion()
-                .map(|entry| (Subject::from_user_data(entry.user_data()), entry.result())),
-        );
-        for (subject, result) in answers.drain(..) {
-            match subject {
+        if let Some(polled) = &mut self.polled
+            && polled.in_flight > 0
+        {
+            polled.ring.take_answers(&mut answers);
+            polled.in_flight -= answers.len();
+            // A queue that was taken away, or a device that was put in the place of another one.
+            let refusal = -libc::EOPNOTSUPP;
+            if !polled.refused && answers.iter().any(|(_, result)| *result == refusal) {
+                polled.refused = true;
+                tracing::warn!("the device cannot be polled any more, waiting for its interrupts");
+            }
+            self.act_on(&mut answers, refusal);
+        }
+        self.ring.take_answers(&mut answers);
+        self.act_on(&mut answers, 0);
+        self.answers = answers;
+    }
+
+    /// Acts on answers. Operations whose answer is `again` (0 for none) are to be done anew.
+    fn act_on(&mut self, answers: &mut Vec<(u64, i32)>, again: i32) {
+        for (user_data, result) in answers.drain(..) {
+            match Subject::from_user_data(user_data) {
+                Subject::Slot(index) if again != 0 && result == again => {
+                    self.push(index);
+                }
                 Subject::Slot(index) => self.slot_answered(index, result),
                 Subject::Watch(key) => {
                     if let Some(watch) = self.watches.answered(key) {
@@ -545,7 +552,6 @@ impl FileDevice {
                 Subject::Nobody => {}
             }
         }
-        self.answers = answers;
     }
 
     fn slot_answered(&mut self, index: u32, result: i32) {
@@ -557,8 +563,7 @@ impl FileDevice {
                 self.free.push(index);
             }
             None => {
-                let entry = slot.entry();
-                self.push(entry, Subject::Slot(index));
+                self.push(index);
             }
         }
     }
@@ -615,10 +620,8 @@ impl FileDevice {
         slot.fill(token, verb, offset, segments);
         match self.engine {
             Engine::Uring => {
-                let entry = slot.entry();
-                self.push(entry, Subject::Slot(index));
-                if self.queued >= BATCH {
-                    self.enter(0);
+                if self.push(index) {
+                    self.enter();
                 }
             }
             Engine::Mapped => self.lined_up.push(index),
@@ -677,8 +680,9 @@ impl Device for FileDevice {
         if !self.lined_up.is_empty() {
             self.copy_all();
         }
-        if self.queued > 0 {
-            self.enter(0);
+        self.enter();
+        if self.must_be_polled() {
+            self.collect();
         }
         !self.ready.is_empty()
     }
@@ -687,9 +691,16 @@ impl Device for FileDevice {
         if self.in_kernel() > 0 {
             self.collect();
             // Looking costs a few loads. The kernel is entered only if it says that it has put
-            // completions off until we do, or if the rest of a short operation was queued.
-            if self.ready.is_empty() && (self.queued > 0 || self.ring.0.submission().taskrun()) {
-                self.enter(0);
+            // completions off until we do, or if the rest of a short operation was queued. A polled
+            // device is asked once: mostly it was when the last turn's operations were submitted.
+            let asked =
+                self.polled.as_mut().is_none_or(|polled| std::mem::take(&mut polled.looked));
+            if self.ready.is_empty() && !asked {
+                self.enter();
+                self.collect();
+            }
+            if self.ready.is_empty() && (self.ring.queued() > 0 || self.ring.is_due()) {
+                self.ring.enter(0);
                 self.collect();
             }
         }
@@ -712,9 +723,31 @@ impl Drop for FileDevice {
     fn drop(&mut self) {
         self.submit();
         while self.in_kernel() > 0 {
-            self.enter(1);
+            match &mut self.polled {
+                Some(polled) if polled.in_flight > 0 => polled.ring.enter(1),
+                _ => self.ring.enter(1),
+            }
             self.collect();
         }
+    }
+}
+
+impl Polled {
+    /// Hands queued operations over and has the kernel see what is done.
+    fn look(&mut self) {
+        self.looks += 1;
+        self.looked = true;
+        self.ring.enter(0);
+    }
+
+    fn new(file: &File, depth: u32) -> std::io::Result<Self> {
+        Ok(Self {
+            ring: Ring::polled(file, depth)?,
+            in_flight: 0,
+            looks: 0,
+            looked: false,
+            refused: false,
+        })
     }
 }
 
@@ -744,63 +777,12 @@ fn run_inline(file: &File, slot: &mut Slot, alignment: u32) -> Outcome {
     }
 }
 
-/// Makes the ring, with the best of what this kernel has.
-///
-/// What is left of an operation after the device's interrupt is done at our next entry to the
-/// kernel or return from it, and a flag in shared memory says when one is due
-/// (`IORING_SETUP_COOP_TASKRUN`), so a turn that finds nothing costs no system call. The
-/// alternative is to do it only when we enter the ring (`DEFER_TASKRUN`). Measured with 4 KiB
-/// random reads at depth 32 on ext4 and a virtio disk (2 virtual cores, Linux 6.18;
-/// medians of three asleep, means of two polling):
-///
-/// | thousand reads a second (CPU each)  | cooperative   | deferred      | neither       |
-/// | ----------------------------------- | ------------- | ------------- | ------------- |
-/// | asleep in the ring between them     | 82.7 (2.3 us) | 73.6 (3.3 us) | 82.7 (2.3 us) |
-/// | polling (all are limited by disk)   | 99 (9.8 us)   | 94 (10.0 us)  | 94 (10.0 us)  |
-///
-/// Deferred, a sleeper wakes for the first completion and takes it alone; otherwise the whole batch
-/// is there when it wakes. Deferred and entering at each turn took 47 entries an operation.
-fn set_up(depth: u32) -> io::Result<IoUring> {
-    // Entries beyond a batch of operations (polls, continuations) are handed over early when the
-    // ring is full; answers have room for one for each operation, poll and removal of a poll.
-    let entries = depth.max(64).next_power_of_two();
-    let answers = (depth + 2 * WATCHES_MAX as u32).next_power_of_two();
-    let refused = |ring: &io::Result<IoUring>| {
-        ring.as_ref().is_err_and(|error| error.raw_os_error() == Some(libc::EINVAL))
-    };
-    let mut builder = IoUring::builder();
-    builder.setup_cqsize(answers).setup_r_disabled();
-    let plain = builder.clone();
-    builder.setup_submit_all().setup_coop_taskrun().setup_taskrun_flag();
-    let cooperative = builder.clone();
-    builder.setup_single_issuer();
-
-    let mut ring = builder.build(entries); // Linux 6.0.
-    if refused(&ring) {
-        ring = cooperative.build(entries); // Linux 5.19.
-    }
-    if refused(&ring) {
-        ring = plain.build(entries);
-    }
-    ring
-}
-
-/// Makes the table of registered buffers; its free numbers, none when the kernel has no such table.
-fn buffer_table(ring: &IoUring) -> Vec<u32> {
-    match ring.submitter().register_buffers_sparse(BUFFERS_MAX) {
-        Ok(()) => (0..BUFFERS_MAX).rev().collect(),
-        Err(error) => {
-            tracing::warn!(%error, "no registered buffers on this kernel, going on without");
-            vec![]
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::buffer::{Buffer, BufferPool};
     use nix::sys::eventfd::EventFd;
+    use std::os::fd::AsRawFd;
     use std::path::PathBuf;
 
     const CAPACITY: u64 = 4 << 20;
@@ -828,10 +810,20 @@ mod tests {
         FileDevice::open(&scratch.0, &options).unwrap()
     }
 
+    /// A device that is polled, whether it can be or not: most cannot, and say so with the first answer.
+    fn open_to_be_polled(scratch: &Scratch, depth: u32) -> FileDevice {
+        let mut device = open(scratch, Engine::Uring, depth);
+        let polled = Polled::new(&device.file, depth).unwrap();
+        device.buffers_free = polled.ring.make_buffer_table();
+        device.polled = Some(polled);
+        device
+    }
+
     /// A device of each engine: on the temporary directory's disk, and in memory.
     fn each_engine(name: &str, depth: u32, test: impl Fn(FileDevice, &Scratch)) {
         let disk = Scratch::new(&std::env::temp_dir(), name);
         test(open(&disk, Engine::Uring, depth), &disk);
+        test(open_to_be_polled(&disk, depth), &disk);
         test(open(&disk, Engine::Inline, depth), &disk);
         let memory = Scratch::new(Path::new("/dev/shm"), name);
         test(open(&memory, Engine::Auto, depth), &memory);
@@ -1007,9 +999,46 @@ mod tests {
     }
 
     #[test]
+    fn a_device_that_refuses_to_be_polled_is_waited_for_and_no_operation_is_lost() {
+        let scratch = Scratch::new(Path::new("/dev/shm"), "refusing"); // Never can be.
+        let mut device = open_to_be_polled(&scratch, 8);
+        assert!(device.is_polled() && !device.must_be_polled());
+        let mut pool = BufferPool::new(8, BLOCK);
+        let buffers: Vec<Buffer> = (1..=8).map(|byte| filled(&mut pool, byte)).collect();
+        let registration = device.register_buffer(&pool.whole()).unwrap();
+        for (index, buffer) in buffers.iter().enumerate() {
+            let segment = pool.lend(buffer).with_registration(registration);
+            device.write(Token(index as u64), ByteOffset::new((index * BLOCK) as u64), &[segment]);
+        }
+        assert!(device.must_be_polled());
+        let completions = finish(&mut device);
+        assert!(completions.len() == 8 && completions.iter().all(|it| it.result.is_ok()));
+        assert!(device.looks() > 0 && !device.must_be_polled());
+
+        let looks = device.looks();
+        buffers.iter().for_each(|buffer| pool.returned(buffer));
+        let segment = pool.lend(&buffers[0]).with_registration(registration);
+        device.read(Token(9), ByteOffset::new(7 * BLOCK as u64), &[segment]);
+        let mut completions = vec![];
+        while completions.is_empty() {
+            device.wait(None, &mut vec![]);
+            device.reap(&mut completions);
+        }
+        assert_eq!(completions, [Completion { token: Token(9), result: Ok(()) }]);
+        assert_eq!(device.looks(), looks, "it is not asked again");
+        pool.returned(&buffers[0]);
+        assert_eq!(pool.bytes(&buffers[0]), [8; BLOCK]);
+    }
+
+    #[test]
     fn a_refused_write_is_the_systems_error() {
         let scratch = Scratch::new(&std::env::temp_dir(), "read-only");
-        let options = OpenOptions { depth: 1, read_only: true, engine: Engine::Auto, drops: None };
+        let options = OpenOptions {
+            depth: 1,
+            read_only: true,
+            engine: Engine::Auto,
+            ..OpenOptions::default()
+        };
         let mut device = FileDevice::open(&scratch.0, &options).unwrap();
         let mut pool = BufferPool::new(1, BLOCK);
         let buffer = filled(&mut pool, 1);
@@ -1034,7 +1063,8 @@ mod tests {
         file.set_len(8 * BLOCK as u64).unwrap();
         let path = PathBuf::from(format!("/proc/self/fd/{}", file.as_raw_fd()));
         let open = |read_only| {
-            let options = OpenOptions { depth: 4, read_only, engine: Engine::Auto, drops: None };
+            let options =
+                OpenOptions { depth: 4, read_only, engine: Engine::Auto, ..OpenOptions::default() };
             FileDevice::open(&path, &options).unwrap()
         };
         assert_eq!(open(false).engine(), Engine::Inline, "it may still be cut");

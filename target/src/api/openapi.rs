@@ -449,6 +449,7 @@ fn schemas() -> Value {
             ("busy_ns", "integer"),
             ("spun_ns", "integer"),
             ("asleep_ns", "integer"),
+            ("device_polls", "integer"),
             ("messages", "integer"),
             ("forwarded", "integer"),
             ("node_cache_hits", "integer"),
