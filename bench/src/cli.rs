@@ -128,8 +128,8 @@ struct CompareArguments {
     /// The `bessel` program; without it only the peers are measured
     #[arg(long)]
     bessel: Option<PathBuf>,
-    /// Directory for the disks' files, such as /dev/shm and one on a disk; `memory` for disks in the servers' own memory,
-    /// `null` for none; may be repeated
+    /// Directory for the disks' files, such as /dev/shm and one on a disk; `loop:` and a directory for block devices
+    /// over such files; `memory` for disks in the servers' own memory, `null` for none; may be repeated
     #[arg(long = "dir", required = true)]
     devices: Vec<Device>,
     /// Size of the disk that each server serves
@@ -498,11 +498,22 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn a_place_is_a_directory_unless_it_is_called_memory_or_null() {
-        let devices = try_comparison(&["--dir", "memory", "--dir", "null", "--dir", "./null"]);
+    fn a_place_is_a_directory_unless_it_is_called_otherwise() {
+        let places = ["memory", "null", "./null", "loop:/tmp", "./loop:a"];
+        let arguments: Vec<&str> = places.iter().flat_map(|place| ["--dir", place]).collect();
+        let found = try_comparison(&arguments).unwrap().devices;
         let directory = |path: &str| Device::Directory(path.into());
-        let expected = [directory("/tmp"), Device::Memory, Device::Null, directory("./null")];
-        assert_eq!(devices.unwrap().devices, expected);
+        let expected = [
+            directory("/tmp"),
+            Device::Memory,
+            Device::Null,
+            directory("./null"),
+            Device::Loop("/tmp".into()),
+            directory("./loop:a"),
+        ];
+        assert_eq!(found, expected);
+        let written: Vec<String> = found[1..].iter().map(ToString::to_string).collect();
+        assert_eq!(written, places);
     }
 
     #[test]

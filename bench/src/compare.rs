@@ -117,6 +117,7 @@ impl Place {
         match self.device {
             Device::Directory(_) if self.tmpfs => "tmpfs",
             Device::Directory(_) => "O_DIRECT",
+            Device::Loop(_) => "block devices over files",
             Device::Memory => "of each server",
             Device::Null => "data is dropped",
         }
@@ -240,13 +241,16 @@ fn measure_place(
     contenders: &[Version],
     perf_counts: bool,
 ) -> Result<Place, String> {
-    let (tmpfs, files) = match device {
-        Device::Directory(path) => {
+    let (tmpfs, files) = match device.directory() {
+        Some(path) => {
             let kind = statfs(path)
                 .map_err(|error| format!("cannot look at {}: {error}", path.display()))?;
-            (kind.filesystem_type() == TMPFS_MAGIC, Some(Scratch::new(path, "files")?))
+            // A loop device takes O_DIRECT whatever is below it.
+            let tmpfs =
+                kind.filesystem_type() == TMPFS_MAGIC && *device == Device::Directory(path.into());
+            (tmpfs, Some(Scratch::new(path, "files")?))
         }
-        Device::Memory | Device::Null => (false, None),
+        None => (false, None),
     };
     let site = Site {
         device: device.clone(),
@@ -388,7 +392,7 @@ fn fill(
     eprintln!("filling {} by {}", file.display(), contender.name());
     site.make_disk(contender, state)?;
     if contender == Contender::BareUring {
-        return fio::fill(site, &file);
+        return fio::fill(site, &site.open_disk(contender, state)?.path);
     }
     let server = site.start(Serving { contender, state, queues: 1 })?;
     fill_by(comparison, site, &server)
@@ -416,8 +420,8 @@ fn measure(
     let Cell { load, contender, .. } = *cell;
     if contender == Contender::BareUring {
         return with_disk(site, cell, || {
-            let file = site.disk_file(contender, load.state);
-            fio::measure(site, &file, &load, comparison.duration, comparison.warmup())
+            let disk = site.open_disk(contender, load.state)?;
+            fio::measure(site, &disk.path, &load, comparison.duration, comparison.warmup())
         });
     }
     let options = Options {

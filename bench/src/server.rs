@@ -3,10 +3,11 @@
 //! Whatever is made here goes away with its value, on every path out: processes get SIGTERM and
 //! after a while SIGKILL, scratch directories are removed.
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::fmt;
 use std::fs::{self, File};
 use std::io::Write as _;
+use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
@@ -58,6 +59,8 @@ const SPDK_TIMEOUT: Duration = Duration::from_secs(30);
 pub(crate) enum Device {
     /// Files in a directory, on tmpfs or on a disk.
     Directory(PathBuf),
+    /// Loop devices over files in a directory: block devices, where no other is to spare.
+    Loop(PathBuf),
     /// The memory of the server. A disk is gone with its server.
     Memory,
     /// Nowhere: what is written is dropped, and reads bring nothing.
@@ -67,9 +70,20 @@ pub(crate) enum Device {
 impl Device {
     /// A disk is still there when the server that served it has gone.
     pub(crate) fn outlives_servers(&self) -> bool {
-        matches!(self, Self::Directory(_))
+        self.directory().is_some()
+    }
+
+    /// Where its files are, if it has any.
+    pub(crate) fn directory(&self) -> Option<&Path> {
+        match self {
+            Self::Directory(path) | Self::Loop(path) => Some(path),
+            Self::Memory | Self::Null => None,
+        }
     }
 }
+
+/// What stands before the directory whose files are to be block devices.
+const LOOP: &[u8] = b"loop:";
 
 /// As Bessel's configuration has it: a directory of such a name is written `./memory`.
 impl From<OsString> for Device {
@@ -77,7 +91,10 @@ impl From<OsString> for Device {
         match text.to_str() {
             Some("memory") => Self::Memory,
             Some("null") => Self::Null,
-            _ => Self::Directory(text.into()),
+            _ => match text.as_bytes().strip_prefix(LOOP) {
+                Some(directory) => Self::Loop(OsStr::from_bytes(directory).into()),
+                None => Self::Directory(text.into()),
+            },
         }
     }
 }
@@ -86,6 +103,7 @@ impl fmt::Display for Device {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Directory(path) => path.display().fmt(f),
+            Self::Loop(path) => write!(f, "loop:{}", path.display()),
             Self::Memory => f.write_str("memory"),
             Self::Null => f.write_str("null"),
         }
@@ -156,7 +174,7 @@ impl Contender {
             | (Self::SpdkNull, Device::Null) => None,
             (Self::SpdkMalloc | Self::SpdkLvol, _) => Some("has its disk in memory"),
             (Self::SpdkNull, _) => Some("drops what is written"),
-            (_, Device::Directory(_)) => None,
+            (_, Device::Directory(_) | Device::Loop(_)) => None,
             (_, Device::Memory | Device::Null) => Some("is measured on files"),
         }
     }
@@ -351,18 +369,43 @@ impl Site {
         self.disk_file(Contender::Bessel, State::Written)
     }
 
-    /// Makes the disk anew, sparse: a fill writes it. A store is made by its daemon.
+    /// What a server, or fio, is to open of a disk that is there: its file, or a block device made of it.
+    pub(crate) fn open_disk(&self, contender: Contender, state: State) -> Result<Disk, String> {
+        let path = self.disk_file(contender, state);
+        match self.device {
+            Device::Loop(_) => LoopDevice::over(&path)
+                .map(|device| Disk { path: device.path.clone(), device: Some(device) }),
+            _ => Ok(Disk { path, device: None }),
+        }
+    }
+
+    /// Makes the disk anew, sparse: a fill writes it. A store is made by its daemon, but on a block device.
     pub(crate) fn make_disk(&self, contender: Contender, state: State) -> Result<(), String> {
         self.remove_disk(contender, state)?;
         let path = self.disk_file(contender, state);
+        let in_block_device = matches!(self.device, Device::Loop(_));
+        let make = |bytes| {
+            let file = File::options().create(true).truncate(false).write(true).open(&path);
+            file.and_then(|file| file.set_len(bytes))
+                .map_err(|error| format!("cannot create {}: {error}", path.display()))
+        };
         match contender.medium() {
-            Medium::Raw => File::create(&path)
-                .and_then(|file| file.set_len(self.size_bytes))
-                .map_err(|error| format!("cannot create {}: {error}", path.display())),
+            Medium::Raw => make(self.size_bytes),
             Medium::Qcow2 => {
                 let mut command = Command::new("qemu-img");
                 command.args(["create", "-q", "-f", "qcow2"]).arg(qemu_img_name(&path));
                 command.arg(self.size_bytes.to_string());
+                finish(command)?;
+                match in_block_device {
+                    // It grows within the device: room for as much again, for a snapshot, and its tables.
+                    true => make(2 * self.size_bytes + (64 << 20)),
+                    false => Ok(()),
+                }
+            }
+            Medium::Store if in_block_device => {
+                make(self.store_bytes)?;
+                let mut command = Command::new(self.bessel()?);
+                command.arg("format").arg(&path);
                 finish(command).map(drop)
             }
             Medium::Store => Ok(()),
@@ -401,16 +444,25 @@ impl Site {
 
     /// Starts a contender, pinned to the server's core, and waits until it has made its socket.
     pub(crate) fn start(&self, serving: Serving) -> Result<Server, String> {
-        let command = match serving.contender {
-            Contender::QsdUring => self.qsd(serving, "io_uring"),
-            Contender::QsdThreads => self.qsd(serving, "threads"),
-            Contender::QsdQcow2 => self.qsd(serving, "io_uring"),
-            Contender::SpdkAio
-            | Contender::SpdkMalloc
-            | Contender::SpdkLvol
-            | Contender::SpdkNull => self.spdk(serving)?,
-            Contender::Bessel => self.bessel(serving)?,
-            Contender::BareUring => panic!("fio serves nothing"),
+        let Serving { contender, state, .. } = serving;
+        let has_file = self.device.outlives_servers() && contender.medium() != Medium::NoFile;
+        let disk = has_file.then(|| self.open_disk(contender, state)).transpose()?;
+        let path = disk.as_ref().map(|disk| disk.path.as_path());
+        let command = match (contender, path) {
+            (Contender::QsdUring | Contender::QsdQcow2, Some(path)) => {
+                self.qsd(serving, path, "io_uring")
+            }
+            (Contender::QsdThreads, Some(path)) => self.qsd(serving, path, "threads"),
+            (
+                Contender::SpdkAio
+                | Contender::SpdkMalloc
+                | Contender::SpdkLvol
+                | Contender::SpdkNull,
+                path,
+            ) => self.spdk(serving, path)?,
+            (Contender::Bessel, path) => self.serve_bessel(serving, path)?,
+            (Contender::BareUring, _) => panic!("fio serves nothing"),
+            (contender, None) => panic!("{} needs a file", contender.name()),
         };
         // One that was killed has left its sockets, at which nobody answers.
         for socket in [self.socket(), self.api_socket()] {
@@ -420,7 +472,8 @@ impl Site {
             }
         }
         let log = self.run.path().join("server.log");
-        let mut server = Server::start(serving.contender.name(), command, log, self.server_core)?;
+        let mut server = Server::start(contender.name(), command, log, self.server_core)?;
+        server.disk = disk;
         server.wait_for(&self.socket())?;
         Ok(server)
     }
@@ -497,18 +550,22 @@ impl Site {
         self.run.path().join("rpc.sock")
     }
 
-    fn qsd(&self, serving: Serving, aio: &str) -> Command {
-        let Serving { contender, state, queues } = serving;
-        let file = escape_commas(&self.disk_file(contender, state));
+    fn qsd(&self, serving: Serving, disk: &Path, aio: &str) -> Command {
+        let Serving { contender, queues, .. } = serving;
+        let file = escape_commas(disk);
+        let driver = match self.device {
+            Device::Loop(_) => "host_device",
+            _ => "file",
+        };
         let socket = escape_commas(&self.socket());
         let direct = if self.direct { "on" } else { "off" };
         let disk = match contender.medium() {
             Medium::Qcow2 => format!(
-                "driver=qcow2,node-name=disk,cache.direct={direct},file.driver=file,\
+                "driver=qcow2,node-name=disk,cache.direct={direct},file.driver={driver},\
                  file.filename={file},file.aio={aio},file.cache.direct={direct}"
             ),
             _ => format!(
-                "driver=file,node-name=disk,filename={file},aio={aio},cache.direct={direct}"
+                "driver={driver},node-name=disk,filename={file},aio={aio},cache.direct={direct}"
             ),
         };
         let mut command = Command::new("qemu-storage-daemon");
@@ -521,10 +578,10 @@ impl Site {
 
     /// SPDK's target: a disk behind a vhost controller, which is named as its socket. The controller takes as many
     /// queues as its client has.
-    fn spdk(&self, serving: Serving) -> Result<Command, String> {
+    fn spdk(&self, serving: Serving, disk: Option<&Path>) -> Result<Command, String> {
         let program = spdk_program().ok_or("SPDK's vhost target is not in PATH")?;
         let config = self.run.path().join("spdk.json");
-        fs::write(&config, self.spdk_config(serving).to_string())
+        fs::write(&config, self.spdk_config(serving, disk).to_string())
             .map_err(|error| format!("cannot write {}: {error}", config.display()))?;
         let mut command = Command::new(program);
         command.arg("-m").arg(format!("[{}]", self.server_core));
@@ -553,7 +610,7 @@ impl Site {
         }
     }
 
-    fn spdk_config(&self, serving: Serving) -> serde_json::Value {
+    fn spdk_config(&self, serving: Serving, disk: Option<&Path>) -> serde_json::Value {
         const BLOCK_BYTES: u64 = 512;
         let method = |name: &str, params| json!({ "method": name, "params": params });
         let blocks = |name: &str, bytes: u64| json!({ "name": name, "block_size": BLOCK_BYTES, "num_blocks": bytes / BLOCK_BYTES });
@@ -582,7 +639,7 @@ impl Site {
                 (disks, LVOL)
             }
             _ => {
-                let file = self.disk_file(serving.contender, serving.state);
+                let file = disk.expect("a disk by AIO is a file's");
                 let aio = json!({
                     "name": "disk", "filename": file.to_string_lossy(), "block_size": BLOCK_BYTES
                 });
@@ -597,17 +654,20 @@ impl Site {
         ] })
     }
 
-    fn bessel(&self, serving: Serving) -> Result<Command, String> {
-        let program = self.bessel.as_ref().ok_or("there is no Bessel to start")?;
+    fn bessel(&self) -> Result<&Path, String> {
+        self.bessel.as_deref().ok_or_else(|| "there is no Bessel to start".into())
+    }
+
+    fn serve_bessel(&self, serving: Serving, disk: Option<&Path>) -> Result<Command, String> {
         let config = self.run.path().join("bessel.yaml");
-        fs::write(&config, self.bessel_config(serving))
+        fs::write(&config, self.bessel_config(serving, disk))
             .map_err(|error| format!("cannot write {}: {error}", config.display()))?;
-        let mut command = Command::new(program);
+        let mut command = Command::new(self.bessel()?);
         command.arg("serve").arg("--config").arg(config);
         Ok(command)
     }
 
-    fn bessel_config(&self, serving: Serving) -> String {
+    fn bessel_config(&self, serving: Serving, disk: Option<&Path>) -> String {
         // A JSON string is a YAML string, so any path can be written.
         let quoted = |path: &Path| serde_json::Value::from(path.to_string_lossy()).to_string();
         let poll = match self.poll {
@@ -620,12 +680,7 @@ impl Site {
              api:\n  socket: {api}\n\
              volumes:\n  - name: bench\n    size: {size}\n    socket: {socket}\n    \
              cache: writeback\n    queues: {queues}\n",
-            device = match &self.device {
-                Device::Directory(_) => {
-                    quoted(&self.disk_file(Contender::Bessel, serving.state))
-                }
-                Device::Memory | Device::Null => format!("\"{}\"", self.device),
-            },
+            device = disk.map_or_else(|| format!("\"{}\"", self.device), quoted),
             store = size::format(self.store_bytes),
             core = self.server_core,
             api = quoted(&self.api_socket()),
@@ -705,11 +760,46 @@ pub(crate) fn spawn_on_core(mut command: Command, core: usize) -> Result<Child, 
     })
 }
 
+/// A disk as it is opened.
+pub(crate) struct Disk {
+    pub(crate) path: PathBuf,
+    /// What that is, unless it is the file itself.
+    #[expect(dead_code, reason = "it is gone when dropped")]
+    device: Option<LoopDevice>,
+}
+
+/// A loop device; taken down when dropped.
+struct LoopDevice {
+    path: PathBuf,
+}
+
+impl LoopDevice {
+    /// Makes a block device of a file, without a page cache in between.
+    fn over(file: &Path) -> Result<Self, String> {
+        let mut command = Command::new("losetup");
+        command.args(["--find", "--show", "--direct-io=on"]).arg(file);
+        let said = finish(command)?.stdout;
+        Ok(Self { path: OsStr::from_bytes(said.trim_ascii()).into() })
+    }
+}
+
+impl Drop for LoopDevice {
+    fn drop(&mut self) {
+        let mut command = Command::new("losetup");
+        command.arg("--detach").arg(&self.path);
+        if let Err(error) = finish(command) {
+            eprintln!("bessel-bench: {} is left behind: {error}", self.path.display());
+        }
+    }
+}
+
 /// A running server; stopped when dropped.
 pub(crate) struct Server {
     name: &'static str,
     child: Child,
     log: PathBuf,
+    /// Dropped after the server has gone.
+    disk: Option<Disk>,
 }
 
 impl Server {
@@ -724,7 +814,7 @@ impl Server {
             .map_err(|error| format!("cannot create {}: {error}", log.display()))?;
         command.stdin(Stdio::null()).stdout(file.0).stderr(file.1);
         let child = spawn_on_core(command, core)?;
-        Ok(Self { name, child, log })
+        Ok(Self { name, child, log, disk: None })
     }
 
     /// Its process id.
