@@ -235,14 +235,17 @@ class Machine:
 
 
 class Guest(Machine):
-    """A guest under QEMU with a disk for each of the sockets `disks`, doing one job of scripts/guest-init."""
+    """A guest under QEMU with a disk for each of the sockets `disks`, doing one job of scripts/guest-init.
 
-    def __init__(self, run, name, accelerator, job, *disks, reconnect=False, **parameters):
+    `devices` are more arguments for QEMU, `words` more for the guest's kernel.
+    """
+
+    def __init__(self, run, name, accelerator, job, *disks, reconnect=False, devices=(), words=(), **parameters):
         kernels = glob.glob(os.path.join(GUEST, "kernel", "boot", "vmlinuz-*"))
         if not kernels:
             raise Failed("there is no guest kernel in build/guest; run scripts/setup first")
         console = run.path(f"{name}.console.log")
-        words = ["console=ttyS0", "quiet", "loglevel=4", "panic=-1", "random.trust_cpu=on", f"bessel.job={job}"]
+        words = ["console=ttyS0", "quiet", "loglevel=4", "panic=-1", "random.trust_cpu=on", f"bessel.job={job}", *words]
         words += [f"bessel.{key}={value}" for key, value in parameters.items()]
         # rdrand, because mke2fs waits for random numbers, which an emulated machine without it takes seconds to gather.
         arguments = ["qemu-system-x86_64", "-machine", "pc,usb=off", "-accel", accelerator, "-smp", "2", "-m", "512M",
@@ -251,7 +254,7 @@ class Guest(Machine):
                      "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
                      "-kernel", kernels[0],
                      "-initrd", os.path.join(GUEST, "initramfs.cpio"), "-append", " ".join(words),
-                     "-serial", f"file:{console}", "-serial", "stdio"]
+                     "-serial", f"file:{console}", "-serial", "stdio", *devices]
         for number, disk in enumerate(disks):
             arguments += ["-chardev", f"socket,id=c{number},path={disk}" + (",reconnect=1" if reconnect else ""),
                           "-device", f"vhost-user-blk-pci,chardev=c{number},num-queues=2"]

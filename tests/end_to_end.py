@@ -22,6 +22,7 @@ import xml.etree.ElementTree
 sys.dont_write_bytecode = True
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "scripts"))
 import vm  # noqa: E402
+import guest_daemon  # noqa: E402
 from cloud_hypervisor import bare_guest  # noqa: E402
 
 VOLUME = "vm1"
@@ -250,6 +251,60 @@ def a_block_device_of_4096_byte_sectors_serves_and_survives_kills(world):
     os.remove(backing)
 
 
+def a_polled_device_serves_and_survives_kills(world):
+    """In a guest, which runs the daemon: on an NVMe disk with a queue that is polled, which two reactors share, and for
+    comparison on a disk without one."""
+    world.stop_cleanly()
+    disks = {"/dev/nvme0n1": "nvme,serial=polled", "/dev/vdb": "virtio-blk-pci"}  # vda has the programs
+    guest = guest_daemon.CommandedGuest(world.run, "guest", accelerator(), {"bessel": world.program, "bessel-bench": world.bench},
+                                        disks.values(), words=["nvme.poll_queues=1"])
+    pollable = [guest.queue_attribute(disk, "io_poll") for disk in disks]
+    guest.expect(pollable == ["1", "0"], f"io_poll of {list(disks)} is {pollable}")
+    # Of the volumes the first two, VOLUME and written0, have different homes. Each life uses both, so that each reactor
+    # has work in it.
+    written = ["written0", "written1"]
+    nvme, virtio = [guest_daemon.GuestDaemon(guest, disk, {VOLUME: 32 << 20, **dict.fromkeys(written, 2 << 20)}) for disk in disks]
+    polls = serve_through_kills(nvme, written)
+    switched_off = serve_in_order(nvme, written, io_poll="off")
+    interrupting = serve_through_kills(virtio, written[:1])
+    guest.end()
+    guest.expect(all(map(all, polls)), f"a disk that can be polled was not; by life and reactor: {polls}")
+    guest.expect(not any(switched_off), f"a disk was polled with io_poll off; by reactor: {switched_off}")
+    guest.expect(not any(map(any, interrupting)), f"a disk was polled that cannot be; by life and reactor: {interrupting}")
+
+
+def serve_through_kills(daemon, volumes):
+    """Kills a daemon in a guest under load, each time with another of `volumes` just written. Returns how often each of
+    its reactors polled the disk, life by life."""
+    polls = []
+    for kill, volume in enumerate(volumes):
+        daemon.start()
+        for earlier in volumes[:kill]:
+            daemon.expect_whole(earlier)
+        # Answered, and never flushed by whoever wrote it: the kill may take none of it.
+        daemon.write_whole(volume)
+        daemon.begin_load(VOLUME, "--rw mix --seconds 500 --flush-every 20")
+        daemon.wait_for_flushes(VOLUME, 2)
+        daemon.take_snapshot(VOLUME)
+        daemon.wait_for_flushes(VOLUME, 4)
+        polls.append(daemon.device_polls())
+        daemon.kill()
+        daemon.expect_load_cut_short()
+    return [*polls, serve_in_order(daemon, volumes)]
+
+
+def serve_in_order(daemon, volumes, io_poll="on"):
+    """A life of a daemon in a guest with an orderly end: nothing is lost of what earlier ones wrote to `volumes`."""
+    daemon.start(io_poll)
+    for volume in volumes:
+        daemon.expect_whole(volume)
+    daemon.load(VOLUME, "--rw mix --requests 1000 --flush-every 20")
+    polls = daemon.device_polls()
+    daemon.stop()
+    daemon.check()
+    return polls
+
+
 @needs(bare_guest.what_is_missing)
 def a_cloud_hypervisor_guest_reads_writes_flushes_and_discards(world):
     guest = world.cloud_hypervisor_guest("guest", laps=2)
@@ -358,6 +413,7 @@ TESTS = [
     peers_are_compared_and_the_report_is_whole,
     fio_in_a_guest_is_measured_beside_a_peer,
     a_block_device_of_4096_byte_sectors_serves_and_survives_kills,
+    a_polled_device_serves_and_survives_kills,
     a_cloud_hypervisor_guest_reads_writes_flushes_and_discards,
     a_cloud_hypervisor_guest_outlives_a_daemon_killed_again_and_again,
 ]
