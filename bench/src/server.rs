@@ -304,6 +304,7 @@ fn finish(mut command: Command) -> Result<Output, String> {
 #[serde(rename_all = "lowercase")]
 pub(crate) enum Poll {
     Adaptive,
+    Sparing,
     Busy,
 }
 
@@ -672,6 +673,7 @@ impl Site {
         let quoted = |path: &Path| serde_json::Value::from(path.to_string_lossy()).to_string();
         let poll = match self.poll {
             Poll::Adaptive => "adaptive",
+            Poll::Sparing => "sparing",
             Poll::Busy => "busy",
         };
         format!(

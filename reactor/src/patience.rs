@@ -154,10 +154,21 @@ struct Learned {
 }
 
 impl Patience {
-    /// Before anything is known: as long as a sleep costs.
+    /// For who has a core to give.
     pub(crate) fn new() -> Self {
+        Self::with([SLEEP, SLEEP_BEFORE_DEVICE])
+    }
+
+    /// For who would rather have others use the core: a sleep costs what the system takes for it, and none is
+    /// put off while the device works, which interrupts.
+    pub(crate) fn sparing() -> Self {
+        Self::with([WAKING, Duration::ZERO])
+    }
+
+    /// Before anything is known: as long as a sleep costs.
+    fn with(sleeps: [Duration; 2]) -> Self {
         let learned = |sleep| Learned { sleep, waits: [0; CLASSES], new: 0, patience: sleep };
-        Self { of: [learned(SLEEP), learned(SLEEP_BEFORE_DEVICE)], trials: Trials::new() }
+        Self { of: sleeps.map(learned), trials: Trials::new() }
     }
 
     /// How long to poll in vain.
@@ -252,6 +263,26 @@ mod tests {
         assert_eq!(after(Wait::Device, [300; 32]), microseconds(512));
         let mostly_short = (0..64).map(|nth| if nth % 8 == 0 { 1_000_000 } else { 6 });
         assert_eq!(after(Wait::Outside, mostly_short), microseconds(8));
+    }
+
+    #[test]
+    fn who_is_sparing_never_spins_for_the_device_and_for_others_no_longer_than_waking_up_takes() {
+        let mut patience = Patience::sparing();
+        for length in [1, 3, 20, 100, 5_000].into_iter().cycle().take(20 * LESSON as usize) {
+            for wait in [Wait::Device, Wait::Outside] {
+                patience.ended_asleep(wait, microseconds(length));
+            }
+            patience.device_answered(
+                true,
+                Instant::from_nanos(1).after(microseconds(length)),
+                length,
+            );
+            assert_eq!(patience.of(Wait::Device), Duration::ZERO);
+            assert!(patience.of(Wait::Outside) <= WAKING);
+        }
+        let mut close = Patience::sparing();
+        (0..LESSON).for_each(|_| close.ended(Wait::Outside, microseconds(3)));
+        assert_eq!(close.of(Wait::Outside), microseconds(4), "what comes at once is waited for");
     }
 
     #[test]

@@ -21,6 +21,8 @@ pub enum PollMode {
     /// After a spell without work, of a length that is learned.
     #[default]
     Adaptive,
+    /// The same, where the core is needed for other things: at once while the device works, and soon without.
+    Sparing,
     /// Never: the core is the reactor's alone.
     Busy,
 }
@@ -170,7 +172,10 @@ fn ranges(numbers: &[usize]) -> String {
 /// Runs the loop on this thread until the poller has finished.
 fn run<P: Poller>(mut poller: P, mode: PollMode, stats: &ReactorStats, clock: &SystemClock) {
     let mut woken = Vec::with_capacity(WATCHES_MAX);
-    let mut patience = Patience::new();
+    let mut patience = match mode {
+        PollMode::Sparing => Patience::sparing(),
+        PollMode::Adaptive | PollMode::Busy => Patience::new(),
+    };
     let mut last = clock.now();
     // Since when there is nothing to do, and what we wait for.
     let mut waiting: Option<(Instant, Wait)> = None;

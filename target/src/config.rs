@@ -148,6 +148,8 @@ pub(crate) enum Poll {
     /// Spins while there is work, then sleeps.
     #[default]
     Adaptive,
+    /// Sleeps whenever the device has to be waited for, and soon when there is nothing to do.
+    Sparing,
     /// Never sleeps.
     Busy,
 }
@@ -1024,6 +1026,8 @@ gc: { every: 1d, low_space: 5%, rate: 64MiB }
         assert_eq!(parse(&off).unwrap().store.io_poll, IoPoll::Off);
         assert_eq!(config.reactors.cores.as_deref(), Some(&[0, 1][..]));
         assert_eq!(config.reactors.poll, Poll::Adaptive);
+        let sparing = WHOLE.replace("poll: adaptive", "poll: sparing");
+        assert_eq!(parse(&sparing).unwrap().reactors.poll, Poll::Sparing);
         assert!(!config.reactors.pin_guest_memory);
         assert_eq!(config.reactors.balance, Balance::On);
         assert_eq!(config.reactors.spread, Spread::On);

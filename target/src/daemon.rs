@@ -433,6 +433,7 @@ fn start_reactor(
         core: Some(core),
         mode: match config.reactors.poll {
             Poll::Adaptive => PollMode::Adaptive,
+            Poll::Sparing => PollMode::Sparing,
             Poll::Busy => PollMode::Busy,
         },
         stats: Arc::clone(&seat.counters.reactor),
