@@ -268,7 +268,8 @@ mod tests {
     #[test]
     fn who_is_sparing_never_spins_for_the_device_and_for_others_no_longer_than_waking_up_takes() {
         let mut patience = Patience::sparing();
-        for length in [1, 3, 20, 100, 5_000].into_iter().cycle().take(20 * LESSON as usize) {
+        let lengths = [1, 3, 20, 100, 5_000].into_iter().cycle().take(20 * LESSON as usize);
+        for (completed, length) in (0..).zip(lengths) {
             for wait in [Wait::Device, Wait::Outside] {
                 patience.ended_asleep(wait, microseconds(length));
             }

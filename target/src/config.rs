@@ -1140,7 +1140,11 @@ gc: { every: 1d, low_space: 5%, rate: 64MiB }
             (6, "  cores: []", "no core is given; name at least one"),
             (6, "  cores: [0, 0]", "core 0 is given twice; a core runs one reactor"),
             (6, "  cores: [-1]", "reactors.cores[0]: invalid type: integer `-1`"),
-            (7, "  poll: sometimes", "unknown variant `sometimes`, expected `adaptive` or `busy`"),
+            (
+                7,
+                "  poll: sometimes",
+                "unknown variant `sometimes`, expected one of `adaptive`, `sparing`, `busy`",
+            ),
             (7, "  balance: no", "unknown variant `no`, expected `on` or `off`"),
             (10, "  listen: here", "\"here\" is no address; write one like 127.0.0.1:9400"),
             (12, "  - name: ../etc", "volume name \"../etc\" contains '/'; allowed are"),
