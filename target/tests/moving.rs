@@ -13,6 +13,7 @@ use bessel_tests::guest::{Guest, Options, block};
 use std::path::Path;
 use support::World;
 use support::load::{DEPTH, Load, configuration, cores, roomy, serve_again, shown, under_load};
+use support::reader::Reader;
 
 #[test]
 fn guests_go_on_while_their_volumes_move_to_and_fro() {
@@ -283,5 +284,39 @@ fn a_move_that_cannot_be_is_refused_and_changes_nothing() {
     let refused = world.refused(&format!("volume move vm1 --to {}", cores[1]));
     assert!(refused.contains("is detached; `bessel volume attach vm1` first"), "{refused}");
     assert_eq!(shown(&world, "vm1")["core"], cores[0]);
+    world.end("-TERM");
+}
+
+/// By itself, where nobody has said where the volumes are to be: of two that a reactor is busy with, one goes to
+/// the reactor that has nothing to do. Both guests have more in flight than they can use up while they wait
+/// for a core, so that their reactor is busy all the time.
+#[test]
+fn a_busy_reactor_gives_a_volume_away() {
+    let Some(cores) = cores("a_busy_reactor_gives_a_volume_away") else { return };
+    let mut world = World::new("balance");
+    let names = ["vm1", "vm2", "vm3"];
+    let volume = |name| format!("  - name: {name}\n    size: 64MiB\n    queues: 1\n");
+    world
+        .serve(&format!("reactors:\n  cores: {cores:?}\nvolumes:\n{}", names.map(volume).concat()));
+    let home = |name| shown(&world, name)["core"].as_u64().unwrap();
+    let alone = names
+        .into_iter()
+        .find(|name| names.iter().all(|other| other == name || home(other) != home(name)));
+    let alone = alone.expect("one reactor has one volume, the other one two");
+    let busy: Vec<&str> = names.into_iter().filter(|name| *name != alone).collect();
+    let mut readers: Vec<Reader> =
+        busy.iter().map(|name| Reader::new(&world, name, 1, 48, 1 << 20)).collect();
+    while home(busy[0]) == home(busy[1]) {
+        let so_far: Vec<u64> = readers.iter().map(|reader| reader.ended).collect();
+        // Both went on since, and will again.
+        while readers.iter().zip(&so_far).any(|(reader, ended)| reader.ended < ended + 1000) {
+            readers.iter_mut().for_each(Reader::go_on);
+        }
+    }
+    assert!(world.log().contains("`reactors.balance: off` leaves volumes"), "{}", world.log());
+    let so_far: Vec<u64> = readers.iter().map(|reader| reader.ended).collect();
+    while readers.iter().zip(&so_far).any(|(reader, ended)| reader.ended < ended + 1000) {
+        readers.iter_mut().for_each(Reader::go_on);
+    }
     world.end("-TERM");
 }

@@ -4,6 +4,7 @@
 
 pub(crate) mod device;
 pub(crate) mod load;
+pub(crate) mod reader;
 
 use serde_json::Value;
 use std::io::{BufRead, BufReader, Read, Write};
