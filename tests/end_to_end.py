@@ -181,7 +181,6 @@ def loop_devices_are_missing():
     return None if usable else "no loop devices, or no right to make one"
 
 
-@needs(loop_devices_are_missing)
 def peers_are_compared_and_the_report_is_whole(world):
     """Small, in memory: that each load is measured and shown, not how fast anything was. Without peers it is Bessel alone."""
     out, page, snapshots = (world.run.path(name) for name in ("compare.json", "compare.html", "reads.json"))
@@ -224,6 +223,36 @@ def peers_are_compared_and_the_report_is_whole(world):
     world.expect("&lt;of another time&gt;" in report, "the snapshots were measured on some machine")
 
 
+@needs(loop_devices_are_missing)
+def block_devices_are_compared_and_none_is_left(world):
+    """Small, on this machine's disk: each kind of disk is made, served and measured as a loop device."""
+    out = world.run.path("compare.json")
+    peers = [name for name, programs in (("qsd-uring", ["qemu-storage-daemon"]), ("qsd-qcow2", ["qemu-storage-daemon", "qemu-img"]),
+                                         ("bare-uring", ["fio"]))
+             if all(map(shutil.which, programs))]
+    with tempfile.TemporaryDirectory(dir=world.run.directory) as directory:
+        done = subprocess.run([world.bench, "compare", "--bessel", world.program, "--dir", f"loop:{directory}", "--size", "16MiB",
+                               "--store-size", "256MiB", "--seconds", "0.1", "--rounds", "1", "--scenarios", "empty,snapshotted",
+                               "--rw", "randread,randwrite", "--depths", "4", "--contenders", ",".join(["bessel", *peers]), "--json", out],
+                              capture_output=True, text=True, timeout=300, check=False)
+        world.expect(done.returncode == 0, f"bessel-bench exited {done.returncode}: {done.stderr.strip()}")
+        world.expect(not os.listdir(directory), f"left behind: {os.listdir(directory)}")
+
+        def gone():
+            listed = subprocess.run(["losetup", "--list", "--noheadings", "--output", "BACK-FILE"],
+                                    capture_output=True, text=True, timeout=60, check=True)
+            return directory not in listed.stdout
+
+        vm.wait_until(gone, 60, "the last loop device is taken down", out)
+    with open(out, encoding="utf-8") as file:
+        cells = json.load(file)["places"][0]["cells"]
+    states = {(cell["contender"], cell["state"]) for cell in cells if len(cell["samples"]) == 1}
+    expected = {("bessel", state) for state in ("empty", "written", "snapshotted")}
+    expected |= {(peer, "written") for peer in peers}
+    world.expect(expected <= states, f"measured are {states}")
+
+
+@needs(loop_devices_are_missing)
 def a_block_device_of_4096_byte_sectors_serves_and_survives_kills(world):
     world.stop_cleanly()
     backing = world.run.path("disk.img")
@@ -274,8 +303,8 @@ def a_polled_device_serves_and_survives_kills(world):
 
 
 def serve_through_kills(daemon, volumes):
-    """Kills a daemon in a guest under load, each time with another of `volumes` just written. Returns how often each of
-    its reactors polled the disk, life by life."""
+    """Kills a daemon in a guest under load, each time with another of `volumes` just written. Returns how much each of
+    its reactors polled for, life by life."""
     polls = []
     for kill, volume in enumerate(volumes):
         daemon.start()
@@ -287,7 +316,7 @@ def serve_through_kills(daemon, volumes):
         daemon.wait_for_flushes(VOLUME, 2)
         daemon.take_snapshot(VOLUME)
         daemon.wait_for_flushes(VOLUME, 4)
-        polls.append(daemon.device_polls())
+        polls.append(daemon.polled())
         daemon.kill()
         daemon.expect_load_cut_short()
     return [*polls, serve_in_order(daemon, volumes)]
@@ -299,7 +328,7 @@ def serve_in_order(daemon, volumes, io_poll="on"):
     for volume in volumes:
         daemon.expect_whole(volume)
     daemon.load(VOLUME, "--rw mix --requests 1000 --flush-every 20")
-    polls = daemon.device_polls()
+    polls = daemon.polled()
     daemon.stop()
     daemon.check()
     return polls
@@ -412,6 +441,7 @@ TESTS = [
     what_snapshots_cost_is_measured_row_by_row,
     peers_are_compared_and_the_report_is_whole,
     fio_in_a_guest_is_measured_beside_a_peer,
+    block_devices_are_compared_and_none_is_left,
     a_block_device_of_4096_byte_sectors_serves_and_survives_kills,
     a_polled_device_serves_and_survives_kills,
     a_cloud_hypervisor_guest_reads_writes_flushes_and_discards,

@@ -117,9 +117,14 @@ class GuestDaemon:
         """`bessel check` on the store, which no daemon may be serving."""
         self._guest.command(f"bessel check {self._device}")
 
-    def device_polls(self):
-        """How often each reactor has asked the device what is done."""
-        return [reactor.get("device_polls", 0) for reactor in self._stats()["reactors"]]
+    def polled(self):
+        """How many reads and writes of the device each reactor has polled for. All that it has done, or none."""
+        stats = self._stats()
+        polled = [reactor["device_polled"] for reactor in stats["reactors"]]
+        # Each write of a guest is one of the device's, at least. A device that refuses after the first ones would have few.
+        written = sum(volume["writes"] for volume in stats["volumes"])
+        self._guest.expect(not any(polled) or sum(polled) >= written, f"{polled} were polled for, of {written} writes alone")
+        return polled
 
     def take_snapshot(self, volume):
         self._guest.command(f"bessel snapshot create {volume}")

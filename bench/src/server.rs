@@ -474,8 +474,9 @@ impl Site {
         }
         let log = self.run.path().join("server.log");
         let mut server = Server::start(contender.name(), command, log, self.server_core)?;
-        server.disk = disk;
         server.wait_for(&self.socket())?;
+        // It has its disk open: a loop device that is taken down now goes when the server does, however it ends.
+        drop(disk);
         Ok(server)
     }
 
@@ -770,7 +771,7 @@ pub(crate) struct Disk {
     device: Option<LoopDevice>,
 }
 
-/// A loop device; taken down when dropped.
+/// A loop device; taken down when dropped, or when the last who has it open then lets go of it.
 struct LoopDevice {
     path: PathBuf,
 }
@@ -781,7 +782,18 @@ impl LoopDevice {
         let mut command = Command::new("losetup");
         command.args(["--find", "--show", "--direct-io=on"]).arg(file);
         let said = finish(command)?.stdout;
-        Ok(Self { path: OsStr::from_bytes(said.trim_ascii()).into() })
+        let device = Self { path: OsStr::from_bytes(said.trim_ascii()).into() };
+        // The kernel makes one with a page cache in between where it cannot do without.
+        let name = device.path.file_name().unwrap_or_default();
+        let direct = Path::new("/sys/block").join(name).join("loop/dio");
+        match fs::read_to_string(&direct) {
+            Ok(said) if said.trim() == "1" => Ok(device),
+            _ => Err(format!(
+                "no direct I/O from a loop device to {}: it would measure the page cache; choose a directory of \
+                 another file system",
+                file.display()
+            )),
+        }
     }
 }
 
@@ -800,8 +812,6 @@ pub(crate) struct Server {
     name: &'static str,
     child: Child,
     log: PathBuf,
-    /// Dropped after the server has gone.
-    disk: Option<Disk>,
 }
 
 impl Server {
@@ -816,7 +826,7 @@ impl Server {
             .map_err(|error| format!("cannot create {}: {error}", log.display()))?;
         command.stdin(Stdio::null()).stdout(file.0).stderr(file.1);
         let child = spawn_on_core(command, core)?;
-        Ok(Self { name, child, log, disk: None })
+        Ok(Self { name, child, log })
     }
 
     /// Its process id.

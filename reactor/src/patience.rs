@@ -275,8 +275,8 @@ mod tests {
             }
             patience.device_answered(
                 true,
-                Instant::from_nanos(1).after(microseconds(length)),
-                length,
+                Instant::from_nanos(1).after(microseconds(completed)),
+                completed,
             );
             assert_eq!(patience.of(Wait::Device), Duration::ZERO);
             assert!(patience.of(Wait::Outside) <= WAKING);

@@ -16,7 +16,8 @@ pub trait Poller {
     /// One turn: a bounded amount of work. True when anything was done, or when something is in
     /// flight that only polling can find.
     ///
-    /// Operations of [`Poller::device`] are not such a thing: their completion ends a sleep.
+    /// Operations of [`Poller::device`] are not such a thing: their completion ends a sleep, or
+    /// there is none while they must be polled for.
     fn poll(&mut self, now: Instant) -> bool;
 
     /// Called before sleeping: asks everybody who may bring work to ring (notifications of queues

@@ -21,7 +21,8 @@ pub enum PollMode {
     /// After a spell without work, of a length that is learned.
     #[default]
     Adaptive,
-    /// The same, where the core is needed for other things: at once while the device works, and soon without.
+    /// The same, where the core is needed for other things: at once while the device works, if it will say when
+    /// it is done, and soon without.
     Sparing,
     /// Never: the core is the reactor's alone.
     Busy,
@@ -249,8 +250,11 @@ fn sleep<P: Poller>(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::device::uring::{FileDevice, OpenError, OpenOptions};
+    use crate::buffer::{Buffer, BufferPool};
+    use crate::device::uring::{Engine, FileDevice, OpenError, OpenOptions};
+    use crate::device::{Device, Token};
     use crate::inbox::{Inbox, Sender, inbox};
+    use crate::units::ByteOffset;
     use std::path::{Path, PathBuf};
     use std::time::Duration;
 
@@ -384,6 +388,70 @@ mod tests {
         let stats = world.stop();
         assert!(stats.wakeups.get() >= 99, "{stats:?}");
         assert!(stats.asleep_ns.get() > 0);
+    }
+
+    /// Reads a block of a disk's file again and again.
+    struct Reading {
+        device: FileDevice,
+        pool: BufferPool,
+        buffer: Buffer,
+        left: u32,
+    }
+
+    impl Poller for Reading {
+        fn poll(&mut self, _: Instant) -> bool {
+            let mut completions = Vec::new();
+            self.device.reap(&mut completions);
+            for completion in &completions {
+                assert_eq!(completion.result, Ok(()));
+                self.pool.returned(&self.buffer);
+                self.left -= 1;
+            }
+            if self.left > 0 && self.device.in_flight() == 0 {
+                let segment = self.pool.lend(&self.buffer);
+                self.device.read(Token(0), ByteOffset::new(0), &[segment]);
+                self.device.submit();
+                return true;
+            }
+            !completions.is_empty()
+        }
+
+        fn prepare_sleep(&mut self) -> bool {
+            true
+        }
+
+        fn woken(&mut self, _: &[WatchId]) {}
+
+        fn deadline(&self) -> Option<Instant> {
+            None
+        }
+
+        fn device(&mut self) -> &mut FileDevice {
+            &mut self.device
+        }
+
+        fn finished(&self) -> bool {
+            self.left == 0
+        }
+    }
+
+    #[test]
+    fn a_sparing_reactor_sleeps_while_the_disk_works_and_wakes_when_it_is_done() {
+        let path = std::env::temp_dir().join(format!("bessel-sparing-{}", std::process::id()));
+        std::fs::write(&path, vec![1; 4096]).unwrap();
+        let stats = Arc::new(ReactorStats::default());
+        let device_path = path.clone();
+        let make = move || {
+            let options = OpenOptions { depth: 1, engine: Engine::Uring, ..OpenOptions::default() };
+            let device = FileDevice::open(&device_path, &options)?;
+            let mut pool = BufferPool::new(1, 4096);
+            let buffer = pool.take().unwrap();
+            Ok::<_, OpenError>(Reading { device, pool, buffer, left: 200 })
+        };
+        spawn(options(PollMode::Sparing, None, &stats), make).unwrap().join();
+        std::fs::remove_file(path).unwrap();
+        // Some reads may be done before it has looked for the first time.
+        assert!(stats.sleeps.get() >= 20, "{stats:?}");
     }
 
     #[test]

@@ -448,14 +448,15 @@ fn start_reactor(
         shared_leaves: if spreads { (node_cache.blocks_floor() / SHARED_PART) as usize } else { 0 },
     };
     let (path, store) = (config.store.device.clone(), Arc::clone(store));
-    let poll = config.store.io_poll == IoPoll::On;
+    // To be sparing of the core, and to look at the device all the time, cannot both be had.
+    let poll = config.store.io_poll == IoPoll::On && config.reactors.poll != Poll::Sparing;
     let drops = (config.store.medium == Medium::Null).then_some(is_data as fn(Token) -> bool);
     spawn(options, move || {
         let depth = shard.device_depth() as u32;
         let options = OpenOptions { depth, drops, poll, ..OpenOptions::default() };
         let device = FileDevice::open(&path, &options)?;
         if device.is_polled() {
-            tracing::info!(core, device = %path.display(), "completions are polled for: nothing interrupts this reactor");
+            tracing::info!(core, device = %path.display(), "reads and writes are polled for");
         }
         Ok(Core::new(Shard::new(&shard, device, &store), seat))
     })

@@ -306,7 +306,10 @@ fn a_busy_reactor_gives_a_volume_away() {
     let busy: Vec<&str> = names.into_iter().filter(|name| *name != alone).collect();
     let mut readers: Vec<Reader> =
         busy.iter().map(|name| Reader::new(&world, name, 1, 48, 1 << 20)).collect();
+    let mut looks = 0;
     while home(busy[0]) == home(busy[1]) {
+        looks += 1;
+        assert!(looks < 1000, "a million requests, and nothing was moved: {}", world.log());
         let so_far: Vec<u64> = readers.iter().map(|reader| reader.ended).collect();
         // Both went on since, and will again.
         while readers.iter().zip(&so_far).any(|(reader, ended)| reader.ended < ended + 1000) {

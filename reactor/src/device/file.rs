@@ -31,6 +31,9 @@ const OFFSET_ALIGNMENT_MAX: u32 = crate::units::BLOCK_SIZE as u32;
 /// Memory alignment assumed of direct I/O where nothing says: a page always does.
 const MEMORY_ALIGNMENT_UNKNOWN: u32 = 4096;
 
+/// Operations that a queue is taken to hold where nothing says.
+const POLLED_UNKNOWN: usize = 64;
+
 /// Who carries out reads and writes.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub enum Engine {
@@ -175,8 +178,8 @@ pub(super) struct OpenFile {
     pub(super) properties: DeviceProperties,
     /// Never [`Engine::Auto`].
     pub(super) engine: Engine,
-    /// Its completions are to be polled for.
-    pub(super) polled: bool,
+    /// Its completions are to be polled for: so many at a time.
+    pub(super) polled: Option<usize>,
 }
 
 /// Opens `path` and asks it everything.
@@ -238,11 +241,22 @@ pub(super) fn open(path: &Path, options: &OpenOptions) -> Result<OpenFile, OpenE
     assert!(options.drops.is_none() || engine == Engine::Mapped, "only mapped memory drops data");
     // Where there is a queue that nothing interrupts for, an administrator has made it (`nvme.poll_queues`).
     let below = if block_device { metadata.rdev() } else { metadata.dev() };
-    let polled = options.poll
+    let may_be_polled = options.poll
         && engine == Engine::Uring
         && direct
-        && queue_attribute(below, "io_poll").is_some_and(|said| said == "1")
-        && ring::can_be_polled(&file);
+        && queue_attribute(below, "io_poll").is_some_and(|said| said == "1");
+    let polled = match may_be_polled {
+        true if ring::can_be_polled(&file) => {
+            let room = queue_attribute(below, "nr_requests").and_then(|said| said.parse().ok());
+            Some(room.unwrap_or(POLLED_UNKNOWN))
+        }
+        true => {
+            tracing::warn!(path = %path.display(),
+                "the device has queues to be polled, and refuses a read that is: waiting for interrupts");
+            None
+        }
+        false => None,
+    };
     let properties = DeviceProperties {
         capacity: ByteCount::new(capacity),
         offset_alignment,

@@ -100,8 +100,9 @@ pub trait Device {
     /// Queues a flush.
     fn flush(&mut self, token: Token);
 
-    /// Hands everything that is still queued to the device, in one system call. True when operations
-    /// have completed meanwhile: to reap them now spares whoever waits a turn.
+    /// Hands everything that is still queued to the device, together, and asks one that announces nothing
+    /// what has completed: to be called each turn. True when operations have completed meanwhile: to reap
+    /// them now spares whoever waits a turn.
     fn submit(&mut self) -> bool;
 
     /// Says that the bytes of these blocks matter to nobody any more: nothing durable leads to them,

@@ -15,9 +15,13 @@ use io_uring::{Builder, IoUring, opcode, squeue};
 
 use super::watch::WATCHES_MAX;
 use crate::buffer::{BufferPool, Segment};
+use crate::clock::SystemClock;
 
 /// Buffers that can be registered at once: 1 TiB of guest memory in regions of 1 GiB.
 pub const BUFFERS_MAX: u32 = 1024;
+
+/// How long a device may take to answer the first read that is polled for.
+const PROBE_MAX: Duration = Duration::from_secs(1);
 
 /// The ring's file is the only registered one.
 pub(super) const FILE: Fixed = Fixed(0);
@@ -66,6 +70,9 @@ impl Ring {
 
     /// Makes a ring whose operations are not announced by the device: each [`Ring::enter`] asks it for those
     /// that are done (`IORING_SETUP_IOPOLL`), and nothing else finds them. It takes reads and writes only.
+    ///
+    /// Nobody waits in it: the kernel would look for an answer until it has found one, and with a queue that
+    /// is shared somebody else may have found it.
     pub(super) fn polled(file: &File, depth: u32) -> io::Result<Self> {
         Self::with(file, depth, depth, |builder| {
             builder.setup_iopoll();
@@ -102,7 +109,7 @@ impl Ring {
     ///
     /// # Safety
     /// What the entry names, a buffer or a table of pieces and their memory, stays where it is until the
-    /// answer to it was taken, or the ring was dropped.
+    /// answer to it was taken. That the ring was dropped is not enough: the kernel goes on without it.
     pub(super) unsafe fn push(&mut self, entry: squeue::Entry, user_data: u64) {
         let entry = entry.user_data(user_data);
         loop {
@@ -112,12 +119,28 @@ impl Ring {
                 self.queued += 1;
                 return;
             }
-            self.enter(0);
+            self.hand_over();
         }
     }
 
+    /// Hands queued entries to the kernel. A device that is polled is not asked for any answer.
+    pub(super) fn hand_over(&mut self) {
+        self.enable();
+        let queued = self.ring.submission().len() as u32;
+        // SAFETY: the kernel is told of no memory but that of the entries (see `push`).
+        let result = unsafe { self.ring.submitter().enter::<libc::sigset_t>(queued, 0, 0, None) };
+        self.submitted(result);
+    }
+
     /// Hands queued entries to the kernel, lets it post what it has put off, and waits for so many answers.
+    ///
+    /// # Panics
+    /// When an answer is waited for that must be polled for.
     pub(super) fn enter(&mut self, want: usize) {
+        assert!(
+            want == 0 || !self.ring.params().is_setup_iopoll(),
+            "nobody waits in a polled ring"
+        );
         self.enable();
         let result = self.ring.submitter().submit_and_wait(want);
         self.submitted(result);
@@ -237,13 +260,36 @@ pub(super) fn can_be_polled(file: &File) -> bool {
     let page = pool.lend(&buffer);
     let Ok(mut ring) = Ring::polled(file, 1) else { return false };
     let read = opcode::Read::new(FILE, page.as_ptr(), page.len() as u32).build();
-    // SAFETY: the page is the pool's, which is dropped after the ring.
+    // SAFETY: the page is the pool's, which is dropped when there is an answer, and else never.
     unsafe { ring.push(read, 0) };
     let mut answers = Vec::with_capacity(1);
+    let clock = SystemClock::start();
+    let begun = clock.now();
     while answers.is_empty() {
-        ring.enter(1);
+        ring.enter(0);
         ring.take_answers(&mut answers);
+        if clock.now().since(begun) > PROBE_MAX {
+            // One that takes it and tells nobody. It may still write to the page.
+            std::mem::forget((ring, pool));
+            return false;
+        }
+        std::thread::yield_now();
     }
     // Another error than "not that way" may be of this page alone.
     !matches!(answers[..], [(_, answer)] if [-libc::EOPNOTSUPP, -libc::EINVAL].contains(&answer))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_says_that_it_cannot_be_polled_is_believed() {
+        let path =
+            std::path::Path::new("/dev/shm").join(format!("bessel-poll-{}", std::process::id()));
+        std::fs::write(&path, [0; 4096]).unwrap();
+        let file = File::open(&path).unwrap();
+        std::fs::remove_file(&path).unwrap();
+        assert!(!can_be_polled(&file), "a file on tmpfs has no queues");
+    }
 }

@@ -11,8 +11,9 @@
 //! share a system call, and a turn that queued nothing makes none unless the kernel asks for one.
 //!
 //! A device that can be polled has a second ring, for reads and writes ([`OpenOptions::poll`]). It says
-//! nothing by itself, and nobody can sleep in it: it is entered once a turn while anything is in flight
-//! there, and [`FileDevice::wait`] comes back at once. Flushes cannot be polled for, and take the plain ring.
+//! nothing by itself, and nobody can sleep in it: [`Device::submit`] asks while anything is in flight
+//! there, once a turn, and [`FileDevice::wait`] comes back at once. Flushes cannot be polled for, and take
+//! the plain ring, as does what is more than the device's queue holds.
 //!
 //! A device may be opened on any thread; the first that registers memory, hands operations over or
 //! waits owns it from then on (`IORING_SETUP_SINGLE_ISSUER`; the ring is enabled at that moment).
@@ -247,7 +248,6 @@ type Outcome = Result<(), DeviceError>;
 /// but by `register_buffer`.
 #[derive(Debug)]
 pub struct FileDevice {
-    // Both are dropped before `slots`: closing them is what ends the kernel's interest in those.
     ring: Ring,
     /// For reads and writes, where the device can be polled.
     polled: Option<Polled>,
@@ -281,10 +281,10 @@ struct Polled {
     ring: Ring,
     /// Operations that the kernel has or is about to get there.
     in_flight: usize,
-    /// Times the device was asked.
-    looks: u64,
-    /// It was asked since the last time that completions were reaped.
-    looked: bool,
+    /// Most that the device's queue holds: more would wait in threads of the kernel's, which spin.
+    room: usize,
+    /// Answers that were found there.
+    found: u64,
     /// The device has said that it cannot be polled any more: no operation is put there again.
     refused: bool,
 }
@@ -299,10 +299,12 @@ impl FileDevice {
         assert!((1..=DEPTH_MAX).contains(&depth), "a depth of {depth} is not 1 to {DEPTH_MAX}");
         let opened = file::open(path, options)?;
         let ring = Ring::new(&opened.file, depth).map_err(OpenError::ring)?;
-        let polled = match opened.polled {
-            true => Some(Polled::new(&opened.file, depth).map_err(OpenError::ring)?),
-            false => None,
-        };
+        let polled = opened.polled.and_then(|room| {
+            let polled = Polled::new(&opened.file, depth, room);
+            polled
+                .inspect_err(|error| tracing::warn!(%error, "no ring to poll the device with"))
+                .ok()
+        });
         let buffers_free = match opened.engine {
             Engine::Uring => polled.as_ref().map_or(&ring, |it| &it.ring).make_buffer_table(),
             _ => vec![],
@@ -317,7 +319,7 @@ impl FileDevice {
             _ => None,
         };
         let answers_max = ring.answers_max();
-        tracing::debug!(path = %path.display(), engine = ?opened.engine, polled = opened.polled,
+        tracing::debug!(path = %path.display(), engine = ?opened.engine, polled = polled.is_some(),
             properties = ?opened.properties, "device opened");
         Ok(Self {
             ring,
@@ -345,14 +347,14 @@ impl FileDevice {
         self.engine
     }
 
-    /// The device is asked for completions, and does not interrupt for them.
+    /// The device is asked for completions of reads and writes, and does not interrupt for them.
     pub fn is_polled(&self) -> bool {
-        self.polled.is_some()
+        self.polled.as_ref().is_some_and(|polled| !polled.refused)
     }
 
-    /// Times the device was asked for what has completed; 0 unless it is polled.
-    pub fn looks(&self) -> u64 {
-        self.polled.as_ref().map_or(0, |polled| polled.looks)
+    /// Reads and writes, or parts of them, whose completions were polled for.
+    pub fn polled(&self) -> u64 {
+        self.polled.as_ref().map_or(0, |polled| polled.found)
     }
 
     /// Something is in flight that the device will not announce: only turns find out when it is done.
@@ -384,6 +386,9 @@ impl FileDevice {
         if region.len() > BUFFER_BYTES_MAX {
             tracing::debug!(bytes = region.len(), "too large for one registered buffer");
             return None;
+        }
+        if self.polled.as_ref().is_some_and(|polled| polled.refused) {
+            return None; // Its table is that of a ring that nothing goes through any more.
         }
         let index = self.buffers_free.pop()?;
         let registered = self.data_ring().set_buffer(index, Some(region));
@@ -476,11 +481,11 @@ impl FileDevice {
         self.polled.as_mut().map_or(&mut self.ring, |polled| &mut polled.ring)
     }
 
-    /// Has the kernel do what is left of the operation in a slot. True when a batch is together.
-    fn push(&mut self, index: u32) -> bool {
+    /// Has the kernel do what is left of the operation in a slot. The ring, when a batch is together in it.
+    fn push(&mut self, index: u32) -> Option<&mut Ring> {
         let slot = &mut self.slots[index as usize];
         let ring = match &mut self.polled {
-            Some(polled) if slot.verb != Verb::Flush && !polled.refused => {
+            Some(polled) if slot.verb != Verb::Flush && polled.has_room() => {
                 polled.in_flight += 1;
                 &mut polled.ring
             }
@@ -494,24 +499,12 @@ impl FileDevice {
         // SAFETY: the entry names memory of the data, kept by the promise of `Segment::new`, or its slot's
         // table, which stays as it is until the answer is seen.
         unsafe { ring.push(entry, Subject::Slot(index).to_user_data()) };
-        ring.queued() >= BATCH
+        (ring.queued() >= BATCH).then_some(ring)
     }
 
     fn push_about_watch(&mut self, entry: squeue::Entry, subject: Subject) {
         // SAFETY: entries about watches name no memory.
         unsafe { self.ring.push(entry, subject.to_user_data()) };
-    }
-
-    /// Hands queued operations to the kernel, and asks a polled device what has completed. Does not sleep.
-    fn enter(&mut self) {
-        if self.ring.queued() > 0 {
-            self.ring.enter(0);
-        }
-        if let Some(polled) = &mut self.polled
-            && polled.in_flight > 0
-        {
-            polled.look();
-        }
     }
 
     /// Reads the rings' answers, then acts on them: operations end up in `ready` or go on, watches
@@ -525,9 +518,13 @@ impl FileDevice {
             polled.in_flight -= answers.len();
             // A queue that was taken away, or a device that was put in the place of another one.
             let refusal = -libc::EOPNOTSUPP;
-            if !polled.refused && answers.iter().any(|(_, result)| *result == refusal) {
-                polled.refused = true;
-                tracing::warn!("the device cannot be polled any more, waiting for its interrupts");
+            let refused = answers.iter().filter(|(_, result)| *result == refusal).count();
+            polled.found += (answers.len() - refused) as u64;
+            if refused > 0 && !std::mem::replace(&mut polled.refused, true) {
+                tracing::warn!(
+                    "the device cannot be polled any more: waiting for its interrupts, and without \
+                     registered memory, until the next start"
+                );
             }
             self.act_on(&mut answers, refusal);
         }
@@ -620,8 +617,8 @@ impl FileDevice {
         slot.fill(token, verb, offset, segments);
         match self.engine {
             Engine::Uring => {
-                if self.push(index) {
-                    self.enter();
+                if let Some(ring) = self.push(index) {
+                    ring.hand_over();
                 }
             }
             Engine::Mapped => self.lined_up.push(index),
@@ -680,8 +677,13 @@ impl Device for FileDevice {
         if !self.lined_up.is_empty() {
             self.copy_all();
         }
-        self.enter();
-        if self.must_be_polled() {
+        if self.ring.queued() > 0 {
+            self.ring.enter(0);
+        }
+        if let Some(polled) = &mut self.polled
+            && polled.in_flight > 0
+        {
+            polled.ring.enter(0);
             self.collect();
         }
         !self.ready.is_empty()
@@ -691,14 +693,7 @@ impl Device for FileDevice {
         if self.in_kernel() > 0 {
             self.collect();
             // Looking costs a few loads. The kernel is entered only if it says that it has put
-            // completions off until we do, or if the rest of a short operation was queued. A polled
-            // device is asked once: mostly it was when the last turn's operations were submitted.
-            let asked =
-                self.polled.as_mut().is_none_or(|polled| std::mem::take(&mut polled.looked));
-            if self.ready.is_empty() && !asked {
-                self.enter();
-                self.collect();
-            }
+            // completions off until we do, or if the rest of a short operation was queued.
             if self.ready.is_empty() && (self.ring.queued() > 0 || self.ring.is_due()) {
                 self.ring.enter(0);
                 self.collect();
@@ -724,7 +719,10 @@ impl Drop for FileDevice {
         self.submit();
         while self.in_kernel() > 0 {
             match &mut self.polled {
-                Some(polled) if polled.in_flight > 0 => polled.ring.enter(1),
+                Some(polled) if polled.in_flight > 0 => {
+                    polled.ring.enter(0);
+                    std::thread::yield_now();
+                }
                 _ => self.ring.enter(1),
             }
             self.collect();
@@ -733,21 +731,12 @@ impl Drop for FileDevice {
 }
 
 impl Polled {
-    /// Hands queued operations over and has the kernel see what is done.
-    fn look(&mut self) {
-        self.looks += 1;
-        self.looked = true;
-        self.ring.enter(0);
+    fn new(file: &File, depth: u32, room: usize) -> std::io::Result<Self> {
+        Ok(Self { ring: Ring::polled(file, depth)?, in_flight: 0, room, found: 0, refused: false })
     }
 
-    fn new(file: &File, depth: u32) -> std::io::Result<Self> {
-        Ok(Self {
-            ring: Ring::polled(file, depth)?,
-            in_flight: 0,
-            looks: 0,
-            looked: false,
-            refused: false,
-        })
+    fn has_room(&self) -> bool {
+        self.in_flight < self.room && !self.refused
     }
 }
 
@@ -813,7 +802,7 @@ mod tests {
     /// A device that is polled, whether it can be or not: most cannot, and say so with the first answer.
     fn open_to_be_polled(scratch: &Scratch, depth: u32) -> FileDevice {
         let mut device = open(scratch, Engine::Uring, depth);
-        let polled = Polled::new(&device.file, depth).unwrap();
+        let polled = Polled::new(&device.file, depth, (depth as usize / 2).max(1)).unwrap();
         device.buffers_free = polled.ring.make_buffer_table();
         device.polled = Some(polled);
         device
@@ -1013,9 +1002,8 @@ mod tests {
         assert!(device.must_be_polled());
         let completions = finish(&mut device);
         assert!(completions.len() == 8 && completions.iter().all(|it| it.result.is_ok()));
-        assert!(device.looks() > 0 && !device.must_be_polled());
+        assert!(!device.is_polled() && !device.must_be_polled() && device.polled() == 0);
 
-        let looks = device.looks();
         buffers.iter().for_each(|buffer| pool.returned(buffer));
         let segment = pool.lend(&buffers[0]).with_registration(registration);
         device.read(Token(9), ByteOffset::new(7 * BLOCK as u64), &[segment]);
@@ -1025,7 +1013,6 @@ mod tests {
             device.reap(&mut completions);
         }
         assert_eq!(completions, [Completion { token: Token(9), result: Ok(()) }]);
-        assert_eq!(device.looks(), looks, "it is not asked again");
         pool.returned(&buffers[0]);
         assert_eq!(pool.bytes(&buffers[0]), [8; BLOCK]);
     }

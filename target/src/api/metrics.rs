@@ -135,9 +135,9 @@ pub(super) fn prometheus(stats: &StatsView) -> String {
         it.asleep_ns as f64 / 1e9
     });
     by_reactor(
-        "bessel_reactor_device_polls_total",
-        "Times the device was asked for completions, where it does not interrupt for them.",
-        |it| it.device_polls as f64,
+        "bessel_reactor_device_polled_total",
+        "Reads and writes of the device that were polled for, where it does not interrupt for them.",
+        |it| it.device_polled as f64,
     );
     by_reactor(
         "bessel_reactor_messages_total",

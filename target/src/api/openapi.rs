@@ -449,7 +449,7 @@ fn schemas() -> Value {
             ("busy_ns", "integer"),
             ("spun_ns", "integer"),
             ("asleep_ns", "integer"),
-            ("device_polls", "integer"),
+            ("device_polled", "integer"),
             ("messages", "integer"),
             ("forwarded", "integer"),
             ("node_cache_hits", "integer"),

@@ -644,8 +644,8 @@ pub(crate) struct ReactorView {
     pub(crate) spun_ns: u64,
     /// Time spent asleep.
     pub(crate) asleep_ns: u64,
-    /// Times the device was asked for completions, where it does not interrupt for them; else 0.
-    pub(crate) device_polls: u64,
+    /// Reads and writes of the device that were polled for, where it does not interrupt for them; else 0.
+    pub(crate) device_polled: u64,
     /// Messages taken from other reactors and from the control plane. Asking for these figures is one.
     pub(crate) messages: u64,
     /// Guests' requests sent to the home of their volume: what is not mapped, or cannot be written in place.

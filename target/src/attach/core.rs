@@ -171,8 +171,8 @@ impl Core {
         // Most turns take none, and need not write.
         if taken > 0 {
             self.counters.messages.add(taken);
-            let polls = &self.counters.device_polls;
-            polls.add(self.shard.device_mut().looks() - polls.get());
+            let polled = &self.counters.device_polled;
+            polled.add(self.shard.device_mut().polled() - polled.get());
         }
         taken > 0
     }

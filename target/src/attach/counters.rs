@@ -11,8 +11,8 @@ pub(crate) struct CoreCounters {
     /// Messages it has taken from its inbox: from other reactors, and from the control plane. Whoever asks for
     /// the shard's counters does so by one.
     pub(crate) messages: Counter,
-    /// Times the device was asked for completions, if it is polled: as of the last message.
-    pub(crate) device_polls: Counter,
+    /// Reads and writes of the device that were polled for, as of the last message.
+    pub(crate) device_polled: Counter,
     /// Guest requests that found no free block.
     pub(crate) no_space: Counter,
     /// Nanoseconds from a snapshot command's arrival until it was durable.

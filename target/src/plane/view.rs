@@ -190,7 +190,7 @@ pub(super) fn reactor(
         busy_ns: counters.reactor.busy_ns.get(),
         spun_ns: counters.reactor.spun_ns.get(),
         asleep_ns: counters.reactor.asleep_ns.get(),
-        device_polls: counters.device_polls.get(),
+        device_polled: counters.device_polled.get(),
         messages: counters.messages.get(),
         node_cache_hits: shard.cache.hits,
         node_cache_misses: shard.cache.misses,
