@@ -89,10 +89,10 @@ class GuestDaemon:
         self._guest, self._device, self._bytes = guest, device, volumes
         guest.command(f"bessel format {device}")
 
-    def start(self, io_poll="on"):
+    def start(self, io_poll="on", poll="adaptive"):
         # JSON, because it is YAML that fits a line.
         configuration = json.dumps({
-            "store": {"device": self._device, "node_cache": "8MiB", "io_poll": io_poll}, "reactors": {"cores": [0, 1]},
+            "store": {"device": self._device, "node_cache": "8MiB", "io_poll": io_poll}, "reactors": {"cores": [0, 1], "poll": poll},
             "api": {"socket": API},
             "volumes": [{"name": name, "size": size, "queues": QUEUES} for name, size in self._bytes.items()]})
         self._guest.command(f"mkdir -p {os.path.dirname(API)} && echo {shlex.quote(configuration)} >{CONFIG}")

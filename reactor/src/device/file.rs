@@ -8,7 +8,7 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::AsFd;
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
@@ -239,22 +239,8 @@ pub(super) fn open(path: &Path, options: &OpenOptions) -> Result<OpenFile, OpenE
         chosen => chosen,
     };
     assert!(options.drops.is_none() || engine == Engine::Mapped, "only mapped memory drops data");
-    // Where there is a queue that nothing interrupts for, an administrator has made it (`nvme.poll_queues`).
-    let below = if block_device { metadata.rdev() } else { metadata.dev() };
-    let may_be_polled = options.poll
-        && engine == Engine::Uring
-        && direct
-        && queue_attribute(below, "io_poll").is_some_and(|said| said == "1");
-    let polled = match may_be_polled {
-        true if ring::can_be_polled(&file) => {
-            let room = queue_attribute(below, "nr_requests").and_then(|said| said.parse().ok());
-            Some(room.unwrap_or(POLLED_UNKNOWN))
-        }
-        true => {
-            tracing::warn!(path = %path.display(),
-                "the device has queues to be polled, and refuses a read that is: waiting for interrupts");
-            None
-        }
+    let polled = match options.poll && block_device && direct && engine == Engine::Uring {
+        true => room_to_poll(path, metadata.rdev()),
         false => None,
     };
     let properties = DeviceProperties {
@@ -309,6 +295,23 @@ fn answers_at_once(file: &File) -> bool {
     let buffer = pool.take().expect("the pool was made with one buffer");
     let segment = pool.lend(&buffer);
     sys::takes_nowait(file.as_fd(), &segment)
+}
+
+/// How many operations a block device takes that are to be polled for; none if it is to interrupt.
+///
+/// Not asked of files: some writes to them are ended by a thread of the kernel's, which needs the core that a
+/// reactor would spin on meanwhile.
+fn room_to_poll(path: &Path, device: u64) -> Option<usize> {
+    // Where there is a queue that nothing interrupts for, an administrator has made it (`nvme.poll_queues`).
+    queue_attribute(device, "io_poll").filter(|said| said == "1")?;
+    let opened = File::options().read(true).custom_flags(libc::O_DIRECT).open(path);
+    let probed = opened.map_err(|_| "it cannot be opened again").and_then(ring::probe);
+    if let Err(why) = probed {
+        tracing::warn!(path = %path.display(), why, "the device has queues to be polled, and cannot be");
+        return None;
+    }
+    let room = queue_attribute(device, "nr_requests").and_then(|said| said.parse().ok());
+    Some(room.unwrap_or(POLLED_UNKNOWN))
 }
 
 /// What the kernel says of a block device's queue, as `write_cache` or `io_poll`.

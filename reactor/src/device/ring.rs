@@ -21,7 +21,7 @@ use crate::clock::SystemClock;
 pub const BUFFERS_MAX: u32 = 1024;
 
 /// How long a device may take to answer the first read that is polled for.
-const PROBE_MAX: Duration = Duration::from_secs(1);
+const PROBE_MAX: Duration = Duration::from_secs(5);
 
 /// The ring's file is the only registered one.
 pub(super) const FILE: Fixed = Fixed(0);
@@ -250,33 +250,40 @@ fn with_the_best_there_is(
     ring
 }
 
-/// Whether the kernel and the file's device take operations that are to be polled for. Reads a page of it.
+/// Whether the kernel and the file's device take operations that are to be polled for: reads a page of it.
+/// If not, why not.
 ///
-/// The device is asked by doing it: a file system, or a device made of others, may not pass the question
-/// on, and each kernel says so elsewhere.
-pub(super) fn can_be_polled(file: &File) -> bool {
+/// The device is asked by doing it: a device made of others may not pass the question on, and each kernel
+/// says so elsewhere. The file is not used for anything else: a read that is never answered keeps it open.
+pub(super) fn probe(file: File) -> Result<(), &'static str> {
     let mut pool = BufferPool::new(1, 4096);
     let buffer = pool.take().expect("the pool was made with one buffer");
     let page = pool.lend(&buffer);
-    let Ok(mut ring) = Ring::polled(file, 1) else { return false };
+    let Ok(mut ring) = Ring::polled(&file, 1) else { return Err("there is no ring for that") };
     let read = opcode::Read::new(FILE, page.as_ptr(), page.len() as u32).build();
     // SAFETY: the page is the pool's, which is dropped when there is an answer, and else never.
     unsafe { ring.push(read, 0) };
     let mut answers = Vec::with_capacity(1);
     let clock = SystemClock::start();
     let begun = clock.now();
-    while answers.is_empty() {
+    loop {
         ring.enter(0);
         ring.take_answers(&mut answers);
+        match answers[..] {
+            // Another error than "not that way" may be of this page alone.
+            [(_, answer)] if [-libc::EOPNOTSUPP, -libc::EINVAL].contains(&answer) => {
+                return Err("it refuses a read that is polled for");
+            }
+            [_] => return Ok(()),
+            _ => {}
+        }
         if clock.now().since(begun) > PROBE_MAX {
-            // One that takes it and tells nobody. It may still write to the page.
+            // It may still write to the page.
             std::mem::forget((ring, pool));
-            return false;
+            return Err("it takes a read that is polled for, and does not answer");
         }
         std::thread::yield_now();
     }
-    // Another error than "not that way" may be of this page alone.
-    !matches!(answers[..], [(_, answer)] if [-libc::EOPNOTSUPP, -libc::EINVAL].contains(&answer))
 }
 
 #[cfg(test)]
@@ -290,6 +297,7 @@ mod tests {
         std::fs::write(&path, [0; 4096]).unwrap();
         let file = File::open(&path).unwrap();
         std::fs::remove_file(&path).unwrap();
-        assert!(!can_be_polled(&file), "a file on tmpfs has no queues");
+        let refusal = probe(file).expect_err("a file on tmpfs has no queues");
+        assert!(refusal.contains("refuses"), "{refusal}");
     }
 }

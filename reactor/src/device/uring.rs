@@ -281,7 +281,8 @@ struct Polled {
     ring: Ring,
     /// Operations that the kernel has or is about to get there.
     in_flight: usize,
-    /// Most that the device's queue holds: more would wait in threads of the kernel's, which spin.
+    /// Most that the device's queue holds, if nobody else uses it: more would wait in threads of the
+    /// kernel's, which spin.
     room: usize,
     /// Answers that were found there.
     found: u64,
@@ -940,23 +941,24 @@ mod tests {
 
     #[test]
     fn a_dropped_device_finishes_what_it_was_given() {
-        let scratch = Scratch::new(&std::env::temp_dir(), "dropped");
-        let mut pool = BufferPool::new(32, BLOCK);
-        let buffers: Vec<Buffer> = (1..=32).map(|byte| filled(&mut pool, byte)).collect();
-        let mut device = open(&scratch, Engine::Uring, 32);
-        for (index, buffer) in buffers.iter().enumerate() {
-            let segment = pool.lend(buffer);
-            device.write(Token(0), ByteOffset::new((index * BLOCK) as u64), &[segment]);
-            if index == 15 {
-                device.submit();
+        each_engine("dropped", 32, |mut device, scratch| {
+            let mut pool = BufferPool::new(32, BLOCK);
+            let buffers: Vec<Buffer> = (1..=32).map(|byte| filled(&mut pool, byte)).collect();
+            for (index, buffer) in buffers.iter().enumerate() {
+                let segment = pool.lend(buffer);
+                device.write(Token(0), ByteOffset::new((index * BLOCK) as u64), &[segment]);
+                if index == 15 {
+                    device.submit();
+                }
             }
-        }
-        drop(device);
-        drop(pool); // Would be the kernel's to read, were anything still in flight.
-        let bytes = std::fs::read(&scratch.0).unwrap();
-        for (index, block) in bytes.chunks(BLOCK).take(32).enumerate() {
-            assert_eq!(block, [index as u8 + 1; BLOCK]);
-        }
+            drop(device);
+            drop(pool); // Would be the kernel's to read, were anything still in flight.
+            let bytes = std::fs::read(&scratch.0).unwrap();
+            for (index, block) in bytes.chunks(BLOCK).take(32).enumerate() {
+                assert_eq!(block, [index as u8 + 1; BLOCK]);
+            }
+            File::create(&scratch.0).unwrap().set_len(CAPACITY).unwrap(); // For the next one.
+        });
     }
 
     #[test]
