@@ -24,6 +24,8 @@ impl Reader {
         let socket = world.path(&format!("{volume}.sock"));
         let options = Options { queues, data_max: request, ..Options::default() };
         let mut guest = Guest::connect(Path::new(&socket), options).unwrap();
+        // What was never written would be read in no time.
+        assert_eq!(guest.write(0, 0, &vec![1; request]), block::DONE);
         let mut tickets = Vec::new();
         for queue in 0..usize::from(queues) {
             for _ in 0..depth {
