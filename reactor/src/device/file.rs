@@ -63,7 +63,7 @@ pub struct OpenOptions {
     /// The reads and writes of which this is true end at once and do nothing: a null device, to measure
     /// what everything else costs. Only of mapped memory.
     pub drops: Option<fn(Token) -> bool>,
-    /// Ask a device that can be polled for completions, rather than have it interrupt. For threads that poll
+    /// Ask a block device that can be polled for completions, rather than have it interrupt. For threads that poll
     /// anyway: one that has operations in flight there cannot sleep.
     pub poll: bool,
 }

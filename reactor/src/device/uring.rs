@@ -8,7 +8,8 @@
 //! kernel's answer for it was seen. And dropping the device waits for every operation.
 //!
 //! Hot path: `read`, `write`, `flush`, `submit`, `reap`. They allocate nothing; [`BATCH`] operations
-//! share a system call, and a turn that queued nothing makes none unless the kernel asks for one.
+//! share a system call, and a turn that queued nothing makes none unless the kernel asks for one, or
+//! something must be polled for.
 //!
 //! A device that can be polled has a second ring, for reads and writes ([`OpenOptions::poll`]). It says
 //! nothing by itself, and nobody can sleep in it: [`Device::submit`] asks while anything is in flight
