@@ -7,9 +7,9 @@
 //! Patience is never above the price of a sleep.
 //!
 //! What is learned from lengths takes them for given. They are not where spinning itself holds up who
-//! completes the device's operations: first writes to a file on ext4 are finished by a kernel thread on
-//! the core where the disk interrupts, which is the one that spins. So where waits for the device outlast
-//! patience more than now and then, the reactor tries what comes of sleeping at once ([`Trials`]).
+//! completes the device's operations: a loop device hands each to kernel threads, and first writes to a
+//! file on ext4 are finished by one on the core where the disk interrupts, which may be the one that
+//! spins. So now and then the reactor tries what comes of sleeping at once ([`Trials`]).
 //!
 //! Hot path: one addition for each wait that ends.
 
@@ -45,12 +45,18 @@ const CLASSES: usize = 12;
 /// Waits after which it is thought over anew.
 const LESSON: u32 = 32;
 
-/// Waits for the device after which it is known what a way to wait has come to.
-const PERIOD: u32 = 128;
-/// Of so many waits one that outlasts patience is one too many.
-const OUTLASTED: u32 = 32;
-/// Periods between two trials of a way that was no better.
-const REST: u32 = 64;
+/// Waits for the device, and time, after which it is known what a way to wait has come to. The kernel's
+/// threads take their time to move to a core that has become free.
+const PERIOD: u32 = 32;
+const PERIOD_LENGTH: Duration = Duration::from_millis(50);
+/// A period that takes longer than this says nothing of either way; and what comes after such a lull may be another load.
+const LULL: Duration = Duration::from_secs(1);
+/// Periods until the next trial: at first, and after many that changed nothing.
+const REST: u32 = 4;
+const REST_MAX: u32 = 256;
+/// Sleeping has to bring one part in so many more than spinning to be taken, as somebody waits 26
+/// microseconds longer where it brings nothing; and half of that to be kept.
+const GAIN: u64 = 8;
 /// Trials in a row that have to be won before the other way is taken.
 const WINS: u32 = 2;
 
@@ -71,21 +77,21 @@ pub(crate) struct Patience {
 }
 
 /// Whether to spin for the device or to sleep at once: that by which more of its operations complete in a
-/// second. The one that is taken is held against the other, a period each, and gives way to it if twice in
-/// a row a quarter more completed.
+/// second. The way that is taken is held against the other, a period each, and gives way to it when it has
+/// twice in a row done worse.
 #[derive(Debug)]
 struct Trials {
     sleeps: bool,
     /// This period is the other way's.
     trying: bool,
-    /// Of this period: waits, those of them that ended asleep, when it began, and the device's count then.
+    /// Of this period: waits, when it began, and the device's count then.
     waits: u32,
-    outlasted: u32,
     since: Option<(Instant, u64)>,
     /// Operations a second in the period before the trial.
     before: u64,
     won: u32,
-    /// Periods until the next trial, if there is a reason for one.
+    /// Periods until the next trial, and between the trials after it.
+    left: u32,
     rest: u32,
 }
 
@@ -95,45 +101,52 @@ impl Trials {
             sleeps: false,
             trying: false,
             waits: 0,
-            outlasted: 0,
             since: None,
             before: 0,
             won: 0,
-            rest: 0,
+            left: REST,
+            rest: REST,
         }
     }
 
     /// A wait for the device has ended at `now`; `completed` counts its operations since the start.
-    fn ended(&mut self, asleep: bool, now: Instant, completed: u64) {
+    fn ended(&mut self, now: Instant, completed: u64) {
         let (since, count) = *self.since.get_or_insert((now, completed));
         self.waits += 1;
-        self.outlasted += u32::from(asleep);
-        if self.waits < PERIOD {
+        let length = now.since(since);
+        if self.waits < PERIOD || length < PERIOD_LENGTH {
             return;
         }
-        let nanoseconds = now.since(since).as_nanos().max(1);
-        let rate = (u128::from(completed - count) * 1_000_000_000 / nanoseconds) as u64;
-        if self.trying {
+        let rate = u128::from(completed - count) * 1_000_000_000 / length.as_nanos().max(1);
+        let rate = rate as u64;
+        if length > LULL {
+            (self.trying, self.won, self.rest, self.left) = (false, 0, REST, REST);
+        } else if self.trying {
             self.judge(rate);
         } else {
             self.before = rate;
-            self.rest = self.rest.saturating_sub(1);
-            let doubt = self.sleeps || self.outlasted * OUTLASTED >= PERIOD;
-            self.trying = doubt && self.rest == 0;
+            self.left = self.left.saturating_sub(1);
+            self.trying = self.left == 0;
         }
-        (self.waits, self.outlasted, self.since) = (0, 0, Some((now, completed)));
+        (self.waits, self.since) = (0, Some((now, completed)));
     }
 
     /// A period of the other way has come to this rate.
     fn judge(&mut self, rate: u64) {
         self.trying = false;
-        if rate < self.before.saturating_add(self.before / 4) {
-            (self.won, self.rest) = (0, REST);
+        let won = match self.sleeps {
+            false => rate >= self.before.saturating_add(self.before / GAIN),
+            true => self.before < rate.saturating_add(rate / (2 * GAIN)),
+        };
+        if !won {
+            self.rest = (self.rest * 2).min(REST_MAX);
+            (self.won, self.left) = (0, self.rest);
             return;
         }
-        self.won += 1;
+        // The next trial follows upon one period of the way that is still taken.
+        (self.won, self.left) = (self.won + 1, 1);
         if self.won == WINS {
-            (self.sleeps, self.won, self.rest) = (!self.sleeps, 0, REST);
+            (self.sleeps, self.won, self.rest, self.left) = (!self.sleeps, 0, REST, REST);
         }
     }
 
@@ -180,8 +193,8 @@ impl Patience {
     }
 
     /// A wait for the device has ended, and it has completed so many operations since it was opened.
-    pub(crate) fn device_answered(&mut self, asleep: bool, now: Instant, completed: u64) {
-        self.trials.ended(asleep, now, completed);
+    pub(crate) fn device_answered(&mut self, now: Instant, completed: u64) {
+        self.trials.ended(now, completed);
     }
 
     /// A wait has ended after this long, of which the last part went into waking up: had the reactor been
@@ -273,11 +286,8 @@ mod tests {
             for wait in [Wait::Device, Wait::Outside] {
                 patience.ended_asleep(wait, microseconds(length));
             }
-            patience.device_answered(
-                true,
-                Instant::from_nanos(1).after(microseconds(completed)),
-                completed,
-            );
+            let now = Instant::from_nanos(1).after(microseconds(completed));
+            patience.device_answered(now, completed);
             assert_eq!(patience.of(Wait::Device), Duration::ZERO);
             assert!(patience.of(Wait::Outside) <= WAKING);
         }
@@ -297,7 +307,7 @@ mod tests {
     }
 
     /// Waits for a device that completes one operation after `awake` of spinning, or after `asleep` of
-    /// sleeping: for how many of the last hundred the reactor slept at once.
+    /// sleeping: for how many of a thousand the reactor slept at once.
     fn device(awake: u64, asleep: u64, waits: u32) -> u32 {
         let mut patience = Patience::new();
         let (mut now, mut slept) = (Instant::from_nanos(1), 0);
@@ -314,10 +324,10 @@ mod tests {
                 true => patience.ended_asleep(Wait::Device, length),
                 false => patience.ended(Wait::Device, length),
             }
-            patience.device_answered(ends_asleep, now, u64::from(nth) + 1);
-            slept += u32::from(spins.is_zero() && nth + 100 >= waits);
+            patience.device_answered(now, u64::from(nth) + 1);
+            slept += u32::from(spins.is_zero());
         }
-        slept
+        slept * 1000 / waits
     }
 
     #[test]
@@ -335,7 +345,7 @@ mod tests {
                 true => patience.ended_asleep(Wait::Device, length),
                 false => patience.ended(Wait::Device, length),
             }
-            patience.device_answered(asleep, now, nth + 1);
+            patience.device_answered(now, nth + 1);
             slept += u32::from(spins.is_zero() && nth >= 10_000);
         }
         assert!(slept > 9_500, "{slept} of 10000");
@@ -343,9 +353,17 @@ mod tests {
 
     #[test]
     fn where_it_does_not_the_reactor_spins() {
-        assert_eq!(device(80, 110, 20_000), 0);
-        // Even if sleeping is tried: a device that answers as fast either way.
-        assert_eq!(device(400, 400, 20_000), 0);
+        let trials_alone = 1000 / REST_MAX + 1;
+        assert!(device(80, 110, 2_000_000) <= trials_alone);
+        // Nor where it is all the same, or nearly: who waits would wait longer with the next load.
+        assert!(device(400, 400, 2_000_000) <= trials_alone);
+        assert!(device(400, 360, 2_000_000) <= trials_alone);
+    }
+
+    #[test]
+    fn where_the_device_works_better_beside_a_core_that_sleeps_the_reactor_sleeps() {
+        // No wait outlasts patience, and each would be over sooner.
+        assert!(device(80, 68, 2_000_000) >= 990);
     }
 
     #[test]
@@ -353,19 +371,47 @@ mod tests {
         let mut trials = Trials::new();
         let (mut now, mut completed) = (Instant::from_nanos(1), 0);
         let mut period = |trials: &mut Trials, spinning: u64, sleeping: u64| {
-            for _ in 0..PERIOD {
+            let since = trials.since;
+            while trials.since == since {
                 let sleeps = trials.sleeps_now();
                 now = now.after(microseconds(if sleeps { sleeping } else { spinning }));
                 completed += 1;
-                trials.ended(true, now, completed);
+                trials.ended(now, completed);
             }
         };
-        (0..5).for_each(|_| period(&mut trials, 200, 100));
+        (0..REST + 4).for_each(|_| period(&mut trials, 200, 100));
         assert!(trials.sleeps, "{trials:?}");
-        (0..3 * REST).for_each(|_| period(&mut trials, 200, 100));
+        (0..9 * REST_MAX).for_each(|_| period(&mut trials, 200, 100));
         assert!(trials.sleeps, "{trials:?}");
-        (0..REST + 5).for_each(|_| period(&mut trials, 60, 100));
+        // It has to go on being better, not merely as good.
+        (0..REST_MAX + 4).for_each(|_| period(&mut trials, 100, 100));
         assert!(!trials.sleeps, "{trials:?}");
+        (0..REST_MAX + 4).for_each(|_| period(&mut trials, 200, 100));
+        assert!(trials.sleeps, "{trials:?}");
+        // What it was taken for is not needed in full to keep it.
+        (0..9 * REST_MAX).for_each(|_| period(&mut trials, 109, 100));
+        assert!(trials.sleeps, "{trials:?}");
+    }
+
+    #[test]
+    fn a_lull_is_held_against_neither_way_and_followed_by_trials_anew() {
+        let mut trials = Trials::new();
+        let (mut now, mut completed) = (Instant::from_nanos(1), 0);
+        let mut period = |trials: &mut Trials, wait: Duration| {
+            let since = trials.since;
+            while trials.since == since {
+                (now, completed) = (now.after(wait), completed + 1);
+                trials.ended(now, completed);
+            }
+        };
+        // Many trials that change nothing, so that the next one is far away; then one that a lull spoils.
+        while trials.rest < REST_MAX || !trials.trying {
+            period(&mut trials, microseconds(100));
+        }
+        period(&mut trials, LULL / PERIOD + microseconds(1));
+        assert!(!trials.sleeps && !trials.trying, "{trials:?}");
+        (0..REST).for_each(|_| period(&mut trials, microseconds(100)));
+        assert!(trials.trying, "{trials:?}");
     }
 
     #[test]

@@ -191,7 +191,7 @@ fn run<P: Poller>(mut poller: P, mode: PollMode, stats: &ReactorStats, clock: &S
             if let Some((since, wait)) = waiting.take() {
                 patience.ended(wait, now.since(since));
                 if wait == Wait::Device {
-                    patience.device_answered(false, now, poller.device().reaped());
+                    patience.device_answered(now, poller.device().reaped());
                 }
             }
             continue;
@@ -225,7 +225,7 @@ fn run<P: Poller>(mut poller: P, mode: PollMode, stats: &ReactorStats, clock: &S
                 false => patience.ended(wait, length),
             }
             if wait == Wait::Device {
-                patience.device_answered(sleeps, last, poller.device().reaped());
+                patience.device_answered(last, poller.device().reaped());
             }
             waiting = None;
         }
