@@ -39,7 +39,7 @@ asan: ## unit tests of reactor, mapping and vhost under AddressSanitizer
 bench: build ## measured beside its peers, with a report: some of each scenario (some minutes)
 	@scripts/bench $(ARGUMENTS)
 
-bench-full: build ## every scenario of the same, with costs (several times as long)
+bench-full: build ## every scenario and device, with costs (many times as long)
 	@scripts/bench --full $(ARGUMENTS)
 
 bench-snapshots: ## what snapshots cost, beside what they are to cost (some ten minutes, 10 GiB of /dev/shm)

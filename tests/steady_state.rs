@@ -59,6 +59,8 @@ struct Bench {
     /// The volume's home first. Each has a device of its own: nobody looks at what is read.
     shards: Vec<Shard<MemoryDevice>>,
     volume: VolumeHandle,
+    /// A volume of the other shard's own.
+    other: VolumeHandle,
     /// Where requests come in, and what the volume is called there.
     entrance: (usize, VolumeHandle),
     /// The others are not polled meanwhile.
@@ -91,13 +93,12 @@ impl Bench {
         store::format(&mut device, &options, &mut |_, _| {}).expect("a blank device");
         let mode = OpenMode::ReadWrite { time: WallTime::from_unix_nanos(2) };
         let mut opened = store::open(&mut device, mode).expect("just formatted");
-        let plan = opened.directory.plan_create(
-            "v",
-            ByteCount::from_blocks(REGION_BLOCKS),
-            None,
-            WallTime::from_unix_nanos(3),
-        );
-        let plan = plan.expect("the first volume");
+        let size = ByteCount::from_blocks(REGION_BLOCKS);
+        let mut plan = |name, time| {
+            let time = WallTime::from_unix_nanos(time);
+            opened.directory.plan_create(name, size, None, time).expect("the first of its name")
+        };
+        let plans = [plan("v", 3), plan("w", 4)];
         let mut pool = BufferPool::new(IN_FLIGHT, 16 << 10);
         let memory = (0..IN_FLIGHT)
             .map(|_| {
@@ -110,6 +111,7 @@ impl Bench {
         let mut bench = Self {
             shards: vec![home, other],
             volume: VolumeHandle(0),
+            other: VolumeHandle(0),
             entrance: (0, VolumeHandle(0)),
             alone: false,
             memory,
@@ -118,16 +120,16 @@ impl Bench {
             random: Random::new(7),
             now: Instant::from_nanos(1),
         };
-        match bench.command(Command::Create(plan)) {
-            Reply::Opened(handle) => bench.volume = handle,
-            reply => panic!("{reply:?}"),
-        }
-        bench.entrance = (0, bench.volume);
-        let volume = bench.volume;
-        assert_eq!(
-            bench.command(Command::SetCache { volume, cache, by: CacheChooser::Operator }),
-            Reply::Done
-        );
+        let [volume, other] = [0, 1].map(|shard| {
+            let plan = plans[shard].clone();
+            let Reply::Opened(volume) = bench.command_to(shard, Command::Create(plan)) else {
+                panic!("it is made")
+            };
+            let set = Command::SetCache { volume, cache, by: CacheChooser::Operator };
+            assert_eq!(bench.command_to(shard, set), Reply::Done);
+            volume
+        });
+        (bench.volume, bench.other, bench.entrance) = (volume, other, (0, volume));
         bench
     }
 
@@ -255,7 +257,8 @@ fn the_steady_state_of_a_visit_leaves_the_heap_alone() {
 }
 
 /// What reads cost with `SNAPSHOTS` behind, in instructions, which no neighbour changes. callgrind counts
-/// those of [`measured_reads`]. With `VISIT` they come in on another shard than the home: bench/README.md, "Snapshots", has the command.
+/// those of [`measured_reads`]. With `VISIT` they come in on another shard than the home, with `OTHER` they are those of that
+/// shard's own volume: bench/README.md, "Snapshots", has the command.
 #[test]
 #[ignore = "to be run under callgrind"]
 fn reads_with_snapshots_behind() {
@@ -271,6 +274,10 @@ fn reads_with_snapshots_behind() {
     }
     if std::env::var_os("VISIT").is_some() {
         bench.visit();
+    }
+    if std::env::var_os("OTHER").is_some() {
+        bench.entrance = (1, bench.other);
+        bench.run(40_000, |r| (IoKind::Write, anywhere(r), 8));
     }
     bench.run(20_000, |r| (IoKind::Read, anywhere(r), 8));
     // What it costs the shard that has them.

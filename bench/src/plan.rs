@@ -32,7 +32,7 @@ pub(crate) enum Workload {
 }
 
 /// From one write of [`Workload::Stride`] to the next.
-const STRIDE_BYTES: u64 = 64 << 10;
+pub(crate) const STRIDE_BYTES: u64 = 64 << 10;
 
 /// The shortest and the longest run of [`Workload::Runs`].
 const RUN_BYTES: [u64; 2] = [64 << 10, 256 << 10];

@@ -44,9 +44,11 @@ const SPDK_PROGRAMS: [&str; 2] = ["spdk_tgt", "vhost"];
 /// Memory that SPDK wants for itself; its disks in memory come on top.
 const SPDK_BYTES: u64 = 1 << 30;
 
-/// The cluster of an lvol as SPDK makes it by itself, and what a store of them has for its own use, at most.
-const LVOL_CLUSTER_BYTES: u64 = 4 << 20;
+/// The cluster of an lvol: not SPDK's own choice of 4 MiB, all of which its first write after a snapshot would copy.
+const LVOL_CLUSTER_BYTES: u64 = 64 << 10;
+/// What a store of lvols has for its own use, at most, and what it keeps for each cluster.
 const LVOL_STORE_BYTES: u64 = 64 << 20;
+const LVOL_CLUSTER_PAGE_BYTES: u64 = 4096;
 
 /// The name of SPDK's lvol, with its store's.
 const LVOL: &str = "lvs/disk";
@@ -130,7 +132,7 @@ pub(crate) enum Contender {
     SpdkAio,
     /// SPDK's vhost target over a malloc disk: its own memory
     SpdkMalloc,
-    /// SPDK's vhost target over a thin lvol of 4 MiB clusters on a malloc disk
+    /// SPDK's vhost target over a thin lvol of 64 KiB clusters on a malloc disk
     SpdkLvol,
     /// SPDK's vhost target over a null disk
     SpdkNull,
@@ -606,10 +608,15 @@ impl Site {
         match (serving.contender, serving.state) {
             (Contender::SpdkMalloc, _) => self.size_bytes,
             // With a snapshot behind, each cluster may be there twice.
-            (Contender::SpdkLvol, State::Snapshotted) => 2 * self.size_bytes + LVOL_STORE_BYTES,
-            (Contender::SpdkLvol, _) => self.size_bytes + LVOL_STORE_BYTES,
+            (Contender::SpdkLvol, State::Snapshotted) => Self::lvol_bytes(2 * self.size_bytes),
+            (Contender::SpdkLvol, _) => Self::lvol_bytes(self.size_bytes),
             _ => 0,
         }
+    }
+
+    /// A store of lvols with room for so much.
+    fn lvol_bytes(data_bytes: u64) -> u64 {
+        data_bytes + data_bytes / LVOL_CLUSTER_BYTES * LVOL_CLUSTER_PAGE_BYTES + LVOL_STORE_BYTES
     }
 
     fn spdk_config(&self, serving: Serving, disk: Option<&Path>) -> serde_json::Value {

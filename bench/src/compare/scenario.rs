@@ -6,7 +6,7 @@ use clap::ValueEnum;
 use serde::Serialize;
 
 use crate::load::Options;
-use crate::plan::Workload;
+use crate::plan::{STRIDE_BYTES, Workload};
 use crate::server::{Device, State};
 use crate::size;
 
@@ -63,10 +63,13 @@ impl Load {
     }
 
     /// Where the state of the disk wears off, half as many requests as the disk has blocks: so most of them
-    /// meet a block that none has met before.
+    /// meet a block that none has met before. In strides all do, for one pass.
     pub(super) fn requests_max(&self, size_bytes: u64) -> Option<u64> {
-        let blocks = size_bytes / u64::from(self.block_bytes);
-        self.wears_off().then_some((blocks / 2).max(1))
+        let requests = match self.workload {
+            Workload::Stride => size_bytes.div_ceil(STRIDE_BYTES.max(self.block_bytes.into())),
+            _ => size_bytes / u64::from(self.block_bytes) / 2,
+        };
+        self.wears_off().then_some(requests.max(1))
     }
 
     /// What a load generator is to do, but for how long and where.
@@ -131,7 +134,7 @@ pub(crate) enum Scenario {
 impl Scenario {
     /// Its loads, in the order in which they are measured.
     pub(crate) fn loads(self) -> Vec<Load> {
-        use Workload::{Mix, RandRead, RandWrite, Read, Write};
+        use Workload::{Mix, RandRead, RandWrite, Read, Stride, Write};
         let in_state = |state, loads: Vec<Load>| -> Vec<Load> {
             loads.into_iter().map(|load| Load { state, ..load }).collect()
         };
@@ -160,7 +163,11 @@ impl Scenario {
                 [Read, Write].map(|workload| Load::new(workload, LARGE_BYTES, 8)).into()
             }
             Self::Empty => in_state(State::Empty, each([RandWrite], DEPTHS)),
-            Self::Snapshotted => in_state(State::Snapshotted, each([RandWrite, RandRead], DEPTHS)),
+            Self::Snapshotted => {
+                let mut loads = each([RandWrite, RandRead], DEPTHS);
+                loads.push(Load::small(Stride, 32));
+                in_state(State::Snapshotted, loads)
+            }
             Self::Flush => each([RandWrite], DEPTHS)
                 .into_iter()
                 .map(|load| Load { flush_every: 1, ..load })
@@ -233,6 +240,8 @@ mod tests {
         assert_eq!(empty.warmup(warmup), Duration::ZERO);
         assert_eq!(empty.requests_max(1 << 20), Some(128));
         assert_eq!(empty.requests_max(4096), Some(1));
+        let stride = Load { workload: Workload::Stride, ..empty };
+        assert_eq!(stride.requests_max(1 << 20), Some(16));
         let read = Load { workload: Workload::RandRead, ..empty };
         assert_eq!((read.warmup(warmup), read.requests_max(1 << 20)), (warmup, None));
     }

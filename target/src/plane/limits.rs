@@ -37,8 +37,9 @@ impl ControlPlane {
         let (id, ..) = self.find_served(name)?;
         let served = self.served.get_mut(&id).expect("it was found above");
         served.limited.limits = limits;
-        self.spread_anew(id);
+        // In this order: queues that come home find the limits there.
         self.begin_limits(id);
+        self.spread_anew(id);
         self.show_volume(name)
     }
 
