@@ -270,9 +270,19 @@ fn what_is_sent_home_finds_room_there() {
     let mut two = Two::on(WorldConfig { requests: 8, ..WorldConfig::new(1) });
     two.flush();
     two.at(two.here);
+    // Of so many that none is free: one volume by itself would leave some.
+    let mut at_home = vec![two.volume];
+    while at_home.len() < 9 {
+        let volume = two.world.create(SMALL).expect(ON);
+        if two.world.home(volume) == two.here {
+            assert_eq!(two.world.write(volume, 0, 8), Ok(IoStatus::Done));
+            at_home.push(volume);
+        }
+    }
+    two.world.idle().expect(ON);
     two.world.disk.hold_all_but(None);
-    for _ in 0..16 {
-        two.world.start_io(two.volume, IoKind::Read, 0, 8);
+    for volume in at_home.iter().cycle().take(18) {
+        two.world.start_io(*volume, IoKind::Read, 0, 8);
     }
     two.steps(3);
     two.at(two.there);
@@ -281,7 +291,9 @@ fn what_is_sent_home_finds_room_there() {
     for _ in 0..200 {
         let next = two.world.disk.flying()[0].number;
         two.world.disk.hold_all_but(Some(next));
-        two.world.start_io(two.volume, IoKind::Read, 0, 8);
+        for volume in &at_home {
+            two.world.start_io(*volume, IoKind::Read, 0, 8);
+        }
         two.steps(1);
         if two.world.has_ended(sent) {
             return;

@@ -46,6 +46,10 @@ bugs! {
     ImagesPiecemeal,
     /// A turn writes all images that rounds have to write.
     TurnUnbounded,
+    /// One volume may have all contexts and buffers of its shard.
+    NoRoomForOthers,
+    /// A volume's requests take as many steps in a turn as they need.
+    StepsUnbounded,
     /// A node stays marked as changed while its round is in flight: what changes meanwhile is in no round.
     ChangesDuringRoundLost,
     /// A new node that was linked and not yet changed itself is in no round.

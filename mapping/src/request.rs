@@ -19,11 +19,6 @@ impl VolumeHandle {
         Self(VISIT | index)
     }
 
-    /// Its requests are handed on to another shard.
-    pub const fn is_visit(self) -> bool {
-        self.visit().is_some()
-    }
-
     /// Which visit it is, if it is one.
     pub(crate) const fn visit(self) -> Option<u32> {
         if self.0 & VISIT == 0 { None } else { Some(self.0 & !VISIT) }

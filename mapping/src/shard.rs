@@ -185,8 +185,8 @@ pub struct Shard<D: Device> {
     pub(crate) scratch: Vec<Segment>,
 
     pub(crate) loads: BufferPool,
-    /// The buffer each loading frame is read into.
-    pub(crate) loading: Vec<Option<Buffer>>,
+    /// The buffer each loading frame is read into, and the volume whose request began it.
+    pub(crate) loading: Vec<Option<(Buffer, Option<VolumeHandle>)>>,
     pub(crate) parked_on_nodes: Vec<WaitingOnNode>,
     /// Work whose node cannot be had: it fails before this turn ends.
     pub(crate) doomed: Vec<(Work, CommandError)>,
@@ -215,8 +215,10 @@ pub struct Shard<D: Device> {
 
     /// To be run in this turn.
     pub(crate) runnable: VecDeque<Work>,
-    /// To be run in the next turn.
-    pub(crate) deferred: Vec<Work>,
+    /// Number of the turn, from 1.
+    pub(crate) turn: u64,
+    /// Volumes of which requests have run out of steps, each once.
+    pub(crate) broken_off: VecDeque<VolumeHandle>,
     /// To be run when something was released.
     pub(crate) parked: Vec<Work>,
     /// Something that parked work may wait for has been given back.
@@ -315,7 +317,8 @@ impl<D: Device> Shard<D> {
             dirty_max: dirty_max(images),
             background_at: None,
             runnable: VecDeque::with_capacity(config.requests_max + pieces_max),
-            deferred: Vec::with_capacity(config.requests_max),
+            turn: 0,
+            broken_off: VecDeque::with_capacity(config.requests_max),
             parked: Vec::with_capacity(config.requests_max + pieces_max),
             released: false,
             commands: VecDeque::new(),
@@ -362,6 +365,7 @@ impl<D: Device> Shard<D> {
     /// One turn. True when anything was done, or is left to do without waiting for the device.
     pub fn poll(&mut self, now: Instant) -> bool {
         self.now = now;
+        self.turn += 1;
         let mut progress = self.leave_visits();
         progress |= self.take_completions();
         if !self.watched.is_empty() || self.visitors_awaited_since.is_some() {
@@ -374,9 +378,7 @@ impl<D: Device> Shard<D> {
         if self.flusher.is_held() {
             self.judge_flush();
         }
-        if !self.deferred.is_empty() {
-            self.runnable.extend(self.deferred.drain(..));
-        }
+        self.go_on();
         progress |= self.run_all();
         if self.commands_ready {
             progress = true;
@@ -400,7 +402,7 @@ impl<D: Device> Shard<D> {
             // What these bring to do is done in the next turn.
             progress |= self.take_completions();
         }
-        let left = self.commands_ready || images_left || !self.deferred.is_empty();
+        let left = self.commands_ready || images_left || !self.broken_off.is_empty();
         progress || self.released || left
     }
 

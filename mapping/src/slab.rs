@@ -1,5 +1,15 @@
 //! Slots made at start, handed out by index: contexts of requests and pieces of I/O.
 
+use crate::planted::{self, Bug};
+
+/// Whether a volume that holds so many of something may have one more of those that are free: three times as
+/// many as are free at most. One by itself gets three quarters, so that whoever comes finds room, however
+/// long it is until something ends; several get the same each (*dynamic thresholds*: Choudhury and Hahne,
+/// Dynamic queue length thresholds for shared-memory packet switches, 1998).
+pub(crate) fn may_have(held: usize, free: usize) -> bool {
+    if planted::is(Bug::NoRoomForOthers) { free > 0 } else { held < 3 * free }
+}
+
 /// A fixed number of slots. Taking and freeing never allocates.
 #[derive(Debug)]
 pub(crate) struct Slab<T> {

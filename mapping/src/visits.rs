@@ -20,7 +20,7 @@ use crate::request::{
 };
 use crate::shard::{PIECES_OF_A_VISIT, Shard, TokenKind};
 use crate::shared::{Place, SharedVolume};
-use crate::slab::Slab;
+use crate::slab::{Slab, may_have};
 
 /// Segments of a request for which room is made at start; a request with more makes its slot larger.
 const SEGMENTS_EXPECTED: usize = 34;
@@ -173,13 +173,13 @@ impl<D: Device> Shard<D> {
 
     /// Takes a request of a queue that is served here for another shard's volume.
     pub(crate) fn submit_visit(&mut self, index: u32, request: &IoRequest<'_>) -> Result<(), Busy> {
-        if self.visits.requests.is_full() {
-            return Err(Busy);
-        }
         let Some(visit) = self.visits.open.get_mut(index as usize).and_then(Option::as_mut) else {
             self.done.push_back(IoCompletion { tag: request.tag, status: IoStatus::Refused });
             return Ok(());
         };
+        if !may_have(visit.requests as usize, self.visits.requests.available()) {
+            return Err(Busy);
+        }
         visit.requests += 1;
         if matches!(request.kind, IoKind::Read | IoKind::Write) {
             visit.volume.expect(request.sector.block());

@@ -33,6 +33,28 @@ pub(crate) struct Unlinked {
     pub(crate) run: BlockRun,
 }
 
+/// What the requests of a volume have of what all volumes of a shard share.
+#[derive(Clone, Copy, Default, Debug)]
+pub(crate) struct Held {
+    pub(crate) requests: usize,
+    pub(crate) pieces: usize,
+    pub(crate) bounces: usize,
+    /// Buffers in which nodes are read.
+    pub(crate) loads: usize,
+}
+
+/// Steps that the requests of a volume may take in a turn, so that a discard of terabytes lets others in
+/// between. The first step of a read or a write is not one of them: how many of these come in a turn is for
+/// whoever submits them.
+const STEPS_PER_TURN: u32 = 256;
+
+/// Steps of a volume's requests in one turn of its shard.
+#[derive(Clone, Copy, Default, Debug)]
+pub(crate) struct Steps {
+    turn: u64,
+    taken: u32,
+}
+
 /// Blocks of the volume that one piece of I/O is giving a new home or merging.
 ///
 /// While it stands, nobody else allocates, merges, overwrites in place, or unmaps there: the merge
@@ -127,6 +149,12 @@ pub(crate) struct Volume {
     pub(crate) active_head: u32,
     pub(crate) active_tail: u32,
     pub(crate) last_stamp: u64,
+    /// What they have of the shard's.
+    pub(crate) held: Held,
+    /// What they may still do in this turn.
+    pub(crate) steps: Steps,
+    /// Requests that ran out of steps, in the order in which they are gone on with.
+    pub(crate) broken_off: VecDeque<u32>,
     pub(crate) locks: Vec<RangeLock>,
     /// Writes in place that have not landed.
     pub(crate) overwrites: u32,
@@ -148,6 +176,23 @@ pub(crate) struct Volume {
     pub(crate) counters: VolumeCounters,
     /// Other shards may serve queues of it.
     pub(crate) shared: Option<Box<Shared>>,
+}
+
+impl Steps {
+    /// Whether any are left in this turn.
+    pub(crate) fn are_left(&self, turn: u64) -> bool {
+        self.turn != turn || self.taken < STEPS_PER_TURN
+    }
+
+    /// Takes so many, the last of which may be more than are left. False when none are.
+    pub(crate) fn take(&mut self, turn: u64, count: u32) -> bool {
+        let left = self.are_left(turn);
+        if self.turn != turn {
+            *self = Self { turn, taken: 0 };
+        }
+        self.taken += count;
+        left
+    }
 }
 
 impl Volume {
@@ -191,6 +236,9 @@ impl Volume {
             active_head: NO_REQUEST,
             active_tail: NO_REQUEST,
             last_stamp: 0,
+            held: Held::default(),
+            steps: Steps::default(),
+            broken_off: VecDeque::new(),
             locks: Vec::with_capacity(256),
             overwrites: 0,
             write_mark: None,

@@ -637,11 +637,15 @@ impl World {
     }
 
     fn resubmit(&mut self) {
-        while let Some(ticket) = self.waiting.front().copied() {
-            if !self.submit(ticket) {
-                return;
+        // Whose volume has what it gets keeps nobody else out; its own come in their order.
+        let mut refused = BTreeSet::new();
+        for _ in 0..self.waiting.len() {
+            let ticket = self.waiting.pop_front().expect("as many as there were");
+            let volume = self.requests[&ticket].volume;
+            if refused.contains(&volume) || !self.submit(ticket) {
+                refused.insert(volume);
+                self.waiting.push_back(ticket);
             }
-            self.waiting.pop_front();
         }
     }
 

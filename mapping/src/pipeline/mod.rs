@@ -28,6 +28,7 @@ use crate::planted::{self, Bug};
 use crate::radix::{KnownLeaf, Located};
 use crate::request::{Busy, CacheMode, IoCompletion, IoKind, IoRequest, IoStatus, VolumeHandle};
 use crate::shard::{Shard, TokenKind};
+use crate::slab::may_have;
 use crate::volume::NO_REQUEST;
 
 /// Most bytes in one device I/O.
@@ -36,8 +37,6 @@ pub(crate) const IO_BYTES_MAX: u64 = 1 << 20;
 pub(crate) const BOUNCE_BYTES: usize = 64 << 10;
 /// Requests of visitors that are begun in a turn.
 const FORWARDED_PER_TURN: usize = 64;
-/// Steps of one request in a turn, so that a discard of terabytes lets others in between.
-const STEPS_PER_TURN: u32 = 32;
 
 /// Something to be run, now or when what it waits for is there.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -194,7 +193,7 @@ impl<D: Device> Shard<D> {
     /// refused. Hot path.
     ///
     /// # Errors
-    /// [`Busy`] when every context is in use; nothing was taken.
+    /// [`Busy`] when every context is in use, or as many as one volume may have of them; nothing was taken.
     pub fn submit(&mut self, request: &IoRequest<'_>) -> Result<(), Busy> {
         if let Some(visit) = request.volume.visit() {
             return self.submit_visit(visit, request);
@@ -203,7 +202,11 @@ impl<D: Device> Shard<D> {
         if self.requests.available() <= self.forwarded.len().min(self.kept()) {
             return Err(Busy);
         }
+        let free = self.requests.available();
         match self.check(request) {
+            Ok(()) if !may_have(self.volume(request.volume).held.requests, free) => {
+                return Err(Busy);
+            }
             Ok(()) => self.admit(request, None),
             Err(status) => self.done.push_back(IoCompletion { tag: request.tag, status }),
         }
@@ -259,6 +262,7 @@ impl<D: Device> Shard<D> {
         };
         let volume = self.volumes[request.volume.0 as usize].as_mut().expect("checked above");
         volume.last_stamp += 1;
+        volume.held.requests += 1;
         let is_flush = request.kind == IoKind::Flush;
         let index = self.requests.insert(Request {
             tag: request.tag,
@@ -344,15 +348,21 @@ impl<D: Device> Shard<D> {
         }
     }
 
-    /// Starts as much of the request's I/O as can be started.
+    /// Starts as much of the request's I/O as can be started in this turn.
     fn advance(&mut self, index: u32) {
-        for _ in 0..STEPS_PER_TURN {
+        let handle = self.requests[index].volume;
+        let mut free = matches!(self.requests[index].kind, IoKind::Read | IoKind::Write);
+        loop {
             let request = &self.requests[index];
             if request.dispatched() {
                 self.finish(index);
                 return;
             }
-            let step = match request.kind {
+            if !free && !self.take_steps(handle, 1) && !planted::is(Bug::StepsUnbounded) {
+                break;
+            }
+            free = false;
+            let step = match self.requests[index].kind {
                 IoKind::Read => self.read_step(index),
                 IoKind::Write => self.write_step(index),
                 IoKind::Discard | IoKind::WriteZeroes => self.unmap_step(index),
@@ -368,7 +378,35 @@ impl<D: Device> Shard<D> {
             }
         }
         self.requests[index].parked = true;
-        self.deferred.push(Work::Request(index));
+        let broken_off = &mut self.volume_mut(handle).broken_off;
+        broken_off.push_back(index);
+        if broken_off.len() == 1 {
+            self.broken_off.push_back(handle);
+        }
+    }
+
+    /// Takes so many of the steps that the volume has in this turn. False when none are left.
+    fn take_steps(&mut self, handle: VolumeHandle, count: u32) -> bool {
+        let turn = self.turn;
+        self.volume_mut(handle).steps.take(turn, count)
+    }
+
+    /// Goes on with the requests that ran out of steps, of each volume in the order in which they did.
+    pub(crate) fn go_on(&mut self) {
+        for _ in 0..self.broken_off.len() {
+            let handle = self.broken_off[0];
+            while let Some(index) = self.volume(handle).broken_off.front().copied()
+                && self.volume(handle).steps.are_left(self.turn)
+            {
+                self.run(Work::Request(index));
+                // Only now, so that the volume is in the shard's list once if it ran out again.
+                self.volume_mut(handle).broken_off.pop_front();
+            }
+            self.broken_off.pop_front();
+            if !self.volume(handle).broken_off.is_empty() {
+                self.broken_off.push_back(handle);
+            }
+        }
     }
 
     /// Parks the request until something is released.
@@ -429,6 +467,7 @@ impl<D: Device> Shard<D> {
         }
         self.released = true;
         let volume = self.volume_mut(request.volume);
+        volume.held.requests -= 1;
         let counters = &mut volume.counters;
         let bytes = request.sectors * SECTOR_SIZE;
         match (request.status, request.kind) {
@@ -482,17 +521,50 @@ impl<D: Device> Shard<D> {
         here.into_iter().chain(elsewhere).min()
     }
 
+    /// Whether the request's volume may begin another piece.
+    fn may_begin_piece(&self, index: u32) -> bool {
+        let held = self.volume(self.requests[index].volume).held.pieces;
+        may_have(held, self.pieces.available())
+    }
+
+    /// Begins a piece.
+    fn begin_piece(&mut self, piece: Piece) -> u32 {
+        let request = &mut self.requests[piece.request];
+        request.pieces += 1;
+        let handle = request.volume;
+        self.volume_mut(handle).held.pieces += 1;
+        self.pieces.insert(piece)
+    }
+
+    /// Whether the request's volume may have another bounce buffer.
+    fn may_bounce(&self, index: u32) -> bool {
+        let held = self.volume(self.requests[index].volume).held.bounces;
+        may_have(held, self.bounces.available())
+    }
+
+    /// A bounce buffer for a piece of the request that begins now; none when its volume may have none.
+    fn take_bounce(&mut self, index: u32) -> Option<Buffer> {
+        if !self.may_bounce(index) {
+            return None;
+        }
+        let handle = self.requests[index].volume;
+        self.volume_mut(handle).held.bounces += 1;
+        self.bounces.take()
+    }
+
     /// Ends a piece and gives back what it held. Returns its request, which may be complete now.
     fn end_piece(&mut self, index: u32) -> u32 {
         let piece = self.pieces.remove(index);
-        if let Some(bounce) = piece.bounce {
-            self.bounces.put(bounce);
-        }
         self.released = true;
         let request = &mut self.requests[piece.request];
         request.pieces -= 1;
         let volume = self.volumes[request.volume.0 as usize].as_mut();
         let volume = volume.expect("a volume with requests is open");
+        volume.held.pieces -= 1;
+        if let Some(bounce) = piece.bounce {
+            volume.held.bounces -= 1;
+            self.bounces.put(bounce);
+        }
         match piece.kind {
             PieceKind::Read => {}
             PieceKind::WriteInPlace => volume.overwrites -= 1,
@@ -593,10 +665,18 @@ impl<D: Device> Shard<D> {
             }
             return;
         }
-        let Some(buffer) = self.loads.take() else {
+        // Of a command there is no volume to blame, and few run at a time.
+        let volume = match work {
+            Work::Request(index) => Some(self.requests[index].volume),
+            Work::Piece(index) => Some(self.requests[self.pieces[index].request].volume),
+            Work::Command(_) => None,
+        };
+        let held = volume.map_or(0, |handle| self.volume(handle).held.loads);
+        if !may_have(held, self.loads.available()) {
             self.parked.push(work);
             return;
-        };
+        }
+        let buffer = self.loads.take().expect("one is free");
         let Some(frame) = self.cache.insert(missing.addr, missing.level, missing.parent) else {
             self.loads.put(buffer);
             self.want_all_commits();
@@ -604,15 +684,23 @@ impl<D: Device> Shard<D> {
             return;
         };
         self.cache.counters.misses += 1;
+        if let Some(handle) = volume {
+            self.volume_mut(handle).held.loads += 1;
+        }
         let segment = self.loads.lend(&buffer);
-        self.loading[frame.0 as usize] = Some(buffer);
+        self.loading[frame.0 as usize] = Some((buffer, volume));
         self.device.read(TokenKind::Node.token(frame.0), missing.addr.offset(), &[segment]);
         self.parked_on_nodes.push(WaitingOnNode { frame, level: missing.level, work });
     }
 
     /// Takes in the end of a node's read: checks it, and lets go on who waited for it.
     pub(crate) fn node_loaded(&mut self, frame: FrameId, result: Result<(), DeviceError>) {
-        let buffer = self.loading[frame.0 as usize].take().expect("the node was being read");
+        let loading = self.loading[frame.0 as usize].take();
+        let (buffer, volume) = loading.expect("the node was being read");
+        if let Some(handle) = volume {
+            // It is open: the request that began this waits for it.
+            self.volume_mut(handle).held.loads -= 1;
+        }
         self.loads.returned(&buffer);
         let (addr, level) = (self.cache.frame(frame).addr, self.cache.frame(frame).level);
         let checked = result.map_err(crate::request::CommandError::Device).and_then(|()| {

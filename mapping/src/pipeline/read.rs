@@ -60,7 +60,7 @@ impl<D: Device> Shard<D> {
         offset: usize,
         wanted: usize,
     ) -> Step {
-        if self.pieces.is_full() {
+        if !self.may_begin_piece(index) {
             return self.park(index);
         }
         let place = self.requests[index].place;
@@ -69,7 +69,7 @@ impl<D: Device> Shard<D> {
         let (bytes, bounce) = match gathered {
             Some(bytes) => (bytes, None),
             None => {
-                let Some(bounce) = self.bounces.take() else { return self.park(index) };
+                let Some(bounce) = self.take_bounce(index) else { return self.park(index) };
                 (wanted.min(BOUNCE_BYTES - offset), Some(bounce))
             }
         };
@@ -98,8 +98,7 @@ impl<D: Device> Shard<D> {
             }
             None => home.offset().add(offset as u64),
         };
-        let token = TokenKind::Piece.token(self.pieces.insert(piece));
-        self.requests[index].pieces += 1;
+        let token = TokenKind::Piece.token(self.begin_piece(piece));
         self.device.read(token, from, &self.scratch);
         self.consume(index, bytes as u64);
         Step::On

@@ -15,6 +15,9 @@ use crate::radix::{Missing, Path, slot_at, slot_span};
 use crate::request::{IoKind, IoStatus, VolumeHandle};
 use crate::shard::Shard;
 
+/// Entries of a leaf that are changed for one step: as much work as a small read.
+const ENTRIES_PER_STEP: u32 = 16;
+
 /// What the tree has for the next blocks of the request.
 pub(crate) enum Cover {
     /// These many blocks are holes already, in memory.
@@ -144,6 +147,7 @@ impl<D: Device> Shard<D> {
             Ok(leaf) => leaf,
             Err(step) => return step,
         };
+        self.take_steps(handle, count as u32 / ENTRIES_PER_STEP);
         let hole = self.hole(index);
         for at in slot..slot + count as usize {
             if !self.cache.entries(leaf)[at].is_hole() {

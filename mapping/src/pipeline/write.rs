@@ -44,7 +44,7 @@ impl Target {
 impl<D: Device> Shard<D> {
     /// Starts the write of the next run of the request.
     pub(super) fn write_step(&mut self, index: u32) -> Step {
-        if self.pieces.is_full() {
+        if !self.may_begin_piece(index) {
             return self.park(index);
         }
         let (handle, block, offset, mut left) = self.position(index);
@@ -194,7 +194,7 @@ impl<D: Device> Shard<D> {
             bounce,
         };
         let from = home.offset().add(target.offset as u64);
-        let piece_index = self.pieces.insert(piece);
+        let piece_index = self.begin_piece(piece);
         if kind == PieceKind::Allocate {
             let handle = self.requests[index].volume;
             self.volume_mut(handle).lock(target.block, u64::from(count), piece_index);
@@ -203,7 +203,6 @@ impl<D: Device> Shard<D> {
             let handle = self.requests[index].volume;
             self.volume_mut(handle).overwrites += 1;
         }
-        self.requests[index].pieces += 1;
         self.device.write(TokenKind::Piece.token(piece_index), from, &self.scratch);
         self.consume(index, bytes as u64);
         if planted::is(Bug::InstalledAtSubmission) && kind == PieceKind::Allocate {
@@ -230,7 +229,7 @@ impl<D: Device> Shard<D> {
         bytes: usize,
         zeroes: bool,
     ) -> Option<bessel_reactor::buffer::Buffer> {
-        let mut bounce = self.bounces.take()?;
+        let mut bounce = self.take_bounce(index)?;
         let target = &mut self.bounces.bytes_mut(&mut bounce)[..bytes];
         if zeroes {
             target.fill(0);
@@ -264,7 +263,7 @@ impl<D: Device> Shard<D> {
         {
             return self.park(index);
         }
-        if self.bounces.available() == 0 {
+        if !self.may_bounce(index) {
             return self.park(index);
         }
         let home = match self.take_blocks(BlockKind::Data, 1) {
@@ -279,7 +278,7 @@ impl<D: Device> Shard<D> {
 
     /// Writes part of a block in place on a device that writes whole blocks only.
     fn merge_in_place(&mut self, index: u32, target: Target, home: BlockAddr) -> Step {
-        if self.overwrites_in_flight(index, target.block) || self.bounces.available() == 0 {
+        if self.overwrites_in_flight(index, target.block) || !self.may_bounce(index) {
             return self.park(index);
         }
         if !self.bar_visitors(index, home) {
@@ -310,11 +309,11 @@ impl<D: Device> Shard<D> {
         merge: MergeTarget,
         old: Option<BlockAddr>,
     ) {
-        let bounce = self.bounces.take().expect("checked by the caller");
+        let bounce = self.take_bounce(index).expect("checked by the caller");
         let whole = self.bounces.lend(&bounce).part(0, BLOCK_SIZE as usize);
         let bytes = target.bytes_in_block();
         let home = old.unwrap_or_default();
-        let piece = self.pieces.insert(Piece {
+        let piece = self.begin_piece(Piece {
             request: index,
             kind: PieceKind::MergeRead { target: merge },
             first: target.block,
@@ -325,9 +324,7 @@ impl<D: Device> Shard<D> {
             place: self.requests[index].place,
             bounce: Some(bounce),
         });
-        let request = &mut self.requests[index];
-        request.pieces += 1;
-        let handle = request.volume;
+        let handle = self.requests[index].volume;
         self.volume_mut(handle).lock(target.block, 1, piece);
         self.consume(index, bytes as u64);
         match old {
