@@ -3,7 +3,7 @@
 //! A busy guest asks for more than there is while the device does nothing, or for much at once while it does
 //! all. Another one, that comes then, is let in and served.
 
-use bessel_mapping::request::{IoKind, IoStatus, VolumeId};
+use bessel_mapping::request::{Command, IoKind, IoStatus, Reply, VolumeId};
 use bessel_reactor::device::sim::Schedule;
 use bessel_reactor::units::{ByteCount, SECTORS_PER_BLOCK};
 use bessel_tests::world::{Outcome, World, WorldConfig};
@@ -139,7 +139,7 @@ fn turns_of(two: &mut Two, requests: &[(IoKind, u64, u64)]) -> (usize, usize) {
     (turns, reads)
 }
 
-/// A leaf is 33 steps, and a turn has 256 for each volume, however many requests there are to take them.
+/// A leaf is 65 steps, and a turn has 256 for each volume, however many requests there are to take them.
 #[test]
 fn many_long_discards_take_many_turns_and_let_others_in() {
     for kind in [IoKind::Discard, IoKind::WriteZeroes] {
@@ -151,10 +151,33 @@ fn many_long_discards_take_many_turns_and_let_others_in() {
             let requests: Vec<_> = (0..requests).map(leaf).collect();
             let (turns, reads) = turns_of(&mut two, &requests);
             let what = format!("{kind:?} {}: {turns} turns, {reads} reads", requests.len());
-            assert!((8..12).contains(&turns), "{what}");
+            assert!((16..20).contains(&turns), "{what}");
             assert!(reads >= turns / 3, "{what}"); // A read takes two.
         }
     }
+}
+
+/// The same of blocks that come free, all of them with one commit.
+#[test]
+fn many_blocks_come_free_in_many_turns() {
+    const LEAVES: u64 = 8;
+    let [node_cache, extent_size] = [16, 16].map(|mib| ByteCount::new(mib << 20));
+    let config = WorldConfig { node_cache, extent_size, ..WorldConfig::new(7) };
+    let mut two = Two::new(config, LEAVES, 256 * SECTORS_PER_BLOCK);
+    let discarded = two.world.io(two.busy, IoKind::Discard, 0, LEAVES * LEAF);
+    assert_eq!(discarded, Ok(IoStatus::Done));
+    two.world.start_io(two.busy, IoKind::Flush, 0, 0);
+    let mut free = Vec::new();
+    for _ in 0..200 {
+        match two.world.look_up(two.other, |_| Command::Stats).expect(ON) {
+            Reply::Stats(stats) => free.push(stats.claimed_data),
+            reply => panic!("{reply:?}"),
+        }
+    }
+    let steps: Vec<u64> = free.windows(2).map(|two| two[1] - two[0]).collect();
+    assert_eq!(steps.iter().sum::<u64>(), LEAVES * 256, "{steps:?}");
+    // Asked once a turn, or less often.
+    assert!(steps.iter().all(|came| *came <= 2 * 256), "{steps:?}");
 }
 
 /// Who is first in a volume and has much to do does not keep its own later requests waiting.

@@ -713,8 +713,9 @@ impl<D: Device> Shard<D> {
         handle: VolumeHandle,
         mut nodes: Vec<FrameId>,
     ) -> HandedOver {
-        self.release_unlinked(handle);
+        self.release_all_unlinked(handle);
         let volume = self.volumes[handle.0 as usize].take().expect("the volume is open");
+        self.releasing.retain(|releasing| *releasing != handle);
         assert!(volume.active_head == NO_REQUEST && volume.flight.is_none());
         assert!(!volume.log_loading, "a block of its log is being read");
         assert!(volume.sealed.is_empty() && volume.committing.is_empty());

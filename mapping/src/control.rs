@@ -294,6 +294,7 @@ impl<D: Device> Shard<D> {
         for handle in open {
             quiet &= self.visitors_are_idle(handle);
             let volume = self.volume(handle);
+            quiet &= !volume.releasing;
             if volume.latched.is_none() && !volume.is_quiet() {
                 quiet = false;
                 self.want_commit(handle);

@@ -17,6 +17,7 @@ pub mod format;
 pub mod request;
 pub mod store;
 
+mod chunks;
 mod claims;
 mod commit;
 mod control;

@@ -48,7 +48,7 @@ bugs! {
     TurnUnbounded,
     /// One volume may have all contexts and buffers of its shard.
     NoRoomForOthers,
-    /// A volume's requests take as many steps in a turn as they need.
+    /// A turn does as much for a volume as its requests, and the blocks that come free, make it.
     StepsUnbounded,
     /// A node stays marked as changed while its round is in flight: what changes meanwhile is in no round.
     ChangesDuringRoundLost,

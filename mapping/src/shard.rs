@@ -223,6 +223,8 @@ pub struct Shard<D: Device> {
     pub(crate) parked: Vec<Work>,
     /// Something that parked work may wait for has been given back.
     pub(crate) released: bool,
+    /// Volumes that have more to release than a turn's share, each once.
+    pub(crate) releasing: Vec<VolumeHandle>,
     pub(crate) commands: VecDeque<Pending>,
     pub(crate) commands_ready: bool,
     /// Volumes that have latched since the shard was made, whatever became of them.
@@ -321,6 +323,7 @@ impl<D: Device> Shard<D> {
             broken_off: VecDeque::with_capacity(config.requests_max),
             parked: Vec::with_capacity(config.requests_max + pieces_max),
             released: false,
+            releasing: Vec::new(),
             commands: VecDeque::new(),
             commands_ready: false,
             have_failed: Vec::new(),
@@ -378,6 +381,7 @@ impl<D: Device> Shard<D> {
         if self.flusher.is_held() {
             self.judge_flush();
         }
+        self.release_more();
         self.go_on();
         progress |= self.run_all();
         if self.commands_ready {
@@ -402,8 +406,8 @@ impl<D: Device> Shard<D> {
             // What these bring to do is done in the next turn.
             progress |= self.take_completions();
         }
-        let left = self.commands_ready || images_left || !self.broken_off.is_empty();
-        progress || self.released || left
+        let broken_off = !(self.broken_off.is_empty() && self.releasing.is_empty());
+        progress || self.released || self.commands_ready || images_left || broken_off
     }
 
     /// Tells that guests have been shown the completions that were popped. Call it before anybody is told
@@ -687,9 +691,9 @@ impl<D: Device> Shard<D> {
         some
     }
 
-    /// True when a round that is on its way, or now is, gives blocks back.
+    /// True when a round that is on its way, or now is, or one that has ended gives blocks back.
     pub(crate) fn rounds_free_blocks(&mut self) -> bool {
-        let mut found = false;
+        let mut found = !self.releasing.is_empty();
         for index in 0..self.volumes.len() {
             let Some(volume) = &self.volumes[index] else { continue };
             if volume.frees_with_a_round() {

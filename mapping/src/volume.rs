@@ -8,6 +8,7 @@ use std::sync::Arc;
 use bessel_reactor::clock::Instant;
 use bessel_reactor::units::{BlockAddr, VolumeBlock};
 
+use crate::chunks::Chunks;
 use crate::commit::{Flight, Sealed};
 use crate::format::VolumeRecord;
 use crate::message::{BlockKind, BlockRun};
@@ -43,12 +44,12 @@ pub(crate) struct Held {
     pub(crate) loads: usize,
 }
 
-/// Steps that the requests of a volume may take in a turn, so that a discard of terabytes lets others in
-/// between. The first step of a read or a write is not one of them: how many of these come in a turn is for
-/// whoever submits them.
+/// Steps of one volume in a turn of its shard, so that a discard of terabytes lets others in between. A step
+/// is as much work as a small request. The first one of a read or a write is none of these: how many of them
+/// come in a turn is for whoever submits them.
 const STEPS_PER_TURN: u32 = 256;
 
-/// Steps of a volume's requests in one turn of its shard.
+/// What has been done of something in a turn of a shard, for one volume.
 #[derive(Clone, Copy, Default, Debug)]
 pub(crate) struct Steps {
     turn: u64,
@@ -143,7 +144,11 @@ pub(crate) struct Volume {
     pub(crate) queued_for_round: bool,
     /// Requests that wait for a round.
     pub(crate) committing: Vec<u32>,
-    pub(crate) unlinked: VecDeque<Unlinked>,
+    pub(crate) unlinked: Chunks<Unlinked>,
+    /// What may still be released of these in this turn.
+    pub(crate) releases: Steps,
+    /// It is in the shard's list of volumes that release more in the next turn.
+    pub(crate) releasing: bool,
 
     /// Requests in the order they arrived, as a list through their slots.
     pub(crate) active_head: u32,
@@ -232,7 +237,9 @@ impl Volume {
             queued_for_round: false,
             committing: Vec::with_capacity(256),
             // Room for a few rounds of a busy volume; there may be thousands of idle ones.
-            unlinked: VecDeque::with_capacity(256),
+            unlinked: Chunks::with_capacity(256),
+            releases: Steps::default(),
+            releasing: false,
             active_head: NO_REQUEST,
             active_tail: NO_REQUEST,
             last_stamp: 0,

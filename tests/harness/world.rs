@@ -893,7 +893,11 @@ impl World {
             }
             (
                 Pending::Show,
-                Reply::Volume(_) | Reply::Page { .. } | Reply::Snapshot(_) | Reply::FoundAt { .. },
+                Reply::Volume(_)
+                | Reply::Page { .. }
+                | Reply::Snapshot(_)
+                | Reply::FoundAt { .. }
+                | Reply::Stats(_),
             )
             | (Pending::Close, Reply::Closed { .. })
             | (Pending::OfDevice | Pending::Shutdown | Pending::Restore, Reply::Done) => {}

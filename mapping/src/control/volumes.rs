@@ -431,7 +431,8 @@ impl<D: Device> Shard<D> {
         self.note_visitors_writes(handle);
         let volume = self.volume_mut(handle);
         let (failed, write_mark) = (volume.latched.is_some(), volume.write_mark);
-        if volume.active_head != NO_REQUEST || volume.flight.is_some() || volume.log_loading {
+        let working = volume.flight.is_some() || volume.log_loading || volume.releasing;
+        if volume.active_head != NO_REQUEST || working {
             return Err(NotNow::Wait);
         }
         if failed {
@@ -493,7 +494,7 @@ impl<D: Device> Shard<D> {
             return Err(CommandError::InUse.into());
         }
         volume.closing = true;
-        if volume.log_loading {
+        if volume.log_loading || volume.releasing {
             return Err(NotNow::Wait);
         }
         if !volume.is_quiet() {

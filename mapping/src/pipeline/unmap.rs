@@ -16,7 +16,7 @@ use crate::request::{IoKind, IoStatus, VolumeHandle};
 use crate::shard::Shard;
 
 /// Entries of a leaf that are changed for one step: as much work as a small read.
-const ENTRIES_PER_STEP: u32 = 16;
+const ENTRIES_PER_STEP: u32 = 8;
 
 /// What the tree has for the next blocks of the request.
 pub(crate) enum Cover {

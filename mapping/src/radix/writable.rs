@@ -12,6 +12,7 @@ use crate::nodes::cache::{FrameId, FrameState};
 use crate::planted::{self, Bug};
 use crate::request::VolumeHandle;
 use crate::shard::Shard;
+use crate::volume::Unlinked;
 
 /// Nodes that one change may make dirty: a path of four levels, and a new root above it.
 const DIRTY_PER_CHANGE: usize = 5;
@@ -256,7 +257,8 @@ impl<D: Device> Shard<D> {
         self.claims.put(kind, run);
     }
 
-    /// Hands unlinked blocks back to the claims, as far as nobody can still use them.
+    /// Hands unlinked blocks back to the claims, as far as nobody can still use them: so many in a turn, the
+    /// rest in the next ones.
     pub(crate) fn release_unlinked(&mut self, handle: VolumeHandle) {
         let oldest = self.oldest_stamp(handle);
         self.release_unlinked_before(handle, oldest);
@@ -264,11 +266,42 @@ impl<D: Device> Shard<D> {
 
     /// The same, when the stamp of the volume's oldest request is known.
     pub(crate) fn release_unlinked_before(&mut self, handle: VolumeHandle, oldest: Option<u64>) {
+        let turn = self.turn;
+        while self.volume(handle).releases.are_left(turn) || planted::is(Bug::StepsUnbounded) {
+            let volume = self.volume_mut(handle);
+            let Some(unlinked) = volume.release(oldest) else { return };
+            let count = if unlinked.kind == BlockKind::Data { 1 } else { unlinked.run.count };
+            volume.releases.take(turn, count);
+            self.release(unlinked);
+        }
+        if !std::mem::replace(&mut self.volume_mut(handle).releasing, true) {
+            self.releasing.push(handle);
+        }
+    }
+
+    /// The same, all of them at once.
+    pub(crate) fn release_all_unlinked(&mut self, handle: VolumeHandle) {
+        let oldest = self.oldest_stamp(handle);
         while let Some(unlinked) = self.volume_mut(handle).release(oldest) {
-            match unlinked.kind {
-                BlockKind::Data => self.give_back(BlockKind::Data, unlinked.run),
-                BlockKind::Metadata => self.release_nodes(unlinked.run),
-            }
+            self.release(unlinked);
+        }
+    }
+
+    fn release(&mut self, unlinked: Unlinked) {
+        match unlinked.kind {
+            BlockKind::Data => self.give_back(BlockKind::Data, unlinked.run),
+            BlockKind::Metadata => self.release_nodes(unlinked.run),
+        }
+        self.released = true;
+    }
+
+    /// Goes on with what was left in the turn before.
+    pub(crate) fn release_more(&mut self) {
+        for _ in 0..self.releasing.len() {
+            let handle = self.releasing.remove(0);
+            self.volume_mut(handle).releasing = false;
+            self.release_unlinked(handle);
+            // Whoever waits for blocks hears of it, also when no more came.
             self.released = true;
         }
     }
