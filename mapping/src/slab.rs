@@ -2,12 +2,18 @@
 
 use crate::planted::{self, Bug};
 
-/// Whether a volume that holds so many of something may have one more of those that are free: three times as
+/// Whether a volume may have one more of something of which `free` of `all` are free: it holds three times as
 /// many as are free at most. One by itself gets three quarters, so that whoever comes finds room, however
 /// long it is until something ends; several get the same each (*dynamic thresholds*: Choudhury and Hahne,
 /// Dynamic queue length thresholds for shared-memory packet switches, 1998).
-pub(crate) fn may_have(held: usize, free: usize) -> bool {
-    if planted::is(Bug::NoRoomForOthers) { free > 0 } else { held < 3 * free }
+///
+/// How many it holds is asked only when that counts.
+#[inline]
+pub(crate) fn may_have(free: usize, all: usize, held: impl FnOnce() -> usize) -> bool {
+    if planted::is(Bug::NoRoomForOthers) {
+        return free > 0;
+    }
+    4 * free > all || held() < 3 * free
 }
 
 /// A fixed number of slots. Taking and freeing never allocates.
@@ -23,6 +29,12 @@ impl<T> Slab<T> {
             slots: (0..capacity).map(|_| None).collect(),
             free: (0..capacity as u32).rev().collect(),
         }
+    }
+
+    /// Whether a volume that holds so many slots may have one more: see [`may_have`].
+    #[inline]
+    pub(crate) fn has_room(&self, held: impl FnOnce() -> usize) -> bool {
+        may_have(self.free.len(), self.slots.len(), held)
     }
 
     pub(crate) fn is_full(&self) -> bool {

@@ -20,7 +20,7 @@ use crate::request::{
 };
 use crate::shard::{PIECES_OF_A_VISIT, Shard, TokenKind};
 use crate::shared::{Place, SharedVolume};
-use crate::slab::{Slab, may_have};
+use crate::slab::Slab;
 
 /// Segments of a request for which room is made at start; a request with more makes its slot larger.
 const SEGMENTS_EXPECTED: usize = 34;
@@ -177,7 +177,7 @@ impl<D: Device> Shard<D> {
             self.done.push_back(IoCompletion { tag: request.tag, status: IoStatus::Refused });
             return Ok(());
         };
-        if !may_have(visit.requests as usize, self.visits.requests.available()) {
+        if !self.visits.requests.has_room(|| visit.requests as usize) {
             return Err(Busy);
         }
         visit.requests += 1;

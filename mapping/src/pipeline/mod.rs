@@ -29,7 +29,7 @@ use crate::radix::{KnownLeaf, Located};
 use crate::request::{Busy, CacheMode, IoCompletion, IoKind, IoRequest, IoStatus, VolumeHandle};
 use crate::shard::{Shard, TokenKind};
 use crate::slab::may_have;
-use crate::volume::NO_REQUEST;
+use crate::volume::{NO_REQUEST, Volume};
 
 /// Most bytes in one device I/O.
 pub(crate) const IO_BYTES_MAX: u64 = 1 << 20;
@@ -202,12 +202,9 @@ impl<D: Device> Shard<D> {
         if self.requests.available() <= self.forwarded.len().min(self.kept()) {
             return Err(Busy);
         }
-        let free = self.requests.available();
         match self.check(request) {
-            Ok(()) if !may_have(self.volume(request.volume).held.requests, free) => {
-                return Err(Busy);
-            }
-            Ok(()) => self.admit(request, None),
+            Ok(volume) if !self.requests.has_room(|| volume.held.requests) => return Err(Busy),
+            Ok(_) => self.admit(request, None),
             Err(status) => self.done.push_back(IoCompletion { tag: request.tag, status }),
         }
         Ok(())
@@ -230,7 +227,8 @@ impl<D: Device> Shard<D> {
             let request = IoRequest { tag: 0, volume, kind, sector, sectors, segments: &segments };
             let found = self.volumes.get(volume.0 as usize).and_then(Option::as_ref);
             let same = found.is_some_and(|volume| volume.record.id == id);
-            let checked = if same { self.check(&request) } else { Err(IoStatus::Refused) };
+            let checked =
+                if same { self.check(&request).map(drop) } else { Err(IoStatus::Refused) };
             match checked {
                 Ok(()) => {
                     self.forwarded_active += 1;
@@ -300,14 +298,14 @@ impl<D: Device> Shard<D> {
     }
 
     /// Checks what the submitter vouches for only in part: places and lengths come from a guest.
-    fn check(&self, request: &IoRequest<'_>) -> Result<(), IoStatus> {
+    fn check(&self, request: &IoRequest<'_>) -> Result<&Volume, IoStatus> {
         let volume = self.volumes.get(request.volume.0 as usize).and_then(Option::as_ref);
         let volume = volume.filter(|volume| !volume.closing).ok_or(IoStatus::Refused)?;
         if request.kind != IoKind::Read && volume.latched.is_some() {
             return Err(IoStatus::Failed);
         }
         if request.kind == IoKind::Flush {
-            return Ok(());
+            return Ok(volume);
         }
         let end = request.sector.get().checked_add(request.sectors).ok_or(IoStatus::Refused)?;
         if end > volume.sectors || request.sectors == 0 {
@@ -319,7 +317,7 @@ impl<D: Device> Shard<D> {
                 return Err(IoStatus::Refused);
             }
         }
-        Ok(())
+        Ok(volume)
     }
 
     /// Runs one piece of work.
@@ -350,19 +348,19 @@ impl<D: Device> Shard<D> {
 
     /// Starts as much of the request's I/O as can be started in this turn.
     fn advance(&mut self, index: u32) {
-        let handle = self.requests[index].volume;
-        let mut free = matches!(self.requests[index].kind, IoKind::Read | IoKind::Write);
+        let mut first = true;
         loop {
             let request = &self.requests[index];
             if request.dispatched() {
                 self.finish(index);
                 return;
             }
+            let (handle, kind) = (request.volume, request.kind);
+            let free = std::mem::take(&mut first) && matches!(kind, IoKind::Read | IoKind::Write);
             if !free && !self.take_steps(handle, 1) && !planted::is(Bug::StepsUnbounded) {
-                break;
+                return self.break_off(handle, index);
             }
-            free = false;
-            let step = match self.requests[index].kind {
+            let step = match kind {
                 IoKind::Read => self.read_step(index),
                 IoKind::Write => self.write_step(index),
                 IoKind::Discard | IoKind::WriteZeroes => self.unmap_step(index),
@@ -377,6 +375,11 @@ impl<D: Device> Shard<D> {
                 Step::Failed(status) => self.requests[index].status = status,
             }
         }
+    }
+
+    /// Leaves the request for the next turn.
+    #[cold]
+    fn break_off(&mut self, handle: VolumeHandle, index: u32) {
         self.requests[index].parked = true;
         let broken_off = &mut self.volume_mut(handle).broken_off;
         broken_off.push_back(index);
@@ -522,12 +525,13 @@ impl<D: Device> Shard<D> {
     }
 
     /// Whether the request's volume may begin another piece.
+    #[inline]
     fn may_begin_piece(&self, index: u32) -> bool {
-        let held = self.volume(self.requests[index].volume).held.pieces;
-        may_have(held, self.pieces.available())
+        self.pieces.has_room(|| self.volume(self.requests[index].volume).held.pieces)
     }
 
     /// Begins a piece.
+    #[inline]
     fn begin_piece(&mut self, piece: Piece) -> u32 {
         let request = &mut self.requests[piece.request];
         request.pieces += 1;
@@ -538,8 +542,8 @@ impl<D: Device> Shard<D> {
 
     /// Whether the request's volume may have another bounce buffer.
     fn may_bounce(&self, index: u32) -> bool {
-        let held = self.volume(self.requests[index].volume).held.bounces;
-        may_have(held, self.bounces.available())
+        let held = || self.volume(self.requests[index].volume).held.bounces;
+        may_have(self.bounces.available(), self.bounces.capacity(), held)
     }
 
     /// A bounce buffer for a piece of the request that begins now; none when its volume may have none.
@@ -671,8 +675,8 @@ impl<D: Device> Shard<D> {
             Work::Piece(index) => Some(self.requests[self.pieces[index].request].volume),
             Work::Command(_) => None,
         };
-        let held = volume.map_or(0, |handle| self.volume(handle).held.loads);
-        if !may_have(held, self.loads.available()) {
+        let held = || volume.map_or(0, |handle| self.volume(handle).held.loads);
+        if !may_have(self.loads.available(), self.loads.capacity(), held) {
             self.parked.push(work);
             return;
         }
