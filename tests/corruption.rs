@@ -251,6 +251,7 @@ impl Served {
             node_cache: ByteCount::new(1 << 20),
             requests_max: 8,
             shared_leaves: 0,
+            steps_per_turn: ShardConfig::STEPS_PER_TURN,
         };
         let shard = Shard::new(&config, disk.connect(), &store);
         let (open, refused) = (BTreeMap::new(), BTreeMap::new());

@@ -162,7 +162,8 @@ fn many_long_discards_take_many_turns_and_let_others_in() {
 fn many_blocks_come_free_in_many_turns() {
     const LEAVES: u64 = 8;
     let [node_cache, extent_size] = [16, 16].map(|mib| ByteCount::new(mib << 20));
-    let config = WorldConfig { node_cache, extent_size, ..WorldConfig::new(7) };
+    // Eight times as many blocks as steps.
+    let config = WorldConfig { node_cache, extent_size, steps_per_turn: 32, ..WorldConfig::new(7) };
     let mut two = Two::new(config, LEAVES, 256 * SECTORS_PER_BLOCK);
     let discarded = two.world.io(two.busy, IoKind::Discard, 0, LEAVES * LEAF);
     assert_eq!(discarded, Ok(IoStatus::Done));
@@ -178,6 +179,49 @@ fn many_blocks_come_free_in_many_turns() {
     assert_eq!(steps.iter().sum::<u64>(), LEAVES * 256, "{steps:?}");
     // Asked once a turn, or less often.
     assert!(steps.iter().all(|came| *came <= 2 * 256), "{steps:?}");
+}
+
+/// Volumes of a shard that gives next to nothing back in a turn.
+fn slow(seed: u64) -> Two {
+    let config = WorldConfig { steps_per_turn: 1, may_fill: true, ..WorldConfig::new(seed) };
+    Two::new(config, 4, 256 * SECTORS_PER_BLOCK)
+}
+
+/// Discards of all that one of them has are on their way to be given back.
+fn release_slowly(two: &mut Two) {
+    let discarded = two.world.io(two.busy, IoKind::Discard, 0, 4 * LEAF);
+    assert_eq!(discarded, Ok(IoStatus::Done));
+    two.world.start_io(two.busy, IoKind::Flush, 0, 0);
+    two.steps(20);
+}
+
+/// What is being given back will be there: nobody is told that the store is full.
+#[test]
+fn a_full_store_waits_for_what_is_released() {
+    let mut two = slow(8);
+    let mut at = 8 * LEAF;
+    while two.world.write(two.other, at, 8) == Ok(IoStatus::Done) {
+        at += 8;
+    }
+    release_slowly(&mut two);
+    let sectors = 128 * SECTORS_PER_BLOCK;
+    let writes = [0, 1, 2, 3].map(|write| {
+        two.world.start_io(two.other, IoKind::Write, 40 * LEAF + write * sectors, sectors)
+    });
+    for write in writes {
+        assert_eq!(two.world.wait(write).expect(ON), Outcome::Io(IoStatus::Done));
+    }
+}
+
+/// None of it leaks.
+#[test]
+fn a_shard_that_shuts_down_has_given_everything_back() {
+    let mut two = slow(9);
+    release_slowly(&mut two);
+    two.world.shut_down().expect(ON);
+    two.world.recover();
+    let report = two.world.check();
+    assert_eq!((report.data.leaked, report.metadata.leaked), (0, 0));
 }
 
 /// Who is first in a volume and has much to do does not keep its own later requests waiting.

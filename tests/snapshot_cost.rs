@@ -92,8 +92,14 @@ fn a_turn_writes_few_images_however_many_nodes_have_changed() {
         node_cache,
         ..WorldConfig::new(1)
     };
-    let most =
-        ShardConfig { index: 0, node_cache, requests_max: 64, shared_leaves: 0 }.images_per_turn();
+    let shard = ShardConfig {
+        index: 0,
+        node_cache,
+        requests_max: 64,
+        shared_leaves: 0,
+        steps_per_turn: ShardConfig::STEPS_PER_TURN,
+    };
+    let most = shard.images_per_turn();
     let mut world = World::new(config);
     let volume = world.create(ByteCount::new(1 << 30)).expect("the power is on");
     let change_leaves = |world: &mut World, block: u64| {

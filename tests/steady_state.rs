@@ -80,6 +80,7 @@ impl Bench {
             node_cache: ByteCount::new(4 << 20),
             requests_max: 64,
             shared_leaves: 16,
+            steps_per_turn: ShardConfig::STEPS_PER_TURN,
         };
         let depth = config(0).device_depth() as u32 + 64;
         let mut device = MemoryDevice::new(capacity, depth);

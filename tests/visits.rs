@@ -12,6 +12,12 @@ use bessel_tests::world::{Action, Outcome, Ticket, World, WorldConfig};
 
 const ON: &str = "the power is on";
 
+fn steps(world: &mut World, count: usize) {
+    for _ in 0..count {
+        world.step();
+    }
+}
+
 struct Two {
     world: World,
     volume: VolumeId,
@@ -87,9 +93,7 @@ impl Two {
     }
 
     fn steps(&mut self, count: usize) {
-        for _ in 0..count {
-            self.world.step();
-        }
+        steps(&mut self.world, count);
     }
 
     /// I/O of this kind to data stays in flight.
@@ -300,6 +304,67 @@ fn what_is_sent_home_finds_room_there() {
         }
     }
     panic!("it was passed over 200 times");
+}
+
+/// And leaves some: a device that does nothing keeps them there.
+#[test]
+fn what_is_sent_home_leaves_room_there() {
+    let config = WorldConfig { schedule: Schedule::AtOnce, requests: 8, ..WorldConfig::new(2) };
+    let mut world = World::new(WorldConfig { shards: 3, visits: true, ..config });
+    let busy = world.create(SMALL).expect(ON);
+    let home = world.home(busy);
+    let other = loop {
+        let volume = world.create(SMALL).expect(ON);
+        if world.home(volume) == home {
+            break volume;
+        }
+    };
+    world.enter_at(home);
+    assert_eq!(world.write(other, 0, 8), Ok(IoStatus::Done));
+    world.visit_everywhere().expect(ON);
+    world.idle().expect(ON);
+    world.disk.hold_all_but(None);
+    for shard in (0..3).filter(|shard| *shard != home) {
+        world.enter_at(shard);
+        for at in 0..8 {
+            world.start_io(busy, IoKind::Write, (8 * shard as u64 + at) * 8, 8); // Of new blocks.
+        }
+    }
+    steps(&mut world, 200); // With the mail, which takes its time.
+    let before = world.disk.flying().len();
+    world.enter_at(home);
+    world.start_io(other, IoKind::Read, 0, 8);
+    steps(&mut world, 8);
+    assert_eq!(world.disk.flying().len(), before + 1);
+    world.disk.release();
+    world.settle().expect(ON);
+}
+
+/// A busy visitor leaves room for another one on its shard.
+#[test]
+fn there_is_a_context_for_another_visitor() {
+    let mut two = Two::on(WorldConfig { requests: 8, ..WorldConfig::new(3) });
+    let other = loop {
+        let volume = two.world.create(SMALL).expect(ON);
+        if two.world.home(volume) == two.here {
+            break volume;
+        }
+    };
+    two.at(two.here);
+    assert_eq!(two.world.write(other, 0, 8), Ok(IoStatus::Done));
+    two.world.visit_everywhere().expect(ON);
+    two.world.disk.hold_all_but(None);
+    two.at(two.there);
+    for _ in 0..16 {
+        two.world.start_io(two.volume, IoKind::Read, 0, 8);
+    }
+    two.steps(8);
+    let before = two.world.disk.flying().len();
+    two.world.start_io(other, IoKind::Read, 0, 8);
+    two.steps(8);
+    assert_eq!(two.world.disk.flying().len(), before + 1);
+    two.world.disk.release();
+    two.world.settle().expect(ON);
 }
 
 /// What a visitor has in flight at the cut may still land in the snapshot.

@@ -11,7 +11,9 @@ use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::sys::socket::{MsgFlags, getsockopt, recv, sockopt::PeerCredentials};
-use virtio_bindings::virtio_blk::{VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_MQ, VIRTIO_BLK_F_RO};
+use virtio_bindings::virtio_blk::{
+    VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_MQ, VIRTIO_BLK_F_RO,
+};
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 
@@ -53,6 +55,8 @@ pub(crate) struct Disk {
     pub(crate) read_only: bool,
     /// FLUSH was negotiated: completed writes may be volatile until one.
     pub(crate) flush: bool,
+    /// DISCARD was negotiated.
+    pub(crate) discard: bool,
     /// The event index was negotiated.
     pub(crate) event_index: bool,
 }
@@ -90,6 +94,7 @@ impl Frontend {
             capacity_bytes: capacity_bytes(&config)?,
             read_only: has(features, VIRTIO_BLK_F_RO),
             flush: has(features, VIRTIO_BLK_F_FLUSH),
+            discard: has(features, VIRTIO_BLK_F_DISCARD),
             event_index: has(features, VIRTIO_RING_F_EVENT_IDX),
         };
         let first_queue = wanted.first_queue.into();
@@ -195,6 +200,7 @@ fn choose_features(offered: u64, wanted: Wanted) -> Result<u64, String> {
     let mut features = 1u64 << VIRTIO_F_VERSION_1
         | 1 << F_PROTOCOL_FEATURES
         | 1 << VIRTIO_BLK_F_FLUSH
+        | 1 << VIRTIO_BLK_F_DISCARD
         | 1 << VIRTIO_BLK_F_RO;
     let required = [
         (true, VIRTIO_F_VERSION_1, "VERSION_1"),

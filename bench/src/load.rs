@@ -143,7 +143,7 @@ pub(crate) fn run_with(
     let settings = settle(options, frontend.disk())?;
     let shape = Shape {
         depth: options.depth,
-        data_bytes_max: options.block_bytes,
+        data_bytes_max: settings.data_bytes_max(),
         event_index: frontend.disk().event_index,
         indirect: options.indirect,
     };
@@ -200,6 +200,12 @@ fn settle(options: &Options, disk: Disk) -> Result<Settings, String> {
     }
     if (options.flush_every > 0 || options.flush_at_end) && !disk.flush {
         return Err("the server does not offer FLUSH; leave out --flush-every".into());
+    }
+    if options.workload == Workload::Discard && !disk.discard {
+        return Err("the server does not offer DISCARD".into());
+    }
+    if options.workload == Workload::Discard && options.verify {
+        return Err("there is nothing to verify in discards; leave out --verify".into());
     }
     if options.verify && region_bytes / u64::from(options.block_bytes) > LEDGER_BLOCKS_MAX {
         return Err(format!("{} is too much to verify; use --region", size::format(region_bytes)));
@@ -362,7 +368,7 @@ impl Driver {
             ledger,
             verified: Verified::default(),
             held: None,
-            scratch: vec![0; settings.block_bytes as usize],
+            scratch: vec![0; settings.data_bytes_max() as usize],
             clock,
             now_ns: 0,
             progress_ns: 0,
@@ -878,8 +884,13 @@ mod tests {
 
     #[test]
     fn options_that_do_not_fit_the_disk_are_refused() {
-        let disk =
-            Disk { capacity_bytes: 1 << 20, read_only: true, flush: false, event_index: true };
+        let disk = Disk {
+            capacity_bytes: 1 << 20,
+            read_only: true,
+            flush: false,
+            discard: false,
+            event_index: true,
+        };
         let options = crate::cli::tests::load_options(&["--rw", "randread"]);
         assert_eq!(settle(&options, disk).unwrap().region_bytes, 1 << 20);
         for arguments in [

@@ -7,7 +7,7 @@ use clap::ValueEnum;
 use serde::Serialize;
 
 use crate::pattern::{Ledger, mix};
-use crate::queue::{Kind, Operation};
+use crate::queue::{Kind, Operation, RANGE_BYTES};
 
 /// The kind of load.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum, Serialize)]
@@ -29,6 +29,8 @@ pub(crate) enum Workload {
     Stride,
     /// Runs of 64 to 256 KiB at random places, each written in order: files, as a page cache writes them back.
     Runs,
+    /// Discards in order, as `fstrim` and `blkdiscard` send them.
+    Discard,
 }
 
 /// From one write of [`Workload::Stride`] to the next.
@@ -47,7 +49,7 @@ impl Workload {
     }
 
     fn is_sequential(self) -> bool {
-        matches!(self, Self::Read | Self::Write | Self::Stride)
+        matches!(self, Self::Read | Self::Write | Self::Stride | Self::Discard)
     }
 
     /// Its name, as on the command line.
@@ -60,6 +62,7 @@ impl Workload {
             Self::Mix => "mix",
             Self::Stride => "stride",
             Self::Runs => "runs",
+            Self::Discard => "discard",
         }
     }
 }
@@ -72,13 +75,23 @@ pub(crate) struct Settings {
     pub(crate) region_bytes: u64,
     /// Where requests in order begin; those after the end of the region begin at its start.
     pub(crate) first_byte: u64,
-    /// Bytes of a request; a multiple of 512.
+    /// Bytes of a request; a multiple of 512. Those of a discard are named, not carried.
     pub(crate) block_bytes: u32,
     /// Of 100 requests of a mixed load, how many are reads.
     pub(crate) read_percent: u8,
     /// A flush follows each run of this many writes; 0 for none.
     pub(crate) flush_every: u64,
     pub(crate) seed: u64,
+}
+
+impl Settings {
+    /// Longest data of a request.
+    pub(crate) fn data_bytes_max(&self) -> u32 {
+        match self.workload {
+            Workload::Discard => RANGE_BYTES,
+            _ => self.block_bytes,
+        }
+    }
 }
 
 /// Draws requests.
@@ -129,6 +142,7 @@ impl Plan {
 
     fn draw_kind(&mut self) -> Kind {
         let reads = match self.settings.workload {
+            Workload::Discard => return Kind::Discard,
             Workload::RandRead | Workload::Read => true,
             Workload::RandWrite | Workload::Write | Workload::Stride | Workload::Runs => false,
             Workload::Mix => self.random_below(100) < u64::from(self.settings.read_percent),
@@ -220,6 +234,21 @@ mod tests {
             flush_every: 0,
             seed: 1,
         }
+    }
+
+    #[test]
+    fn discards_go_through_the_region_in_order_and_carry_only_where() {
+        let settings =
+            Settings { region_bytes: 5 << 30, block_bytes: 2 << 30, ..settings(Workload::Discard) };
+        assert_eq!((settings.data_bytes_max(), requests_of_a_pass(&settings)), (16, 3));
+        let mut plan = Plan::new(settings);
+        let discard = |gib: u64, gibs: u32| Operation {
+            kind: Kind::Discard,
+            offset: gib << 30,
+            bytes: gibs << 30,
+        };
+        let drawn: Vec<_> = (0..4).map(|_| plan.draw()).collect();
+        assert_eq!(drawn, [discard(0, 2), discard(2, 2), discard(4, 1), discard(0, 2)]);
     }
 
     #[test]

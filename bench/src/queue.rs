@@ -18,7 +18,9 @@ use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
 
 use nix::sys::eventfd::{EfdFlags, EventFd};
-use virtio_bindings::virtio_blk::{VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT};
+use virtio_bindings::virtio_blk::{
+    VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT,
+};
 use virtio_bindings::virtio_ring::{
     VRING_AVAIL_F_NO_INTERRUPT, VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE,
     VRING_USED_F_NO_NOTIFY,
@@ -105,7 +107,11 @@ pub(crate) enum Kind {
     Read,
     Write,
     Flush,
+    Discard,
 }
+
+/// The data of a discard: first sector, number of sectors, flags (VIRTIO 1.2, 5.2.6).
+pub(crate) const RANGE_BYTES: u32 = 16;
 
 /// One request: `bytes` at byte `offset` of the disk. Both are 0 for a flush.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -113,6 +119,16 @@ pub(crate) struct Operation {
     pub(crate) kind: Kind,
     pub(crate) offset: u64,
     pub(crate) bytes: u32,
+}
+
+impl Operation {
+    /// Bytes in its data buffer.
+    fn data_bytes(&self) -> u32 {
+        match self.kind {
+            Kind::Discard => RANGE_BYTES,
+            Kind::Read | Kind::Write | Kind::Flush => self.bytes,
+        }
+    }
 }
 
 /// A slot that the device has returned, with its status byte.
@@ -209,7 +225,7 @@ impl Queue {
         let in_flight = &mut self.in_flight[usize::from(slot)];
         assert!(!*in_flight, "slot {slot} submitted twice");
         *in_flight = true;
-        assert!(operation.bytes <= self.shape.data_bytes_max, "data longer than its buffer");
+        assert!(operation.data_bytes() <= self.shape.data_bytes_max, "data longer than its buffer");
         self.write_header(slot, operation);
         let place = self.available_next & (self.size - 1);
         let entry = self.layout.available.start + 4 + 2 * u64::from(place);
@@ -299,18 +315,28 @@ impl Queue {
             Kind::Read => (VIRTIO_BLK_T_IN, next | write),
             Kind::Write => (VIRTIO_BLK_T_OUT, next),
             Kind::Flush => (VIRTIO_BLK_T_FLUSH, next),
+            Kind::Discard => (VIRTIO_BLK_T_DISCARD, next),
         };
+        let first_sector = operation.offset / 512;
+        let data = self.data_offset(slot);
+        let mut header_sector = first_sector;
+        if operation.kind == Kind::Discard {
+            header_sector = 0; // Where it is stands in its data.
+            let mut range = [0; RANGE_BYTES as usize];
+            range[..8].copy_from_slice(&first_sector.to_le_bytes());
+            range[8..12].copy_from_slice(&(operation.bytes / 512).to_le_bytes());
+            self.memory.write(data, &range);
+        }
         let mut header = [0; HEADER_BYTES as usize + 1];
         header[..4].copy_from_slice(&kind.to_le_bytes());
-        header[8..16].copy_from_slice(&(operation.offset / 512).to_le_bytes());
+        header[8..16].copy_from_slice(&header_sector.to_le_bytes());
         header[16] = STATUS_PENDING;
         self.memory.write(self.header_offset(slot), &header);
         let (first, header_at) = (self.first_of_chain(slot), self.header_offset(slot));
         // A flush has no data: its header leads straight to its status.
         let after_header = if operation.kind == Kind::Flush { first + 2 } else { first + 1 };
         self.write_descriptor(slot, 0, header_at, HEADER_BYTES as u32, next, after_header);
-        let data = self.data_offset(slot);
-        self.write_descriptor(slot, 1, data, operation.bytes, data_flags, first + 2);
+        self.write_descriptor(slot, 1, data, operation.data_bytes(), data_flags, first + 2);
     }
 
     fn write_descriptor(&self, slot: u16, link: u64, at: u64, bytes: u32, flags: u16, next: u16) {

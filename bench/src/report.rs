@@ -43,7 +43,7 @@ impl Histograms {
     /// Notes the latency of one request.
     pub(crate) fn record(&mut self, kind: Kind, latency_ns: u64) {
         match kind {
-            Kind::Read | Kind::Write => self.data.saturating_record(latency_ns),
+            Kind::Read | Kind::Write | Kind::Discard => self.data.saturating_record(latency_ns),
             Kind::Flush => self.flush.saturating_record(latency_ns),
         }
     }

@@ -39,7 +39,7 @@ use crate::nodes::cache::{FrameId, FrameState};
 use crate::planted::{self, Bug};
 use crate::request::{CommandError, CurrentTree, HandedOver, Reply, VolumeHandle};
 use crate::shard::{Shard, TokenKind};
-use crate::volume::{NO_REQUEST, Volume};
+use crate::volume::{Held, NO_REQUEST, Volume};
 
 /// What to do when a round is durable.
 #[derive(Debug)]
@@ -719,6 +719,11 @@ impl<D: Device> Shard<D> {
         assert!(volume.active_head == NO_REQUEST && volume.flight.is_none());
         assert!(!volume.log_loading, "a block of its log is being read");
         assert!(volume.sealed.is_empty() && volume.committing.is_empty());
+        assert_eq!(
+            volume.held,
+            Held::default(),
+            "a volume is closed that has something of its shard's"
+        );
         assert!(volume.oldest_visitor().is_none(), "a volume is closed under visitors' requests");
         self.shared.retain(|shared| *shared != handle);
         self.watched.retain(|watched| *watched != handle);

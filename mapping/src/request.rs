@@ -145,7 +145,8 @@ pub struct IoCompletion {
     pub status: IoStatus,
 }
 
-/// The slab of request contexts is full; submit again after completions.
+/// The request's volume has all the request contexts that it may have, or there are no more; submit again after
+/// completions.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Busy;
 

@@ -54,6 +54,9 @@ const BOUNCES: usize = 64;
 /// Segments of a request for which room is made at start.
 const SEGMENTS_EXPECTED: usize = 130;
 
+/// Blocks that a volume gives back for each step that it has: a step of a discard frees as many.
+pub(crate) const RELEASES_PER_STEP: u32 = 8;
+
 /// What a shard is made with.
 #[derive(Clone, Debug)]
 pub struct ShardConfig {
@@ -65,9 +68,17 @@ pub struct ShardConfig {
     pub requests_max: usize,
     /// Leaves of 4 KiB whose copies other shards can see; none, when they serve no queues of its volumes.
     pub shared_leaves: usize,
+    /// What one volume may have done in a turn: [`ShardConfig::STEPS_PER_TURN`], or less to see what comes
+    /// of it.
+    pub steps_per_turn: u32,
 }
 
 impl ShardConfig {
+    /// Steps of one volume in a turn, so that a discard of terabytes lets others in between. A step is as
+    /// much work as a small request. The first one of a read or a write is none of these: how many of them
+    /// come in a turn is for whoever submits them.
+    pub const STEPS_PER_TURN: u32 = 256;
+
     /// Device operations that the shard may have in flight: open its device with this depth.
     pub fn device_depth(&self) -> usize {
         let images = images_for(self.node_cache);
@@ -217,13 +228,14 @@ pub struct Shard<D: Device> {
     pub(crate) runnable: VecDeque<Work>,
     /// Number of the turn, from 1.
     pub(crate) turn: u64,
+    pub(crate) steps_per_turn: u32,
     /// Volumes of which requests have run out of steps, each once.
     pub(crate) broken_off: VecDeque<VolumeHandle>,
     /// To be run when something was released.
     pub(crate) parked: Vec<Work>,
     /// Something that parked work may wait for has been given back.
     pub(crate) released: bool,
-    /// Volumes that have more to release than a turn's share, each once.
+    /// Volumes that have more to give back than a turn's share, each once.
     pub(crate) releasing: Vec<VolumeHandle>,
     pub(crate) commands: VecDeque<Pending>,
     pub(crate) commands_ready: bool,
@@ -320,10 +332,11 @@ impl<D: Device> Shard<D> {
             background_at: None,
             runnable: VecDeque::with_capacity(config.requests_max + pieces_max),
             turn: 0,
+            steps_per_turn: config.steps_per_turn,
             broken_off: VecDeque::with_capacity(config.requests_max),
             parked: Vec::with_capacity(config.requests_max + pieces_max),
             released: false,
-            releasing: Vec::new(),
+            releasing: Vec::with_capacity(64),
             commands: VecDeque::new(),
             commands_ready: false,
             have_failed: Vec::new(),
@@ -406,8 +419,8 @@ impl<D: Device> Shard<D> {
             // What these bring to do is done in the next turn.
             progress |= self.take_completions();
         }
-        let broken_off = !(self.broken_off.is_empty() && self.releasing.is_empty());
-        progress || self.released || self.commands_ready || images_left || broken_off
+        let left = !(self.broken_off.is_empty() && self.releasing.is_empty());
+        progress || self.released || self.commands_ready || images_left || left
     }
 
     /// Tells that guests have been shown the completions that were popped. Call it before anybody is told
@@ -454,7 +467,8 @@ impl<D: Device> Shard<D> {
     pub fn deliver(&mut self, message: Message) {
         match message {
             Message::Granted { kind, runs } => {
-                if self.claims.granted(kind, &runs, self.now) {
+                // What is being given back is not in use, though it is not at hand yet.
+                if self.claims.granted(kind, &runs, self.now) && self.releasing.is_empty() {
                     self.counters.store_full += 1;
                     if self.may_log() {
                         tracing::error!(
@@ -691,8 +705,9 @@ impl<D: Device> Shard<D> {
         some
     }
 
-    /// True when a round that is on its way, or now is, or one that has ended gives blocks back.
+    /// True when blocks are being given back, or will be with a round that is on its way, or now is.
     pub(crate) fn rounds_free_blocks(&mut self) -> bool {
+        // Of either kind: what is behind one of the other kind comes in a later turn.
         let mut found = !self.releasing.is_empty();
         for index in 0..self.volumes.len() {
             let Some(volume) = &self.volumes[index] else { continue };

@@ -171,15 +171,21 @@ impl<D: Device> Shard<D> {
 
     // Hot path.
 
+    /// Whether a request of this visit would find room.
+    pub(crate) fn has_room_for_visit(&self, index: u32) -> bool {
+        let visit = self.visits.open.get(index as usize).and_then(Option::as_ref);
+        visit.is_none_or(|visit| self.visits.requests.has_room(|| visit.requests as usize))
+    }
+
     /// Takes a request of a queue that is served here for another shard's volume.
     pub(crate) fn submit_visit(&mut self, index: u32, request: &IoRequest<'_>) -> Result<(), Busy> {
+        if !self.has_room_for_visit(index) {
+            return Err(Busy);
+        }
         let Some(visit) = self.visits.open.get_mut(index as usize).and_then(Option::as_mut) else {
             self.done.push_back(IoCompletion { tag: request.tag, status: IoStatus::Refused });
             return Ok(());
         };
-        if !self.visits.requests.has_room(|| visit.requests as usize) {
-            return Err(Busy);
-        }
         visit.requests += 1;
         if matches!(request.kind, IoKind::Read | IoKind::Write) {
             visit.volume.expect(request.sector.block());

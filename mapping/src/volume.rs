@@ -35,8 +35,9 @@ pub(crate) struct Unlinked {
 }
 
 /// What the requests of a volume have of what all volumes of a shard share.
-#[derive(Clone, Copy, Default, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
 pub(crate) struct Held {
+    /// But for those of visitors.
     pub(crate) requests: usize,
     pub(crate) pieces: usize,
     pub(crate) bounces: usize,
@@ -44,14 +45,9 @@ pub(crate) struct Held {
     pub(crate) loads: usize,
 }
 
-/// Steps of one volume in a turn of its shard, so that a discard of terabytes lets others in between. A step
-/// is as much work as a small request. The first one of a read or a write is none of these: how many of them
-/// come in a turn is for whoever submits them.
-const STEPS_PER_TURN: u32 = 256;
-
 /// What has been done of something in a turn of a shard, for one volume.
 #[derive(Clone, Copy, Default, Debug)]
-pub(crate) struct Steps {
+pub(crate) struct InTurn {
     turn: u64,
     taken: u32,
 }
@@ -145,8 +141,8 @@ pub(crate) struct Volume {
     /// Requests that wait for a round.
     pub(crate) committing: Vec<u32>,
     pub(crate) unlinked: Chunks<Unlinked>,
-    /// What may still be released of these in this turn.
-    pub(crate) releases: Steps,
+    /// What was released of these.
+    pub(crate) releases: InTurn,
     /// It is in the shard's list of volumes that release more in the next turn.
     pub(crate) releasing: bool,
 
@@ -156,8 +152,8 @@ pub(crate) struct Volume {
     pub(crate) last_stamp: u64,
     /// What they have of the shard's.
     pub(crate) held: Held,
-    /// What they may still do in this turn.
-    pub(crate) steps: Steps,
+    /// What they have done.
+    pub(crate) steps: InTurn,
     /// Requests that ran out of steps, in the order in which they are gone on with.
     pub(crate) broken_off: VecDeque<u32>,
     pub(crate) locks: Vec<RangeLock>,
@@ -183,20 +179,15 @@ pub(crate) struct Volume {
     pub(crate) shared: Option<Box<Shared>>,
 }
 
-impl Steps {
-    /// Whether any are left in this turn.
-    pub(crate) fn are_left(&self, turn: u64) -> bool {
-        self.turn != turn || self.taken < STEPS_PER_TURN
+impl InTurn {
+    /// How much it is in this turn.
+    pub(crate) fn taken(&self, turn: u64) -> u32 {
+        if self.turn == turn { self.taken } else { 0 }
     }
 
-    /// Takes so many, the last of which may be more than are left. False when none are.
-    pub(crate) fn take(&mut self, turn: u64, count: u32) -> bool {
-        let left = self.are_left(turn);
-        if self.turn != turn {
-            *self = Self { turn, taken: 0 };
-        }
-        self.taken += count;
-        left
+    /// Adds so much.
+    pub(crate) fn take(&mut self, turn: u64, count: u32) {
+        *self = Self { turn, taken: self.taken(turn) + count };
     }
 }
 
@@ -238,13 +229,13 @@ impl Volume {
             committing: Vec::with_capacity(256),
             // Room for a few rounds of a busy volume; there may be thousands of idle ones.
             unlinked: Chunks::with_capacity(256),
-            releases: Steps::default(),
+            releases: InTurn::default(),
             releasing: false,
             active_head: NO_REQUEST,
             active_tail: NO_REQUEST,
             last_stamp: 0,
             held: Held::default(),
-            steps: Steps::default(),
+            steps: InTurn::default(),
             broken_off: VecDeque::new(),
             locks: Vec::with_capacity(256),
             overwrites: 0,

@@ -446,6 +446,7 @@ fn start_reactor(
         node_cache,
         requests_max: REQUESTS_PER_SHARD,
         shared_leaves: if spreads { (node_cache.blocks_floor() / SHARED_PART) as usize } else { 0 },
+        steps_per_turn: ShardConfig::STEPS_PER_TURN,
     };
     let (path, store) = (config.store.device.clone(), Arc::clone(store));
     // To be sparing of the core, and to look at the device all the time, cannot both be had.

@@ -136,6 +136,7 @@ pub fn config(seed: u64) -> WorldConfig {
         // Every eighth on a disk that goes wrong.
         visits: seed % 3 == 2,
         shared_leaves: [1, 2, 64][(seed / 3 % 3) as usize],
+        steps_per_turn: [1, 8, 256][(seed / 9 % 3) as usize],
         faults: (seed % 8 == 5).then(|| Faults::of_seed(&mut random)),
         ..WorldConfig::new(seed)
     }

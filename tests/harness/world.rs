@@ -78,6 +78,8 @@ pub struct WorldConfig {
     pub visits: bool,
     /// Leaves that each shard shows to others.
     pub shared_leaves: usize,
+    /// What a shard does for a volume in a turn.
+    pub steps_per_turn: u32,
 }
 
 impl WorldConfig {
@@ -99,6 +101,7 @@ impl WorldConfig {
             journal_entries: 1000,
             visits: false,
             shared_leaves: 16,
+            steps_per_turn: ShardConfig::STEPS_PER_TURN,
         }
     }
 }
@@ -403,9 +406,15 @@ impl World {
         let faults = &self.store.faults;
         let excused = self.metadata_is_damaged();
         assert!(faults.is_empty() || excused, "volumes that do not open: {faults:?}");
-        let WorldConfig { shards, node_cache, requests, shared_leaves, .. } = self.config;
-        let config =
-            |index| ShardConfig { index, node_cache, requests_max: requests, shared_leaves };
+        let WorldConfig { shards, node_cache, requests, shared_leaves, steps_per_turn, .. } =
+            self.config;
+        let config = |index| ShardConfig {
+            index,
+            node_cache,
+            requests_max: requests,
+            shared_leaves,
+            steps_per_turn,
+        };
         let devices: Vec<SimDevice> = (0..shards).map(|_| self.disk.connect()).collect();
         self.fronts = devices.iter().map(SimDevice::front).collect();
         self.life_strikes = self.disk.strikes();
@@ -637,13 +646,14 @@ impl World {
     }
 
     fn resubmit(&mut self) {
-        // Whose volume has what it gets keeps nobody else out; its own come in their order.
+        // Whose volume has what it gets keeps nobody else out.
         let mut refused = BTreeSet::new();
         for _ in 0..self.waiting.len() {
             let ticket = self.waiting.pop_front().expect("as many as there were");
-            let volume = self.requests[&ticket].volume;
-            if refused.contains(&volume) || !self.submit(ticket) {
-                refused.insert(volume);
+            let (shard, volume) = self.requests[&ticket].entrance;
+            let entrance = (shard, volume.0);
+            if refused.contains(&entrance) || !self.submit(ticket) {
+                refused.insert(entrance);
                 self.waiting.push_back(ticket);
             }
         }

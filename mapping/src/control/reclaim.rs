@@ -81,7 +81,7 @@ impl<D: Device> Shard<D> {
         if let Some(authority) = &mut self.authority {
             passed.insert_all(&authority.unwatch());
         }
-        // On their way to the claims: some request or round still has them.
+        // On their way to the claims: some request or round still has them, or there were too many for a turn.
         for volume in self.volumes.iter().flatten() {
             volume.unlinked.iter().for_each(|unlinked| passed.insert_run(unlinked.run));
         }

@@ -7,7 +7,8 @@
 //! nothing that running it again would change twice.
 //!
 //! What must not be broken:
-//! - A context is in one place: running, parked once, or waiting for its pieces.
+//! - A context is in one place: running, parked once, broken off until the next turn, or waiting for its
+//!   pieces.
 //! - A piece holds its lock from before it reads old contents until its mapping is installed.
 //! - Waiting pieces wait for I/O, memory or blocks, never for another piece's lock.
 
@@ -198,8 +199,9 @@ impl<D: Device> Shard<D> {
         if let Some(visit) = request.volume.visit() {
             return self.submit_visit(visit, request);
         }
-        // Those that visitors have sent find room, however many come in here.
-        if self.requests.available() <= self.forwarded.len().min(self.kept()) {
+        // Those that visitors have sent find room, however many come in here: as many as may have it.
+        let may_come = self.forwarded_max() - self.forwarded_active;
+        if self.requests.available() <= self.forwarded.len().min(self.kept()).min(may_come) {
             return Err(Busy);
         }
         match self.check(request) {
@@ -210,15 +212,25 @@ impl<D: Device> Shard<D> {
         Ok(())
     }
 
+    /// Whether a request of the volume would find room, as far as a look tells.
+    #[inline]
+    pub fn has_room(&self, volume: VolumeHandle) -> bool {
+        match volume.visit() {
+            Some(visit) => self.has_room_for_visit(visit),
+            None => {
+                let volume = self.volumes.get(volume.0 as usize).and_then(Option::as_ref);
+                volume.is_none_or(|volume| self.requests.has_room(|| volume.held.requests))
+            }
+        }
+    }
+
     /// Takes the requests that visitors have sent, as far as there is room.
     pub(crate) fn admit_forwarded(&mut self) -> bool {
         let mut progress = false;
-        // The queues that are served here find room, too.
-        let most = self.requests.capacity() - self.kept();
         for _ in 0..FORWARDED_PER_TURN {
             let lacking =
                 planted::is(Bug::NoRoomForVisitors) && self.requests.available() <= self.kept();
-            if self.requests.is_full() || self.forwarded_active >= most || lacking {
+            if self.requests.is_full() || self.forwarded_active >= self.forwarded_max() || lacking {
                 break;
             }
             let Some(forwarded) = self.forwarded.pop_front() else { break };
@@ -251,6 +263,11 @@ impl<D: Device> Shard<D> {
         self.requests.capacity() / 4
     }
 
+    /// Slots that requests of visitors may have: the queues that are served here find room, too.
+    fn forwarded_max(&self) -> usize {
+        self.requests.capacity() - self.kept()
+    }
+
     /// Puts a request that was checked into a slot.
     fn admit(&mut self, request: &IoRequest<'_>, asker: Option<(usize, u32)>) {
         // What it needs is on its way to the processor's cache while those before it are run.
@@ -260,7 +277,7 @@ impl<D: Device> Shard<D> {
         };
         let volume = self.volumes[request.volume.0 as usize].as_mut().expect("checked above");
         volume.last_stamp += 1;
-        volume.held.requests += 1;
+        volume.held.requests += usize::from(asker.is_none());
         let is_flush = request.kind == IoKind::Flush;
         let index = self.requests.insert(Request {
             tag: request.tag,
@@ -357,7 +374,7 @@ impl<D: Device> Shard<D> {
             }
             let (handle, kind) = (request.volume, request.kind);
             let free = std::mem::take(&mut first) && matches!(kind, IoKind::Read | IoKind::Write);
-            if !free && !self.take_steps(handle, 1) && !planted::is(Bug::StepsUnbounded) {
+            if !free && !self.has_steps(handle) {
                 return self.break_off(handle, index);
             }
             let step = match kind {
@@ -367,7 +384,8 @@ impl<D: Device> Shard<D> {
                 IoKind::Flush => unreachable!("a flush has no sectors to start"),
             };
             match step {
-                Step::On => {}
+                Step::On if free => {}
+                Step::On => self.take_steps(handle, 1),
                 Step::Parked => {
                     self.requests[index].parked = true;
                     return;
@@ -388,10 +406,16 @@ impl<D: Device> Shard<D> {
         }
     }
 
-    /// Takes so many of the steps that the volume has in this turn. False when none are left.
-    fn take_steps(&mut self, handle: VolumeHandle, count: u32) -> bool {
+    /// Whether the volume has steps left in this turn.
+    fn has_steps(&self, handle: VolumeHandle) -> bool {
+        let taken = self.volume(handle).steps.taken(self.turn);
+        taken < self.steps_per_turn || planted::is(Bug::StepsUnbounded)
+    }
+
+    /// Takes so many of them; the last ones may be more than are left.
+    fn take_steps(&mut self, handle: VolumeHandle, count: u32) {
         let turn = self.turn;
-        self.volume_mut(handle).steps.take(turn, count)
+        self.volume_mut(handle).steps.take(turn, count);
     }
 
     /// Goes on with the requests that ran out of steps, of each volume in the order in which they did.
@@ -399,7 +423,7 @@ impl<D: Device> Shard<D> {
         for _ in 0..self.broken_off.len() {
             let handle = self.broken_off[0];
             while let Some(index) = self.volume(handle).broken_off.front().copied()
-                && self.volume(handle).steps.are_left(self.turn)
+                && self.has_steps(handle)
             {
                 self.run(Work::Request(index));
                 // Only now, so that the volume is in the shard's list once if it ran out again.
@@ -470,7 +494,7 @@ impl<D: Device> Shard<D> {
         }
         self.released = true;
         let volume = self.volume_mut(request.volume);
-        volume.held.requests -= 1;
+        volume.held.requests -= usize::from(request.asker.is_none());
         let counters = &mut volume.counters;
         let bytes = request.sectors * SECTOR_SIZE;
         match (request.status, request.kind) {
@@ -551,9 +575,10 @@ impl<D: Device> Shard<D> {
         if !self.may_bounce(index) {
             return None;
         }
+        let bounce = self.bounces.take()?;
         let handle = self.requests[index].volume;
         self.volume_mut(handle).held.bounces += 1;
-        self.bounces.take()
+        Some(bounce)
     }
 
     /// Ends a piece and gives back what it held. Returns its request, which may be complete now.

@@ -11,7 +11,7 @@ use crate::message::{BlockKind, BlockRun};
 use crate::nodes::cache::{FrameId, FrameState};
 use crate::planted::{self, Bug};
 use crate::request::VolumeHandle;
-use crate::shard::Shard;
+use crate::shard::{RELEASES_PER_STEP, Shard};
 use crate::volume::Unlinked;
 
 /// Nodes that one change may make dirty: a path of four levels, and a new root above it.
@@ -266,8 +266,8 @@ impl<D: Device> Shard<D> {
 
     /// The same, when the stamp of the volume's oldest request is known.
     pub(crate) fn release_unlinked_before(&mut self, handle: VolumeHandle, oldest: Option<u64>) {
-        let turn = self.turn;
-        while self.volume(handle).releases.are_left(turn) || planted::is(Bug::StepsUnbounded) {
+        let (turn, most) = (self.turn, self.steps_per_turn.saturating_mul(RELEASES_PER_STEP));
+        while self.volume(handle).releases.taken(turn) < most || planted::is(Bug::StepsUnbounded) {
             let volume = self.volume_mut(handle);
             let Some(unlinked) = volume.release(oldest) else { return };
             let count = if unlinked.kind == BlockKind::Data { 1 } else { unlinked.run.count };
@@ -295,7 +295,7 @@ impl<D: Device> Shard<D> {
         self.released = true;
     }
 
-    /// Goes on with what was left in the turn before.
+    /// Goes on with what was left in the turn before, as far as this one's share still goes.
     pub(crate) fn release_more(&mut self) {
         for _ in 0..self.releasing.len() {
             let handle = self.releasing.remove(0);

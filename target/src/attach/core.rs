@@ -463,6 +463,9 @@ impl Attached {
         now: Instant,
     ) -> Admitted {
         let mut admitted = Admitted::Nothing;
+        if self.parked && !shard.has_room(self.volume) {
+            return Admitted::Busy; // As it was the last time, without taking it from the ring again.
+        }
         while !allowance.is_spent() && (self.serves() || self.parked) {
             // What was in flight before goes: somebody may wait for the queue to drain.
             if let Some(limiter) = &limiter

@@ -44,6 +44,14 @@ pub(super) enum Admitted {
     Busy,
 }
 
+/// What came of looking at the queues of a volume.
+struct Came {
+    /// Some were admitted.
+    admitted: bool,
+    /// The shard had no room for more.
+    refused: bool,
+}
+
 /// A queue.
 struct Place {
     slot: usize,
@@ -177,23 +185,28 @@ impl Shares {
             return admit(slot, &mut Allowance::of(waiting)) != Admitted::Nothing;
         }
         let count = self.volumes.len();
-        let (mut progress, mut served, mut refused) = (false, None, None);
+        let (mut progress, mut served, mut short, mut refused) = (false, None, None, false);
         let mut at = self.first;
         for _ in 0..count {
             let share = &mut self.volumes[at];
             if share.waiting > 0 {
                 match share.serve(self.allowance, &mut admit) {
-                    Admitted::Nothing => {}
-                    Admitted::Something => progress = true,
-                    Admitted::Busy => {
-                        refused.get_or_insert(at);
+                    Came { admitted: false, refused: false } => {}
+                    came => {
+                        progress |= came.admitted;
+                        refused |= came.refused;
+                        // Who came short is first, or first again. Not who was, and had nothing at all:
+                        // it may have no more, and would be first for as long as that is so.
+                        if came.refused && (came.admitted || at != self.first) {
+                            short.get_or_insert(at);
+                        }
                     }
                 }
                 served.get_or_insert(at);
             }
             at = index_after(at, count);
         }
-        self.first = match (refused, served) {
+        self.first = match (short, served) {
             (Some(at), _) => at,
             (None, Some(at)) => index_after(at, count),
             (None, None) => self.first,
@@ -203,7 +216,7 @@ impl Shares {
                 share.remembered -= u32::from(share.remembered > 0);
             }
         }
-        progress || refused.is_some()
+        progress || refused
     }
 }
 
@@ -224,12 +237,12 @@ impl Share {
         &mut self,
         allowance: Option<Allowance>,
         admit: &mut impl FnMut(usize, &mut Allowance) -> Admitted,
-    ) -> Admitted {
+    ) -> Came {
         let most = allowance.unwrap_or(Allowance::UNLIMITED);
         let mut left = self.left.take().unwrap_or(most).min(most);
         let mut rest = self.rest.take();
         let count = self.places.len();
-        let (mut admitted, mut served) = (Admitted::Nothing, None);
+        let (mut admitted, mut served) = (false, None);
         let mut at = self.next;
         // Who is first with the rest of its turn has another one when all have had theirs.
         for _ in 0..count + usize::from(rest.is_some()) {
@@ -242,12 +255,10 @@ impl Share {
                 let came = admit(place.slot, &mut after);
                 own.take_difference(before, after);
                 left.take_difference(before, after);
+                admitted |= before != after;
                 if came == Admitted::Busy {
                     (self.next, self.rest, self.left) = (at, Some(own), Some(left));
-                    return came;
-                }
-                if came == Admitted::Something {
-                    admitted = came;
+                    return Came { admitted, refused: true };
                 }
                 if left.is_spent() {
                     // Whose turn this was is first again if it came short.
@@ -255,7 +266,7 @@ impl Share {
                         true => (index_after(at, count), None),
                         false => (at, Some(own)),
                     };
-                    return admitted;
+                    return Came { admitted, refused: false };
                 }
                 served.get_or_insert(at);
             }
@@ -264,7 +275,7 @@ impl Share {
         if let Some(at) = served {
             self.next = index_after(at, count);
         }
-        admitted
+        Came { admitted, refused: false }
     }
 }
 
@@ -539,6 +550,20 @@ mod tests {
         assert_eq!(reactor.looked_at, [2, 1]);
         assert_eq!(reactor.turn(), [0, 16, 0, 24]);
         assert_eq!(reactor.looked_at, [1, 3]);
+    }
+
+    /// A volume that may have no more is passed on from, also where there are more of them than slots.
+    #[test]
+    fn who_gets_nothing_is_not_first_for_ever() {
+        for (volumes, slots) in [(3, 4), (4, 4), (9, 4), (9, 8), (40, 16)] {
+            let deep = vec![&[128][..]; volumes];
+            let mut reactor = Reactor::new(&deep);
+            (reactor.slots, reactor.ending) = (slots, 1);
+            reactor.turns(1000);
+            let came = reactor.turns(1000 * volumes as u32);
+            let even = came.iter().all(|came| (500..2000).contains(came));
+            assert!(even, "{volumes} volumes, {slots} slots: {came:?}");
+        }
     }
 
     /// However slow the device: who has as much as it may have keeps nobody else out.

@@ -41,7 +41,13 @@ impl Rig {
         let store = store::open(&mut disk.connect(), OpenMode::ReadWrite { time }).ok()?;
         let shard = |index| {
             let node_cache = ByteCount::new(1 << 20);
-            let config = ShardConfig { index, node_cache, requests_max: 8, shared_leaves: 0 };
+            let config = ShardConfig {
+                index,
+                node_cache,
+                requests_max: 8,
+                shared_leaves: 0,
+                steps_per_turn: 8,
+            };
             Shard::new(&config, disk.connect(), &store)
         };
         let shards = (0..SHARDS).map(shard).collect();
