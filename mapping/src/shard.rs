@@ -54,8 +54,8 @@ const BOUNCES: usize = 64;
 /// Segments of a request for which room is made at start.
 const SEGMENTS_EXPECTED: usize = 130;
 
-/// Blocks that a volume gives back for each step that it has: a step of a discard frees as many.
-pub(crate) const RELEASES_PER_STEP: u32 = 8;
+/// Blocks that a volume may give back for each step that it has: both take about as long.
+pub(crate) const RELEASES_PER_STEP: u32 = 2;
 
 /// What a shard is made with.
 #[derive(Clone, Debug)]
