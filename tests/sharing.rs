@@ -163,7 +163,8 @@ fn many_blocks_come_free_in_many_turns() {
     const LEAVES: u64 = 8;
     let [node_cache, extent_size] = [16, 16].map(|mib| ByteCount::new(mib << 20));
     // Twice as many blocks as steps.
-    let config = WorldConfig { node_cache, extent_size, steps_per_turn: 128, ..WorldConfig::new(7) };
+    let config =
+        WorldConfig { node_cache, extent_size, steps_per_turn: 128, ..WorldConfig::new(7) };
     let mut two = Two::new(config, LEAVES, 256 * SECTORS_PER_BLOCK);
     let discarded = two.world.io(two.busy, IoKind::Discard, 0, LEAVES * LEAF);
     assert_eq!(discarded, Ok(IoStatus::Done));

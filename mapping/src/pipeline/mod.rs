@@ -199,9 +199,7 @@ impl<D: Device> Shard<D> {
         if let Some(visit) = request.volume.visit() {
             return self.submit_visit(visit, request);
         }
-        // Those that visitors have sent find room, however many come in here: as many as may have it.
-        let may_come = self.forwarded_max() - self.forwarded_active;
-        if self.requests.available() <= self.forwarded.len().min(self.kept()).min(may_come) {
+        if !self.forwarded.is_empty() && self.requests.available() <= self.kept_for_visitors() {
             return Err(Busy);
         }
         match self.check(request) {
@@ -256,6 +254,13 @@ impl<D: Device> Shard<D> {
             }
         }
         progress
+    }
+
+    /// Slots for those that visitors have sent, which find room however many come in here: as many as may
+    /// have one.
+    fn kept_for_visitors(&self) -> usize {
+        let may_come = self.forwarded_max() - self.forwarded_active;
+        self.forwarded.len().min(self.kept()).min(may_come)
     }
 
     /// Of the slots, how many are kept for requests of visitors while some wait, and from them.
@@ -555,7 +560,6 @@ impl<D: Device> Shard<D> {
     }
 
     /// Begins a piece.
-    #[inline]
     fn begin_piece(&mut self, piece: Piece) -> u32 {
         let request = &mut self.requests[piece.request];
         request.pieces += 1;
