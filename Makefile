@@ -24,7 +24,7 @@ soak: ## simulated crashes on and on: HOURS=n (fractions too), REPORT=FILE; or S
 planted: ## bugs planted on purpose, one at a time: the tests must find each
 	@scripts/planted
 
-fuzz: ## the fuzz targets, two at a time: SECONDS=n for each (60)
+fuzz: ## the fuzz targets: SECONDS=n of a core for each (60)
 	@SECONDS_EACH="$(or $(SECONDS),60)" scripts/fuzz
 
 loom: ## every order in which threads can meet where they share atomics (some minutes)

@@ -3,6 +3,9 @@
 //! A block index, a byte offset, and a guest sector are all 64-bit numbers; mixing two of them is
 //! the most expensive kind of storage bug. Here each is its own type, and each conversion says
 //! how it rounds.
+//!
+//! They are inlined by word and not by the linker alone: tests are built without link-time optimisation, and calls
+//! for these and for tags were 30 % of the simulation's time.
 
 use std::fmt;
 
@@ -22,11 +25,13 @@ macro_rules! unit {
 
         impl $name {
             /// Wraps a bare number, at the edge where it has just been read or computed.
+            #[inline]
             pub const fn new(value: u64) -> Self {
                 Self(value)
             }
 
             /// The bare number, for arithmetic and for the wire.
+            #[inline]
             pub const fn get(self) -> u64 {
                 self.0
             }
@@ -74,11 +79,13 @@ unit!(
 
 impl BlockAddr {
     /// Where the block starts on the device.
+    #[inline]
     pub const fn offset(self) -> ByteOffset {
         ByteOffset(self.0 * BLOCK_SIZE)
     }
 
     /// The block `count` places further on.
+    #[inline]
     pub const fn add(self, count: u64) -> Self {
         Self(self.0 + count)
     }
@@ -86,11 +93,13 @@ impl BlockAddr {
 
 impl VolumeBlock {
     /// The first sector of the block.
+    #[inline]
     pub const fn sector(self) -> Sector {
         Sector(self.0 * SECTORS_PER_BLOCK)
     }
 
     /// The block `count` places further on.
+    #[inline]
     pub const fn add(self, count: u64) -> Self {
         Self(self.0 + count)
     }
@@ -98,16 +107,19 @@ impl VolumeBlock {
 
 impl Sector {
     /// The block this sector lies in; rounds down.
+    #[inline]
     pub const fn block(self) -> VolumeBlock {
         VolumeBlock(self.0 / SECTORS_PER_BLOCK)
     }
 
     /// Bytes between the start of the sector's block and the sector.
+    #[inline]
     pub const fn offset_in_block(self) -> u64 {
         self.0 % SECTORS_PER_BLOCK * SECTOR_SIZE
     }
 
     /// The sector `count` places further on.
+    #[inline]
     pub const fn add(self, count: u64) -> Self {
         Self(self.0 + count)
     }
@@ -115,6 +127,7 @@ impl Sector {
 
 impl ByteOffset {
     /// The position `bytes` further on.
+    #[inline]
     pub const fn add(self, bytes: u64) -> Self {
         Self(self.0 + bytes)
     }
@@ -122,26 +135,31 @@ impl ByteOffset {
 
 impl ByteCount {
     /// Whole blocks in this many bytes; rounds down.
+    #[inline]
     pub const fn blocks_floor(self) -> u64 {
         self.0 / BLOCK_SIZE
     }
 
     /// Blocks needed to hold this many bytes; rounds up.
+    #[inline]
     pub const fn blocks_ceil(self) -> u64 {
         self.0.div_ceil(BLOCK_SIZE)
     }
 
     /// Whole sectors in this many bytes; rounds down.
+    #[inline]
     pub const fn sectors(self) -> u64 {
         self.0 / SECTOR_SIZE
     }
 
     /// The length of `count` blocks.
+    #[inline]
     pub const fn from_blocks(count: u64) -> Self {
         Self(count * BLOCK_SIZE)
     }
 
     /// The length of `count` sectors.
+    #[inline]
     pub const fn from_sectors(count: u64) -> Self {
         Self(count * SECTOR_SIZE)
     }

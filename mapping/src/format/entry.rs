@@ -254,6 +254,7 @@ impl TagKey {
 /// took 12 ns with it and takes 2 ns so, for each of the 512 entries of a node loaded or written.
 #[inline]
 const fn folded_crc(untagged: Entry) -> u16 {
+    #[inline]
     const fn share(bits: u64, byte: usize) -> u16 {
         CRC_SHARES[byte][(bits >> (8 * byte)) as u8 as usize]
     }
