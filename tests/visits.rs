@@ -340,6 +340,38 @@ fn what_is_sent_home_leaves_room_there() {
     world.settle().expect(ON);
 }
 
+/// What one volume is asked for at home and elsewhere together leaves some, too.
+#[test]
+fn a_volume_loaded_here_and_there_leaves_room_here() {
+    let mut two = Two::on(WorldConfig { requests: 16, ..WorldConfig::new(4) });
+    let other = loop {
+        let volume = two.world.create(SMALL).expect(ON);
+        if two.world.home(volume) == two.here {
+            break volume;
+        }
+    };
+    two.at(two.here);
+    assert_eq!(two.world.write(other, 0, 8), Ok(IoStatus::Done));
+    two.world.idle().expect(ON);
+    two.world.disk.hold_all_but(None);
+    for _ in 0..32 {
+        two.world.start_io(two.volume, IoKind::Read, 0, 8);
+    }
+    two.steps(3);
+    two.at(two.there);
+    for at in 0..32 {
+        two.world.start_io(two.volume, IoKind::Write, 1000 + at * 8, 8); // Of new blocks.
+    }
+    two.steps(200); // With the mail, which takes its time.
+    two.at(two.here);
+    let before = two.world.disk.flying().len();
+    two.world.start_io(other, IoKind::Read, 0, 8);
+    two.steps(8);
+    assert_eq!(two.world.disk.flying().len(), before + 1);
+    two.world.disk.release();
+    two.world.settle().expect(ON);
+}
+
 /// A busy visitor leaves room for another one on its shard.
 #[test]
 fn there_is_a_context_for_another_visitor() {

@@ -402,6 +402,9 @@ impl CompareArguments {
 
     fn comparison(self) -> Result<Comparison, String> {
         let loads = self.loads();
+        if loads.iter().any(|load| load.workload == Workload::Discard) {
+            return Err("a disk that was discarded is not compared: `load` has --rw discard".into());
+        }
         let largest = loads.iter().map(|load| load.block_bytes).max().unwrap_or(0);
         if !self.size.is_multiple_of(4096) || self.size < u64::from(largest) {
             let largest = size::format(largest.into());
@@ -465,6 +468,12 @@ pub(crate) mod tests {
             Command::Compare(arguments) => arguments.comparison(),
             _ => panic!("compare was parsed as another command"),
         }
+    }
+
+    #[test]
+    fn discards_are_not_compared() {
+        let refused = try_comparison(&["--rw", "randread,discard"]).map(drop);
+        assert!(refused.is_err_and(|error| error.contains("load")));
     }
 
     #[test]

@@ -55,8 +55,8 @@ pub(crate) struct Disk {
     pub(crate) read_only: bool,
     /// FLUSH was negotiated: completed writes may be volatile until one.
     pub(crate) flush: bool,
-    /// DISCARD was negotiated.
-    pub(crate) discard: bool,
+    /// Most bytes of a discard, if DISCARD was negotiated.
+    pub(crate) discard_bytes_max: Option<u64>,
     /// The event index was negotiated.
     pub(crate) event_index: bool,
 }
@@ -94,7 +94,8 @@ impl Frontend {
             capacity_bytes: capacity_bytes(&config)?,
             read_only: has(features, VIRTIO_BLK_F_RO),
             flush: has(features, VIRTIO_BLK_F_FLUSH),
-            discard: has(features, VIRTIO_BLK_F_DISCARD),
+            discard_bytes_max: has(features, VIRTIO_BLK_F_DISCARD)
+                .then(|| discard_bytes_max(&config)),
             event_index: has(features, VIRTIO_RING_F_EVENT_IDX),
         };
         let first_queue = wanted.first_queue.into();
@@ -255,6 +256,12 @@ fn get_config(channel: &mut Channel) -> Result<Vec<u8>, String> {
 fn capacity_bytes(config: &[u8]) -> Result<u64, String> {
     let sectors = u64::from_le_bytes(config[..8].try_into().expect("eight of sixty bytes"));
     sectors.checked_mul(512).ok_or_else(|| format!("a disk of {sectors} sectors cannot be"))
+}
+
+/// `max_discard_sectors` (VIRTIO 1.2, 5.2.4).
+fn discard_bytes_max(config: &[u8]) -> u64 {
+    let sectors = u32::from_le_bytes(config[36..40].try_into().expect("four of sixty bytes"));
+    u64::from(sectors) * 512
 }
 
 #[cfg(test)]

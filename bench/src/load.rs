@@ -201,11 +201,17 @@ fn settle(options: &Options, disk: Disk) -> Result<Settings, String> {
     if (options.flush_every > 0 || options.flush_at_end) && !disk.flush {
         return Err("the server does not offer FLUSH; leave out --flush-every".into());
     }
-    if options.workload == Workload::Discard && !disk.discard {
-        return Err("the server does not offer DISCARD".into());
-    }
-    if options.workload == Workload::Discard && options.verify {
-        return Err("there is nothing to verify in discards; leave out --verify".into());
+    if options.workload == Workload::Discard {
+        let Some(most) = disk.discard_bytes_max else {
+            return Err("the server does not offer DISCARD".into());
+        };
+        if u64::from(options.block_bytes) > most {
+            let most = size::format(most);
+            return Err(format!("the server takes discards of up to {most}; use --block-size"));
+        }
+        if options.verify {
+            return Err("there is nothing to verify in discards; leave out --verify".into());
+        }
     }
     if options.verify && region_bytes / u64::from(options.block_bytes) > LEDGER_BLOCKS_MAX {
         return Err(format!("{} is too much to verify; use --region", size::format(region_bytes)));
@@ -888,7 +894,7 @@ mod tests {
             capacity_bytes: 1 << 20,
             read_only: true,
             flush: false,
-            discard: false,
+            discard_bytes_max: None,
             event_index: true,
         };
         let options = crate::cli::tests::load_options(&["--rw", "randread"]);

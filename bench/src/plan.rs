@@ -29,7 +29,7 @@ pub(crate) enum Workload {
     Stride,
     /// Runs of 64 to 256 KiB at random places, each written in order: files, as a page cache writes them back.
     Runs,
-    /// Discards in order, as `fstrim` and `blkdiscard` send them.
+    /// Discards in order.
     Discard,
 }
 
@@ -79,7 +79,7 @@ pub(crate) struct Settings {
     pub(crate) block_bytes: u32,
     /// Of 100 requests of a mixed load, how many are reads.
     pub(crate) read_percent: u8,
-    /// A flush follows each run of this many writes; 0 for none.
+    /// A flush follows each run of this many writes or discards; 0 for none.
     pub(crate) flush_every: u64,
     pub(crate) seed: u64,
 }
@@ -127,7 +127,7 @@ impl Plan {
             return Operation { kind: Kind::Flush, offset: 0, bytes: 0 };
         }
         let kind = self.draw_kind();
-        self.writes_since_flush += u64::from(kind == Kind::Write);
+        self.writes_since_flush += u64::from(kind != Kind::Read);
         let (offset, bytes) = if self.settings.workload.is_sequential() {
             self.advance()
         } else if self.settings.workload == Workload::Runs {
@@ -239,13 +239,13 @@ mod tests {
     #[test]
     fn discards_go_through_the_region_in_order_and_carry_only_where() {
         let settings =
-            Settings { region_bytes: 5 << 30, block_bytes: 2 << 30, ..settings(Workload::Discard) };
+            Settings { region_bytes: 5 << 20, block_bytes: 2 << 20, ..settings(Workload::Discard) };
         assert_eq!((settings.data_bytes_max(), requests_of_a_pass(&settings)), (16, 3));
         let mut plan = Plan::new(settings);
-        let discard = |gib: u64, gibs: u32| Operation {
+        let discard = |mib: u64, mibs: u32| Operation {
             kind: Kind::Discard,
-            offset: gib << 30,
-            bytes: gibs << 30,
+            offset: mib << 20,
+            bytes: mibs << 20,
         };
         let drawn: Vec<_> = (0..4).map(|_| plan.draw()).collect();
         assert_eq!(drawn, [discard(0, 2), discard(2, 2), discard(4, 1), discard(0, 2)]);

@@ -11,7 +11,7 @@ const CHUNK: usize = 1024;
 /// First in, first out. Nothing is allocated while it is short.
 #[derive(Debug)]
 pub(crate) struct Chunks<T> {
-    /// None is empty, but that may be which is the only one.
+    /// None is empty unless it is the only one.
     chunks: VecDeque<VecDeque<T>>,
 }
 

@@ -273,6 +273,7 @@ impl<D: Device> Shard<D> {
     /// A shard with no volume open. The device must have been opened with
     /// [`ShardConfig::device_depth`].
     pub fn new(config: &ShardConfig, device: D, store: &OpenedStore) -> Self {
+        assert!(config.steps_per_turn > 0, "a volume that may have nothing done never ends");
         let properties = device.properties();
         let cache = NodeCache::new(config.node_cache);
         let images = images_for(config.node_cache);
@@ -467,8 +468,7 @@ impl<D: Device> Shard<D> {
     pub fn deliver(&mut self, message: Message) {
         match message {
             Message::Granted { kind, runs } => {
-                // What is being given back is not in use, though it is not at hand yet.
-                if self.claims.granted(kind, &runs, self.now) && self.releasing.is_empty() {
+                if self.claims.granted(kind, &runs, self.now) {
                     self.counters.store_full += 1;
                     if self.may_log() {
                         tracing::error!(

@@ -7,8 +7,8 @@ use crate::planted::{self, Bug};
 /// long it is until something ends; several get the same each (*dynamic thresholds*: Choudhury and Hahne,
 /// Dynamic queue length thresholds for shared-memory packet switches, 1998).
 ///
-/// How many it holds is asked only when that counts: it cannot hold more than are not free, and while more than
-/// a quarter is free that is less than the threshold.
+/// How many it holds is asked only when that counts: with more than a quarter free, the threshold is above all
+/// that are taken.
 #[inline]
 pub(crate) fn may_have(free: usize, all: usize, held: impl FnOnce() -> usize) -> bool {
     if planted::is(Bug::NoRoomForOthers) {

@@ -37,7 +37,7 @@ pub(crate) struct Unlinked {
 /// What the requests of a volume have of what all volumes of a shard share.
 #[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
 pub(crate) struct Held {
-    /// But for those of visitors.
+    /// Those that came in here; `Shard::forwarded_active` counts the others.
     pub(crate) requests: usize,
     pub(crate) pieces: usize,
     pub(crate) bounces: usize,

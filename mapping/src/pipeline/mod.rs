@@ -228,7 +228,7 @@ impl<D: Device> Shard<D> {
         for _ in 0..FORWARDED_PER_TURN {
             let lacking =
                 planted::is(Bug::NoRoomForVisitors) && self.requests.available() <= self.kept();
-            if self.requests.is_full() || self.forwarded_active >= self.forwarded_max() || lacking {
+            if lacking || !self.has_room_for_forwarded() {
                 break;
             }
             let Some(forwarded) = self.forwarded.pop_front() else { break };
@@ -256,11 +256,10 @@ impl<D: Device> Shard<D> {
         progress
     }
 
-    /// Slots for those that visitors have sent, which find room however many come in here: as many as may
-    /// have one.
+    /// Free slots that are for those that visitors have sent, however many come in here; none while they
+    /// have what they may have.
     fn kept_for_visitors(&self) -> usize {
-        let may_come = self.forwarded_max() - self.forwarded_active;
-        self.forwarded.len().min(self.kept()).min(may_come)
+        if self.has_room_for_forwarded() { self.forwarded.len().min(self.kept()) } else { 0 }
     }
 
     /// Of the slots, how many are kept for requests of visitors while some wait, and from them.
@@ -268,9 +267,9 @@ impl<D: Device> Shard<D> {
         self.requests.capacity() / 4
     }
 
-    /// Slots that requests of visitors may have: the queues that are served here find room, too.
-    fn forwarded_max(&self) -> usize {
-        self.requests.capacity() - self.kept()
+    /// Visitors' requests, all of them together, may have as many slots as those of one volume here.
+    fn has_room_for_forwarded(&self) -> bool {
+        self.requests.has_room(|| self.forwarded_active)
     }
 
     /// Puts a request that was checked into a slot.
@@ -379,8 +378,11 @@ impl<D: Device> Shard<D> {
             }
             let (handle, kind) = (request.volume, request.kind);
             let free = std::mem::take(&mut first) && matches!(kind, IoKind::Read | IoKind::Write);
-            if !free && !self.has_steps(handle) {
-                return self.break_off(handle, index);
+            if !free {
+                if !self.has_steps(handle) {
+                    return self.break_off(handle, index);
+                }
+                self.take_steps(handle, 1);
             }
             let step = match kind {
                 IoKind::Read => self.read_step(index),
@@ -389,8 +391,7 @@ impl<D: Device> Shard<D> {
                 IoKind::Flush => unreachable!("a flush has no sectors to start"),
             };
             match step {
-                Step::On if free => {}
-                Step::On => self.take_steps(handle, 1),
+                Step::On => {}
                 Step::Parked => {
                     self.requests[index].parked = true;
                     return;

@@ -195,8 +195,8 @@ impl Shares {
                     came => {
                         progress |= came.admitted;
                         refused |= came.refused;
-                        // Who came short is first, or first again. Not who was, and had nothing at all:
-                        // it may have no more, and would be first for as long as that is so.
+                        // Who came short is first, or first again, except one that was first already and
+                        // got nothing: it may have no more, and would be first for as long as that is so.
                         if came.refused && (came.admitted || at != self.first) {
                             short.get_or_insert(at);
                         }
