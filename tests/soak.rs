@@ -71,7 +71,9 @@ fn soak(hours: f64, report: Option<&str>) -> bool {
     let now = SystemTime::now().duration_since(UNIX_EPOCH).expect("it is after 1970");
     let first = Random::new(now.as_nanos() as u64).below(1 << 40);
     println!("seeds from {first} on, for {:.0} s", length.as_secs_f64());
-    let mut soak = Soak { started, length, total: Tally::default(), failed: Vec::new() };
+    // What was built; when this ends another one may be checked out.
+    let commit = output("git", &["describe", "--always", "--dirty"]);
+    let mut soak = Soak { started, length, commit, total: Tally::default(), failed: Vec::new() };
     let (next, (sender, ended)) = (AtomicU64::new(first), channel());
     let work = |sender: Sender<(u64, Option<Tally>)>| {
         while started.elapsed() < length {
@@ -113,6 +115,7 @@ fn soak(hours: f64, report: Option<&str>) -> bool {
 struct Soak {
     started: Instant,
     length: Duration,
+    commit: String,
     total: Tally,
     failed: Vec<u64>,
 }
@@ -176,7 +179,7 @@ impl Soak {
         let (seconds, rate) = (self.started.elapsed().as_secs_f64(), self.rate());
         let hours = self.length.as_secs_f64() / 3600.0;
         let date = output("date", &["-u", "+%Y-%m-%d %H:%M UTC"]);
-        let commit = output("git", &["describe", "--always", "--dirty"]);
+        let commit = &self.commit;
         let machine = machine();
         let Effort { exhaustive, samples, .. } = Effort::SOAK;
         let mut text = format!(
