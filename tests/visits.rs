@@ -12,6 +12,18 @@ use bessel_tests::world::{Action, Outcome, Ticket, World, WorldConfig};
 
 const ON: &str = "the power is on";
 
+/// Another volume at home on this shard, with a block.
+fn volume_at(world: &mut World, home: usize) -> VolumeId {
+    world.enter_at(home);
+    loop {
+        let volume = world.create(SMALL).expect(ON);
+        if world.home(volume) == home {
+            assert_eq!(world.write(volume, 0, 8), Ok(IoStatus::Done));
+            return volume;
+        }
+    }
+}
+
 fn steps(world: &mut World, count: usize) {
     for _ in 0..count {
         world.step();
@@ -277,11 +289,7 @@ fn what_is_sent_home_finds_room_there() {
     // Of so many that none is free: one volume by itself would leave some.
     let mut at_home = vec![two.volume];
     while at_home.len() < 9 {
-        let volume = two.world.create(SMALL).expect(ON);
-        if two.world.home(volume) == two.here {
-            assert_eq!(two.world.write(volume, 0, 8), Ok(IoStatus::Done));
-            at_home.push(volume);
-        }
+        at_home.push(volume_at(&mut two.world, two.here));
     }
     two.world.idle().expect(ON);
     two.world.disk.hold_all_but(None);
@@ -313,14 +321,7 @@ fn what_is_sent_home_leaves_room_there() {
     let mut world = World::new(WorldConfig { shards: 3, visits: true, ..config });
     let busy = world.create(SMALL).expect(ON);
     let home = world.home(busy);
-    let other = loop {
-        let volume = world.create(SMALL).expect(ON);
-        if world.home(volume) == home {
-            break volume;
-        }
-    };
-    world.enter_at(home);
-    assert_eq!(world.write(other, 0, 8), Ok(IoStatus::Done));
+    let other = volume_at(&mut world, home);
     world.visit_everywhere().expect(ON);
     world.idle().expect(ON);
     world.disk.hold_all_but(None);
@@ -344,14 +345,8 @@ fn what_is_sent_home_leaves_room_there() {
 #[test]
 fn a_volume_loaded_here_and_there_leaves_room_here() {
     let mut two = Two::on(WorldConfig { requests: 16, ..WorldConfig::new(4) });
-    let other = loop {
-        let volume = two.world.create(SMALL).expect(ON);
-        if two.world.home(volume) == two.here {
-            break volume;
-        }
-    };
+    let other = volume_at(&mut two.world, two.here);
     two.at(two.here);
-    assert_eq!(two.world.write(other, 0, 8), Ok(IoStatus::Done));
     two.world.idle().expect(ON);
     two.world.disk.hold_all_but(None);
     for _ in 0..32 {
@@ -376,14 +371,7 @@ fn a_volume_loaded_here_and_there_leaves_room_here() {
 #[test]
 fn there_is_a_context_for_another_visitor() {
     let mut two = Two::on(WorldConfig { requests: 8, ..WorldConfig::new(3) });
-    let other = loop {
-        let volume = two.world.create(SMALL).expect(ON);
-        if two.world.home(volume) == two.here {
-            break volume;
-        }
-    };
-    two.at(two.here);
-    assert_eq!(two.world.write(other, 0, 8), Ok(IoStatus::Done));
+    let other = volume_at(&mut two.world, two.here);
     two.world.visit_everywhere().expect(ON);
     two.world.disk.hold_all_but(None);
     two.at(two.there);
