@@ -74,9 +74,9 @@ enum Request {
 }
 
 struct Arena {
-    world: World,
-    /// None: a file, which a kill takes nothing from.
+    /// None: a file, which a kill takes nothing from. Unmounted before the world takes its directory away.
     device: Option<FaultyDevice>,
+    world: World,
     config: String,
     cores: Vec<usize>,
     model: Model,
