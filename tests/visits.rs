@@ -24,6 +24,16 @@ fn volume_at(world: &mut World, home: usize) -> VolumeId {
     }
 }
 
+/// A read of this volume reaches the device, which does nothing; then it goes on.
+fn expect_room(world: &mut World, volume: VolumeId) {
+    let before = world.disk.flying().len();
+    world.start_io(volume, IoKind::Read, 0, 8);
+    steps(world, 8);
+    assert_eq!(world.disk.flying().len(), before + 1);
+    world.disk.release();
+    world.settle().expect(ON);
+}
+
 fn steps(world: &mut World, count: usize) {
     for _ in 0..count {
         world.step();
@@ -332,13 +342,8 @@ fn what_is_sent_home_leaves_room_there() {
         }
     }
     steps(&mut world, 200); // With the mail, which takes its time.
-    let before = world.disk.flying().len();
     world.enter_at(home);
-    world.start_io(other, IoKind::Read, 0, 8);
-    steps(&mut world, 8);
-    assert_eq!(world.disk.flying().len(), before + 1);
-    world.disk.release();
-    world.settle().expect(ON);
+    expect_room(&mut world, other);
 }
 
 /// What one volume is asked for at home and elsewhere together leaves some, too.
@@ -359,12 +364,7 @@ fn a_volume_loaded_here_and_there_leaves_room_here() {
     }
     two.steps(200); // With the mail, which takes its time.
     two.at(two.here);
-    let before = two.world.disk.flying().len();
-    two.world.start_io(other, IoKind::Read, 0, 8);
-    two.steps(8);
-    assert_eq!(two.world.disk.flying().len(), before + 1);
-    two.world.disk.release();
-    two.world.settle().expect(ON);
+    expect_room(&mut two.world, other);
 }
 
 /// A busy visitor leaves room for another one on its shard.
@@ -379,12 +379,7 @@ fn there_is_a_context_for_another_visitor() {
         two.world.start_io(two.volume, IoKind::Read, 0, 8);
     }
     two.steps(8);
-    let before = two.world.disk.flying().len();
-    two.world.start_io(other, IoKind::Read, 0, 8);
-    two.steps(8);
-    assert_eq!(two.world.disk.flying().len(), before + 1);
-    two.world.disk.release();
-    two.world.settle().expect(ON);
+    expect_room(&mut two.world, other);
 }
 
 /// What a visitor has in flight at the cut may still land in the snapshot.

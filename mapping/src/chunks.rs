@@ -5,7 +5,7 @@
 
 use std::collections::VecDeque;
 
-/// Entries in a chunk: allocated in some ten microseconds.
+/// Entries in a chunk.
 const CHUNK: usize = 1024;
 
 /// First in, first out. Nothing is allocated while it is short.
